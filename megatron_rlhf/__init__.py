@@ -1,0 +1,1 @@
+"""InstructGPT's recipe on Megatron-Core: supervised fine-tuning, reward modelling and PPO-ptx at any scale."""

@@ -1,0 +1,1 @@
+"""Typed configuration: every field has a type, a default where one is safe, and a docstring. Imports nothing of ours."""

@@ -1,0 +1,125 @@
+"""The shape of a GPT and how it is laid out over ranks."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Positions(Enum):
+    """How a model knows the order of its tokens."""
+
+    learned = "learned"
+    rope = "rope"
+
+
+class Norm(Enum):
+    """Normalisation before attention and MLP."""
+
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Activation(Enum):
+    """Nonlinearity of the MLP; gelu is the tanh approximation of GPT-2 and GPT-3, gelu_exact the one with erf."""
+
+    gelu = "gelu"
+    gelu_exact = "gelu_exact"
+    relu = "relu"
+    swiglu = "swiglu"
+
+
+class Recompute(Enum):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Precision(Enum):
+    """Arithmetic of weights and activations; master weights and optimizer state are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp8_hybrid = "fp8_hybrid"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: GPT-3's shape by default, Llama's by `positions=rope norm=rmsnorm activation=swiglu`."""
+
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Attention heads; must divide hidden_size unless head_dim is given."""
+    vocab_size: int
+    """Tokens that the model knows; at least the tokenizer's."""
+    max_sequence_length: int = 2048
+    """Longest sequence (prompt and response together), in tokens."""
+    num_query_groups: int | None = None
+    """Key/value heads of grouped-query attention; one per attention head when not given."""
+    head_dim: int | None = None
+    """Width of a head; hidden_size / num_attention_heads when not given."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; 4 x hidden_size when not given."""
+    positions: Positions = Positions.learned
+    """learned: an embedding per position (GPT-2, GPT-3); rope: rotary (Llama)."""
+    rope_base: float = 10000.0
+    """Base period of rotary positions."""
+    norm: Norm = Norm.layernorm
+    """layernorm or rmsnorm, always before the sublayer."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside the norms."""
+    activation: Activation = Activation.gelu
+    """gelu, gelu_exact, relu or swiglu (gated, three matrices)."""
+    linear_bias: bool = True
+    """Biases in attention and MLP projections."""
+    qkv_bias: bool = False
+    """A bias on query, key and value alone, where linear_bias is off (Qwen2)."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (Qwen3)."""
+    tied_embeddings: bool = True
+    """Input and output embeddings are one matrix."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    vocab_multiple: int = 1
+    """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padded tokens get no probability."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How one model is spread: tensor x pipeline x context ranks hold one copy, data parallelism takes the rest."""
+
+    tensor: int = 1
+    """Ranks that split each matrix; must divide heads and query groups."""
+    pipeline: int = 1
+    """Ranks that split the layers into stages; must divide the number of layers."""
+    virtual_stages: int = 1
+    """Model chunks on each pipeline rank (interleaved schedule, smaller bubble); pipeline x virtual_stages must divide the layers."""
+    context: int = 1
+    """Ranks that split the sequence inside attention; needs Transformer Engine."""
+    sequence: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks (saves activation memory)."""
+    distributed_optimizer: bool = False
+    """Shard master weights and moments over the data-parallel ranks."""
+    recompute: Recompute = Recompute.none
+    """none, selective (attention only) or full (every layer): trades time for activation memory."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Fields in which two shapes differ, as 'num_layers 4 against 6'; padding and initialisation do not count."""
+    from dataclasses import fields
+
+    ignored = {"init_std", "vocab_multiple"}
+    return [
+        f"{field.name} {getattr(ours, field.name)} against {getattr(theirs, field.name)}"
+        for field in fields(ModelConfig)
+        if field.name not in ignored and getattr(ours, field.name) != getattr(theirs, field.name)
+    ]

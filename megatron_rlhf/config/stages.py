@@ -1,0 +1,270 @@
+"""One schema a stage: supervised fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper prints them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
+from megatron_rlhf.config.training import (
+    OptimizerConfig,
+    PretrainingDataConfig,
+    RoleConfig,
+    RunConfig,
+    SamplingConfig,
+    Selection,
+    TrainedRoleConfig,
+)
+
+
+@dataclass(kw_only=True)
+class BaseConfig:
+    """What every stage has."""
+
+    run: RunConfig
+    """Run folder, seed, checkpoints."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the model being trained (PPO: of policy and reference)."""
+    precision: Precision = Precision.fp32
+    """fp32, bf16, fp16 or fp8_hybrid (Transformer Engine)."""
+    model: ModelConfig | None = None
+    """Shape for training from scratch; left out when `init_from` brings one, and must agree with it when both are given."""
+
+
+@dataclass(kw_only=True)
+class DemonstrationDataConfig:
+    """Prompts with responses to imitate."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    demonstrations: str | None = None
+    """JSON lines (or any `datasets` name) with `prompt` and `response`."""
+    validation: str | None = None
+    """The same for validation; without it, none is measured."""
+    columns: dict[str, str] | None = None
+    """Templates for other column names, e.g. {prompt: "{instruction}\\n", response: "{output}"}."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
+    max_response_tokens: int = 1024
+    """Longer responses are dropped and counted."""
+    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
+    """Text mixed in when pretraining_mix > 0."""
+    pretraining_mix: float = 0.0
+    """Share of the sequences of a batch that are pretraining text: 0.1 for PPO's initialisation run, 1 trains a language model on text alone."""
+
+
+@dataclass(kw_only=True)
+class SFTAlgorithmConfig:
+    """Supervised fine-tuning (Ouyang et al. 2022, appendix C.1)."""
+
+    epochs: int = 16
+    """Passes over the demonstrations."""
+    max_steps: int | None = None
+    """Updates, instead of epochs; needed when pretraining_mix = 1."""
+    batch_size: int = 32
+    """Sequences an update, over all ranks."""
+    micro_batch_size: int = 4
+    """Sequences a forward pass; changes speed and memory, never the numbers."""
+    dropout: float = 0.2
+    """Residual dropout."""
+    final_lr_fraction: float = 0.1
+    """Cosine decay to this share of the peak."""
+    warmup_steps: int = 0
+    """Linear warmup before the cosine."""
+    select_by: Selection = Selection.validation_loss
+    """Which epoch's checkpoint is named `best`: the lowest validation loss or the highest mean reward."""
+    selection_samples: int = 64
+    """Responses sampled for select_by=reward_model."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig(BaseConfig):
+    """`examples/train_sft.py`."""
+
+    data: DemonstrationDataConfig
+    """Demonstrations, tokenizer, pretraining mix."""
+    policy: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9.65e-6)))
+    """The model that is tuned."""
+    reward: RoleConfig = field(default_factory=RoleConfig)
+    """Reward model for select_by=reward_model."""
+    sft: SFTAlgorithmConfig = field(default_factory=SFTAlgorithmConfig)
+    """Epochs, batch, schedule."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling for select_by=reward_model."""
+
+
+@dataclass(kw_only=True)
+class ComparisonDataConfig:
+    """Responses that people have ranked."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    comparisons: str
+    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
+    validation: str | None = None
+    """The same, held out; without it `validation_fraction` of the comparisons is."""
+    validation_fraction: float = 0.1
+    """Share of the prompts held out when no validation file is given; 0 for none."""
+    demonstrations: str | None = None
+    """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_response_tokens: int = 1024
+    """Longer responses are dropped and counted."""
+
+
+@dataclass(kw_only=True)
+class RewardAlgorithmConfig:
+    """Reward model (Ouyang et al. 2022, section 3.5 and appendix C.2)."""
+
+    epochs: int = 1
+    """Passes over the comparisons; more overfits."""
+    batch_size: int = 64
+    """Prompts an update, each with all its K completions."""
+    micro_batch_size: int = 1
+    """Prompts a forward pass; changes speed and memory, never the numbers."""
+    final_lr_fraction: float = 0.1
+    """Cosine decay to this share of the peak."""
+    warmup_steps: int = 0
+    """Linear warmup before the cosine."""
+    validate_every: int = 50
+    """Steps between validations; one is always made at the end."""
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(BaseConfig):
+    """`examples/train_reward_model.py`."""
+
+    data: ComparisonDataConfig
+    """Comparisons and tokenizer."""
+    reward: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
+    """The model that is trained; a language model given as init_from loses its unembedding to a new scalar head."""
+    reward_model: RewardAlgorithmConfig = field(default_factory=RewardAlgorithmConfig)
+    """Epochs, batch, schedule."""
+
+
+@dataclass(kw_only=True)
+class PromptDataConfig:
+    """Prompts to answer, and text to keep the policy from forgetting."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    prompts: str
+    """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
+    max_per_user: int | None = 200
+    """At most this many prompts of one user (InstructGPT, section 3.2)."""
+    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
+    """Text for the pretraining gradients."""
+
+
+class KLControl(Enum):
+    """Whether the KL coefficient stays or follows a target."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+@dataclass(kw_only=True)
+class PPOAlgorithmConfig:
+    """PPO-ptx (Ouyang et al. 2022, section 3.5 and appendix C.4)."""
+
+    iterations: int = 500
+    """Rollouts; with batch_size 512 the paper's 256k episodes."""
+    batch_size: int = 512
+    """Episodes an iteration."""
+    minibatch_size: int = 64
+    """Episodes an update; must divide batch_size."""
+    inner_epochs: int = 1
+    """Passes over each rollout."""
+    micro_batch_size: int = 4
+    """Sequences a forward pass; changes speed and memory, never the numbers."""
+    clip: float = 0.2
+    """Policy ratio clipped to 1 +- this."""
+    value_clip: float = 0.2
+    """New values clipped to +- this around the old."""
+    gamma: float = 1.0
+    """Discount; the paper uses none."""
+    lam: float = 0.95
+    """GAE's lambda; the paper does not print it, 0.95 is the convention."""
+    kl_coef: float = 0.02
+    """Weight of the per-token KL penalty against the reference."""
+    kl_control: KLControl = KLControl.fixed
+    """fixed (InstructGPT) or adaptive (Ziegler et al. 2019)."""
+    kl_target: float = 6.0
+    """KL per sequence that adaptive control steers to, in nats."""
+    kl_horizon: int = 10000
+    """Episodes over which adaptive control reacts."""
+    ptx_coef: float = 27.8
+    """The paper's gamma: pretraining gradients count this much; 0 is plain PPO."""
+    ptx_ratio: int = 8
+    """Pretraining examples for each episode."""
+    ptx_micro_batch_size: int = 4
+    """Pretraining sequences a forward pass."""
+    warmup_iterations: int = 10
+    """The policy's learning rate rises from one tenth of its peak over these."""
+    critic_warmup_iterations: int = 0
+    """First iterations in which only the value model learns."""
+    ema_decay: float = 0.992
+    """Decay of the exponential moving average of the policy's weights, per update; 0 keeps none."""
+    missing_stop_score: float | None = None
+    """Score of a response that never stopped, instead of the reward model's; none: it is scored like the rest."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and variance 1 over the whole rollout."""
+    tax_every: int = 10
+    """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
+    max_logprob_gap: float = 0.05
+    """Stop when sampled and recomputed log-probabilities, in fp32, differ by more: that is a bug. Reduced precision warns."""
+
+
+@dataclass(kw_only=True)
+class PPOConfig(BaseConfig):
+    """`examples/train_ppo.py`."""
+
+    data: PromptDataConfig
+    """Prompts, tokenizer, pretraining text."""
+    policy: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
+    """The model that learns to answer; its starting weights are the frozen reference."""
+    reward: RoleConfig = field(default_factory=RoleConfig)
+    """The frozen reward model."""
+    value: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
+    """The critic; starts from the reward model unless init_from names another."""
+    critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of reward and value model."""
+    critic_model: ModelConfig | None = None
+    """Shape of reward and value model, checked against their checkpoint where it is given."""
+    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""
+    ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
+    """Batches, clipping, KL, pretraining mix."""
+
+
+@dataclass(kw_only=True)
+class EvaluateAlgorithmConfig:
+    """What to measure."""
+
+    samples: int = 128
+    """Prompts to answer."""
+    ema: bool = False
+    """Use the moving average of the policy's weights."""
+    few_shot: str | None = None
+    """A text put before every prompt (the paper's few-shot baseline)."""
+    output: str = "evaluation.jsonl"
+    """File in run.dir that gets one line a response."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(BaseConfig):
+    """`examples/evaluate.py`: sample responses, score them, measure the loss on held-out text."""
+
+    data: PromptDataConfig
+    """Prompts, tokenizer, pretraining text for the held-out loss."""
+    policy: RoleConfig = field(default_factory=RoleConfig)
+    """The model that answers."""
+    reward: RoleConfig = field(default_factory=RoleConfig)
+    """Reward model, optional."""
+    critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the reward model."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""
+    evaluate: EvaluateAlgorithmConfig = field(default_factory=EvaluateAlgorithmConfig)
+    """How many, which weights, what else to measure."""

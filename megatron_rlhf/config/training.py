@@ -1,0 +1,97 @@
+"""What every stage shares: the run folder, optimizer, roles and sampling."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run leaves its files, and how it goes on after an interruption."""
+
+    dir: str
+    """Folder of this run: config.yaml, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/, report.html, log.txt."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in `dir`, at this layout or another."""
+    seed: int = 1234
+    """Seeds initial weights, dropout, data order and sampling."""
+    save_every: int = 100
+    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    stop_at_step: int | None = None
+    """Save and stop at this step although the schedule is longer (to continue later with resume)."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; needs the wandb extra."""
+    max_skipped_steps: int = 5
+    """Stop when this many updates in a row were skipped for a non-finite loss or gradient."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay; fp32 moments and master weights."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment (InstructGPT, appendix C)."""
+    epsilon: float = 1e-8
+    """Added to the square root of the second moment; InstructGPT does not print its value."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices, none on biases and norms; InstructGPT does not print its value."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them. InstructGPT does not print its value."""
+
+
+@dataclass(kw_only=True)
+class RoleConfig:
+    """A model that is only read: the reward model of PPO."""
+
+    init_from: str | None = None
+    """A checkpoint of ours (step folder or run folder) or a Hugging Face folder."""
+
+
+@dataclass(kw_only=True)
+class TrainedRoleConfig(RoleConfig):
+    """A model that is trained."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Its optimizer."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How responses are sampled from the policy."""
+
+    temperature: float = 1.0
+    """Logits are divided by this, when sampling and in every log-probability; 0 is greedy (evaluation only)."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability."""
+    max_response_tokens: int = 1024
+    """Longest response; InstructGPT's limit is 1k tokens."""
+    min_response_tokens: int = 1
+    """Stop tokens have no probability before this many tokens."""
+    batch_size: int = 64
+    """Sequences decoded together on one data-parallel rank."""
+
+
+class Selection(Enum):
+    """What decides which SFT checkpoint is best."""
+
+    validation_loss = "validation_loss"
+    reward_model = "reward_model"
+
+
+@dataclass(kw_only=True)
+class PretrainingDataConfig:
+    """Text for the pretraining mix."""
+
+    source: str | None = None
+    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
+    sequence_length: int = 512
+    """Tokens of one pretraining example (InstructGPT: 2048)."""
+    held_out: float = 0.05
+    """Share of the documents kept for the held-out loss, the alignment tax."""
+    held_out_samples: int = 64
+    """Sequences in each held-out measurement."""

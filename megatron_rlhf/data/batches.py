@@ -1,0 +1,81 @@
+"""The order in which examples are seen: shuffled anew each epoch, the same on every rank, and exact after a resume."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from megatron_rlhf.config.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class ShuffledBatches(Iterator[list[int]]):
+    """An endless iterator of global batches: lists of indices into a sequence of `size` examples.
+
+    The order of epoch e is a permutation seeded by (seed, e), or 0, 1, 2, ... without `shuffle`. An epoch's last batch
+    may be smaller; `drop_last` leaves it out, so that every batch has `batch_size` indices.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool = True, drop_last: bool = False):
+        """Raises `UserError` if `drop_last` would leave no batch."""
+        assert size > 0, size
+        assert batch_size > 0, batch_size
+        if drop_last and batch_size > size:
+            raise UserError(f"batch size {batch_size}: there are only {size} examples; lower it or add examples")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        """The epoch of the next batch, which is also the number of epochs done."""
+        self._seen = 0
+        self._end = size - size % batch_size if drop_last else size
+        self._order = self._permutation()
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self._end // self.batch_size)
+
+    def __next__(self) -> list[int]:
+        batch = self._order[self._seen : min(self._seen + self.batch_size, self._end)]
+        self._seen += len(batch)
+        if self._seen >= self._end:
+            self.epoch, self._seen = self.epoch + 1, 0
+            self._order = self._permutation()
+        return batch.tolist()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs to go on with the next batch: integers only."""
+        return {"size": self.size, "seed": self.seed, "epoch": self.epoch, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where `state` was taken. A new batch size may be set, other data or another seed may not.
+
+        Raises:
+            UserError: The state is of other data or another seed, whose order cannot be continued.
+        """
+        for name, now in (("size", self.size), ("seed", self.seed)):
+            if state[name] != now:
+                raise UserError(
+                    f"the checkpoint's data order has {name} {state[name]}, this run {now}: resume with the same data and "
+                    "seed, or start anew"
+                )
+        self.epoch, self._seen = state["epoch"], state["seen"]
+        if self._seen >= self._end:  # another batch size may leave out what was to come of this epoch
+            self.epoch, self._seen = self.epoch + 1, 0
+        self._order = self._permutation()
+
+    def _permutation(self) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.size)
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+
+
+def shard(indices: Sequence[Item], dp_rank: int, dp_size: int) -> Sequence[Item]:
+    """The part of a global batch that data-parallel rank `dp_rank` of `dp_size` works on: every dp_size-th one.
+
+    Parts differ by one at most, and may be empty: normalise by global counts, never by a part's.
+    """
+    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+    return indices[dp_rank::dp_size]

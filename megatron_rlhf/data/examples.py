@@ -1,0 +1,38 @@
+"""What demonstrations, comparisons and prompts have in common: a sequence of items, and a count of what was dropped."""
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+from megatron_rlhf.config.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class Examples(Generic[Item]):
+    """The items of a source in its order, and how many of its parts were dropped for which reason.
+
+    Nothing is ever cut to fit: a text that ends early teaches the model to end early.
+    """
+
+    def __init__(self, source: str, items: list[Item], dropped: Mapping[str, int]):
+        """Raises `UserError` if no item is left."""
+        self.source = source
+        self.items = items
+        self.dropped = {reason: count for reason, count in dropped.items() if count}
+        """Reason -> count, only of the reasons that occurred."""
+        if not items:
+            raise UserError(f"{source}: nothing left to train on: {self.describe()}")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def describe(self) -> str:
+        """One line for the log, such as `1090 kept; dropped: 10 prompt_too_long`."""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return f"{len(self)} kept; dropped: {dropped or 'none'}"

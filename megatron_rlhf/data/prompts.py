@@ -1,0 +1,84 @@
+"""Prompts for PPO, and the paper's hygiene for them: a limit a user, a split by user, near-duplicates removed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.records import read_records
+from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt; its id is its place in the source and so does not change when the limits do."""
+
+    id: int
+    text: str
+    user: str | None
+    tokens: Tokens
+    """Beginning-of-text token (if there is one) and text, [t]."""
+
+
+def load_prompts(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    max_per_user: int | None = None,
+    deduplicate_prefix_tokens: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Examples[Prompt]:
+    """Reads records {"prompt", "user" (optional)}; `source` and `columns` as in `read_records`.
+
+    Args:
+        max_prompt_tokens: A longer prompt is dropped, and counted as `prompt_too_long`.
+        max_per_user: Only a user's first so many are kept (the paper: 200), the others counted as `over_user_limit`.
+        deduplicate_prefix_tokens: Of prompts that agree in their first so many tokens (shorter ones: in all), only the
+            first is kept, the others counted as `duplicate`.
+
+    Raises:
+        UserError: A mistake in the source, an empty prompt (with its line), or nothing left.
+    """
+    records = list(read_records(source, columns))
+    users = [record.text("user") if "user" in record else None for record in records]
+    texts = [record.text("prompt") for record in records]
+    items: list[Prompt] = []
+    dropped: Counter[str] = Counter()
+    of_user: Counter[str] = Counter()
+    prefixes: set[bytes] = set()
+    for index, tokens in enumerate(tokenizer.encode_stream(texts, bos=True)):
+        user = users[index]
+        prefix = tokens[:deduplicate_prefix_tokens].tobytes()
+        if not len(tokens):
+            raise records[index].mistake("column 'prompt' is empty; the model needs a token to go on from")
+        if len(tokens) > max_prompt_tokens:
+            dropped["prompt_too_long"] += 1
+        elif deduplicate_prefix_tokens is not None and prefix in prefixes:
+            dropped["duplicate"] += 1
+        elif user is not None and max_per_user is not None and of_user[user] >= max_per_user:
+            dropped["over_user_limit"] += 1
+        else:
+            prefixes.add(prefix)
+            of_user[user or ""] += 1
+            items.append(Prompt(index, texts[index], user, tokens))
+    return Examples(str(source), items, dropped)
+
+
+def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
+    """Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
+
+    A user's part is a hash of the user and the seed: adding prompts moves nobody. A prompt without a user stands for
+    itself. The fractions are of users, and of what is in the last part the fractions' sum.
+    """
+    assert fractions, "at least one fraction"
+    bounds = [edge / sum(fractions) for edge in accumulate(fractions)]
+    parts: list[list[Prompt]] = [[] for _ in fractions]
+    for prompt in prompts:
+        owner = f"text {prompt.text}" if prompt.user is None else f"user {prompt.user}"
+        digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") / 2**64
+        parts[next((i for i, bound in enumerate(bounds) if place < bound), -1)].append(prompt)
+    return parts

@@ -1,0 +1,157 @@
+"""Text files to (line, record) pairs: .jsonl, .json, .csv and .txt, each also as .gz.
+
+These are parsed here and not by `datasets`, because its reader guesses types (a column of dates turns into timestamps,
+the rank "1" into 1, a missing field into None) and its errors name no line.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_rlhf.config.errors import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+DOCUMENT_CHARACTERS = 4096
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes on disk read since the last call."""
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether the name ends like a file that `iterate_text_file` can read."""
+    return _format(path) in _READERS
+
+
+def iterate_text_file(path: Path, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line, record): the line, counted from 1, on which each record starts.
+
+    A .jsonl file holds one object a line; a .json file an array of objects, or the same as .jsonl; a .csv file has a
+    header; a .txt file gives records {"text": document}, see `split_documents`.
+
+    Raises:
+        UserError: Naming the file and, where one is to blame, the line.
+    """
+    return _READERS[_format(path)](path, progress)
+
+
+def split_documents(lines: Iterable[tuple[int, str]], marked: bool) -> Iterator[tuple[int, str]]:
+    """Yields (first line, text) of each document of a plain text.
+
+    With `marked`, a line that is just `<|endoftext|>` ends a document. Otherwise nothing in the text tells a new
+    document from a new paragraph, so paragraphs flow together until a blank line comes after 4,096 characters or more:
+    the model sees paragraphs follow each other, and there are documents enough to hold some out.
+    """
+    first_line, document, characters = 1, [], 0
+    for number, line in lines:
+        if marked:
+            ends = line.strip() == END_OF_DOCUMENT
+        else:
+            ends = characters >= DOCUMENT_CHARACTERS and not line.strip()
+        if ends:
+            if characters:
+                yield first_line, "".join(document).strip("\r\n")
+            document, characters = [], 0
+        elif characters or line.strip():  # blank lines ahead of a document are no part of it
+            if not characters:
+                first_line = number
+            document.append(line)
+            characters += len(line)
+    if characters:
+        yield first_line, "".join(document).strip("\r\n")
+
+
+def _format(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return name[name.rfind(".") :] if "." in name else ""
+
+
+def _read_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            position = 0
+            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, start=1):
+                if progress is not None:
+                    progress(raw.tell() - position)
+                    position = raw.tell()
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the gzip file is broken after line {number} ({error})") from error
+
+
+def _object(path: Path, line: int, value: Any) -> tuple[int, dict[str, Any]]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {line}: a record must be an object {{...}}, not {value!r:.60}")
+    return line, value
+
+
+def _json_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _read_lines(path, progress):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                excerpt = line[max(0, error.pos - 20) : error.pos + 20].strip()
+                raise UserError(
+                    f"{path}, line {number}: not JSON: {error.msg}, column {error.colno}, near {excerpt!r}"
+                ) from error
+            yield _object(path, number, value)
+
+
+def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    first = next((line.lstrip() for _, line in _read_lines(path, None) if line.strip()), "")
+    if not first.startswith("["):
+        yield from _json_lines(path, progress)
+        return
+    # The array is decoded element by element: only so is the line of each known.
+    text = "".join(line for _, line in _read_lines(path, progress))
+    decode, position, line, counted = json.JSONDecoder().raw_decode, text.index("[") + 1, 1, 0
+
+    def skip_space(position: int) -> int:
+        while text[position : position + 1].isspace():
+            position += 1
+        return position
+
+    try:
+        while True:
+            position = skip_space(position)
+            if text[position : position + 1] == "]":
+                break
+            line, counted = line + text.count("\n", counted, position), position
+            value, position = decode(text, position)
+            yield _object(path, line, value)
+            position = skip_space(position)
+            if text[position : position + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position += text[position] == ","
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
+
+
+def _csv(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader((line for _, line in _read_lines(path, progress)), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            line = reader.line_num
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise UserError(f"{path}, line {line}: the row does not have {wanted} fields, as the header does")
+            yield line, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _plain_text(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    marked = any(line.strip() == END_OF_DOCUMENT for _, line in _read_lines(path, None))
+    for line, text in split_documents(_read_lines(path, progress), marked):
+        yield line, {"text": text}
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json_array_or_lines, ".csv": _csv, ".txt": _plain_text}

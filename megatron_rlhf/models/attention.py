@@ -1,0 +1,117 @@
+"""Attention through torch's fused kernels, with a key/value cache that keeps one position per row."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Megatron-Core's core attention on `torch.nn.functional.scaled_dot_product_attention`: never materialises the scores."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(
+        self,
+        query_sbnd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: None = None,
+    ) -> Tensor:
+        """[s, b, heads, d] and [s, b, groups, d] -> [s, b, heads * d]. Without a mask [b, 1, s, s] (True = attend) it is causal."""
+        context_bnsd = F.scaled_dot_product_attention(
+            query_sbnd.permute(1, 2, 0, 3),
+            key_sbgd.permute(1, 2, 0, 3),
+            value_sbgd.permute(1, 2, 0, 3),
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=self.grouped,
+        )
+        return context_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+
+@dataclass
+class KeyValueCache(BaseInferenceContext):
+    """Keys and values of the tokens so far, [b, groups, capacity, d] a layer, keys already rotated.
+
+    Rows are padded on the left, so that all write to the same slot; `position_ids_bs` holds what position each new
+    token really has, and rotary embeddings follow it.
+    """
+
+    capacity: int
+    position_ids_bs: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(materialize_only_last_token_logits=True)
+        self.max_sequence_length = self.capacity  # read by GPTModel to size the rotary table
+        self.sequence_len_offset = 0
+
+    def is_static_batching(self) -> bool:
+        return True
+
+    def is_decode_only(self) -> bool:
+        return self.length > 0
+
+    def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values at the current length; returns all of them so far, as [s, b, groups, d] views."""
+        s, b, g, d = key_sbgd.shape
+        if layer not in self.layers:
+            self.layers[layer] = (
+                key_sbgd.new_empty(b, g, self.capacity, d),
+                value_sbgd.new_empty(b, g, self.capacity, d),
+            )
+        end = self.length + s
+        assert end <= self.capacity, f"cache of {self.capacity} tokens asked to hold {end}"
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = key_sbgd.permute(1, 2, 0, 3)
+        values[:, :, self.length : end] = value_sbgd.permute(1, 2, 0, 3)
+        return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but these: finished responses need no more work."""
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+
+
+class CachedSelfAttention(SelfAttention):
+    """SelfAttention that decodes from a `KeyValueCache`: each key is rotated once, not again for every token."""
+
+    def _adjust_key_value_for_inference(
+        self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+    ):
+        if inference_context is None:
+            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        if rotary_pos_emb is not None:
+            frequencies = rotary_pos_emb[0][:, 0, 0][inference_context.position_ids_bs]  # [b, s, d]
+            frequencies = frequencies.transpose(0, 1).unsqueeze(2)  # [s, b, 1, d]
+            rotate = {"config": self.config, "cp_group": self.pg_collection.cp}
+            query = apply_rotary_pos_emb(query, frequencies, **rotate)
+            key = apply_rotary_pos_emb(key, frequencies, **rotate)
+        key, value = inference_context.append(self.layer_number, key, value)
+        return query, key, value, None, AttnMaskType.no_mask, None

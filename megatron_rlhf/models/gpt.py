@@ -1,0 +1,226 @@
+"""GPTModel from a ModelConfig: Transformer Engine's layers where it is installed, plain torch ones elsewhere."""
+
+from functools import partial
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, Precision
+from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_rlhf.models.scalar_head import ScalarHead
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+# A logit that no softmax gives any probability, yet finite: p * log p stays 0 and not NaN in fp16 too.
+PADDED_LOGIT = -3e4
+
+_ACTIVATIONS = {
+    Activation.gelu: partial(F.gelu, approximate="tanh"),
+    Activation.gelu_exact: F.gelu,
+    Activation.relu: F.relu,
+    Activation.swiglu: F.silu,
+}
+_DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp8_hybrid: torch.bfloat16,
+}
+
+
+def transformer_config(
+    model: ModelConfig, layout: ParallelLayout, precision: Precision, dropout: float = 0.0
+) -> TransformerConfig:
+    """Megatron-Core's configuration of one model in one layout."""
+    parallel = layout.config
+    recompute = {} if parallel.recompute.value == "none" else {"recompute_granularity": parallel.recompute.value}
+    if parallel.recompute.value == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    dtype = _DTYPES[precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        normalization="RMSNorm" if model.norm is Norm.rmsnorm else "LayerNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        activation_func=_ACTIVATIONS[model.activation],
+        gated_linear_unit=model.activation is Activation.swiglu,
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        init_method_std=model.init_std,
+        hidden_dropout=dropout,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,  # its kernels are compiled, and know only some of the activations
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        # Microbatches of several lengths in one schedule; Megatron-Core ties that to this dispatcher, experts or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Two virtual stages on two ranks have the same neighbour on both sides: batched messages would be mixed up.
+        overlap_p2p_comm=layout.virtual_stages is not None,
+        batch_p2p_comm=layout.virtual_stages is None,
+        calculate_per_token_loss=True,  # data parallelism sums gradients: losses are normalised by global counts
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        fp8="hybrid" if precision is Precision.fp8_hybrid else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds as many."""
+    multiple = model.vocab_multiple * tensor
+    return (model.vocab_size + multiple - 1) // multiple * multiple
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp]."""
+
+    def __init__(self, *args, real_vocab_size: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def _postprocess(self, *args, **kwargs) -> Tensor:
+        output = super()._postprocess(*args, **kwargs)
+        if not self.post_process or self.vocab_size == self.real_vocab_size:
+            return output
+        columns = output.shape[-1]
+        first = 0 if columns == self.vocab_size else self.pg_collection.tp.rank() * columns
+        padded = torch.arange(first, first + columns, device=output.device) >= self.real_vocab_size
+        return output.masked_fill(padded, PADDED_LOGIT)
+
+
+class ScalarModel(GPTModel):
+    """GPTModel with a scalar head in place of the unembedding (reward and value model). Output: [b, s, 1], fp32."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = ScalarHead(self.config, self.pg_collection)
+
+
+def build_chunks(
+    model: ModelConfig,
+    layout: ParallelLayout,
+    precision: Precision,
+    scalar: bool = False,
+    dropout: float = 0.0,
+) -> list[GPTModel]:
+    """This rank's part of a model: one chunk, or one for each virtual stage. Weights are random."""
+    config = transformer_config(model, layout, precision, dropout)
+    virtual = layout.config.virtual_stages
+    chunks = []
+    with layout:
+        for stage in range(virtual):
+            vp_stage = stage if virtual > 1 else None
+            arguments: dict = {
+                "config": config,
+                "transformer_layer_spec": _block_spec(model, config, layout, vp_stage),
+                "vocab_size": padded_vocab_size(model, layout.config.tensor),
+                "max_sequence_length": model.max_sequence_length,
+                "pre_process": layout.is_first_stage and stage == 0,
+                "post_process": layout.is_last_stage and stage == virtual - 1,
+                "parallel_output": True,
+                "position_embedding_type": "rope" if model.positions is Positions.rope else "learned_absolute",
+                "rotary_base": model.rope_base,
+                "pg_collection": layout.groups,
+                "vp_stage": vp_stage,
+            }
+            chunk: GPTModel
+            if scalar:
+                chunk = ScalarModel(share_embeddings_and_output_weights=False, **arguments)
+            else:
+                chunk = LanguageModel(
+                    share_embeddings_and_output_weights=model.tied_embeddings,
+                    real_vocab_size=model.vocab_size,
+                    **arguments,
+                )
+            chunks.append(_to_device(chunk, config))
+    return chunks
+
+
+def _to_device(chunk: GPTModel, config: TransformerConfig) -> GPTModel:
+    chunk = chunk.to(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
+    return chunk.to(config.params_dtype) if config.params_dtype is not torch.float32 else chunk
+
+
+def _block_spec(
+    model: ModelConfig, config: TransformerConfig, layout: ParallelLayout, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    # One attention everywhere: torch's fused kernels, with a key/value cache that training simply does not use.
+    layer = _layer_spec(model, config)
+    attention = layer.submodules.self_attention
+    attention.module = CachedSelfAttention
+    if config.context_parallel_size == 1:
+        attention.submodules.core_attention = ScaledDotProductAttention
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(config))
+
+
+def _layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
+    if transformer_engine_serves():
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=config.normalization)
+    layer.submodules.input_layernorm = SequenceParallelNorm
+    layer.submodules.pre_mlp_layernorm = SequenceParallelNorm
+    if model.qk_norm:
+        layer.submodules.self_attention.submodules.q_layernorm = SequenceParallelNorm
+        layer.submodules.self_attention.submodules.k_layernorm = SequenceParallelNorm
+    return layer
+
+
+def _final_norm(config: TransformerConfig) -> type:
+    if transformer_engine_serves():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return SequenceParallelNorm
+
+
+def transformer_engine_serves() -> bool:
+    """Transformer Engine can be imported and there is a GPU for it."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, RuntimeError):  # the bare wheel without its core raises RuntimeError
+        return False
+    return True
+
+
+class SequenceParallelNorm:
+    """torch's LayerNorm or RMSNorm whose gradients Megatron-Core sums over tensor-parallel ranks under sequence parallelism.
+
+    Megatron-Core's own wrapper refuses sequence parallelism, though all it takes is a mark on the parameters.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):  # noqa: D102
+        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = norm_class(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+

@@ -1,0 +1,93 @@
+"""Files that a crash cannot leave half right: replaced whole, or grown by one line at a time."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_rlhf.config.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to be written beside `path`; it takes the place of `path` at the end, or never if the block raises."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects in `path`, one a line. A last line without its newline is still being written, and is left out."""
+    return (record for _, record in _complete_lines(path))
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected one JSON object a line, as a run writes in its run.dir")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+            if not isinstance(record, dict) or "step" not in record:
+                raise UserError(f"{path}, line {number}: expected a JSON object with the key 'step', found {line[:80]!r}")
+            yield line, record
+
+
+class StepFile:
+    """A file of JSON lines in which each line belongs to a training step.
+
+    Disabled, its methods do nothing, so that all ranks run the same code and one of them writes.
+    """
+
+    def __init__(self, path: Path, enabled: bool):
+        self.path = path
+        self.enabled = enabled
+        self._file: IO[str] | None = None
+        if enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write one line for each row, `step` first. JSON has no NaN or infinity: they become null, and the log names them."""
+        if not self.enabled:
+            return
+        self._file = self._file or self.path.open("a", encoding="utf-8")
+        for row in rows:
+            plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+            bad = {name: value for name, value in plain.items() if isinstance(value, float) and not math.isfinite(value)}
+            if bad:
+                named = ", ".join(f"{name} = {value}" for name, value in bad.items())
+                logger.warning("step %d: not finite, null in %s: %s", step, self.path.name, named)
+            record = {"step": step, **plain, **dict.fromkeys(bad)}
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of all later steps, and a half-written last one: what a run does before it goes on from `step`."""
+        if not self.enabled:
+            return
+        self.close()
+        if self.path.exists():
+            with replacing(self.path) as shorter:
+                shorter.writelines(line for line, record in _complete_lines(self.path) if record["step"] <= step)
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,68 @@
+"""What a run writes down at each step: its metrics, and some of the text it sampled."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_rlhf.monitoring.files import StepFile, read_records
+from megatron_rlhf.monitoring.mirrors import Mirror, TensorBoard, WeightsAndBiases, require_wandb
+
+
+class MetricsLogger:
+    """Appends to `metrics.jsonl`, and shows the same values in TensorBoard and W&B.
+
+    Construct it on every rank, `enabled` on one: on the others all methods do nothing.
+    """
+
+    def __init__(self, run_dir: Path, enabled: bool, tensorboard: bool = True, wandb_project: str | None = None):
+        self._file = StepFile(Path(run_dir) / "metrics.jsonl", enabled)
+        self._mirrors: list[Mirror] = []
+        if wandb_project:
+            require_wandb()
+        if enabled and tensorboard:
+            self._mirrors.append(TensorBoard(Path(run_dir) / "tensorboard"))
+        if enabled and wandb_project:
+            self._mirrors.append(WeightsAndBiases(wandb_project, Path(run_dir)))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one step; on disk when this returns."""
+        self._file.append(step, [metrics])
+        for mirror in self._mirrors:
+            mirror.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+
+    def truncate(self, step: int) -> None:
+        """Forget all steps after `step`. Called at resume, it makes the file that of a run never interrupted."""
+        self._file.truncate(step)
+        for mirror in self._mirrors:
+            mirror.truncate(step)
+
+    def close(self) -> None:
+        """Close the files and end the W&B run."""
+        self._file.close()
+        for mirror in self._mirrors:
+            mirror.close()
+
+
+class SamplesLogger:
+    """Appends sampled rows (prompt, response, score, kl, ...) to `samples.jsonl`; does nothing unless `enabled`."""
+
+    def __init__(self, run_dir: Path, enabled: bool):
+        self._file = StepFile(Path(run_dir) / "samples.jsonl", enabled)
+
+    def log(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Write the samples of one step, a line each."""
+        self._file.append(step, samples)
+
+    def truncate(self, step: int) -> None:
+        """Forget all steps after `step`."""
+        self._file.truncate(step)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order. Values that were not finite are None."""
+    return list(read_records(Path(path)))

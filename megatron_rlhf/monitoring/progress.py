@@ -1,0 +1,117 @@
+"""How far a run has come, how long it will take, and where its time goes."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from types import TracebackType
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+LINES_IN_A_RUN = 10
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (Slurm, CI, a file) plain log lines, so that the log stays readable.
+
+    A line is written when ten seconds have passed or a tenth of the run is done since the one before, and at the end.
+    """
+
+    def __init__(self, total: int, initial: int = 0, description: str = "", enabled: bool = True):
+        self.step = initial
+        self._total = total
+        self._initial = initial
+        self._description = description
+        self._enabled = enabled
+        self._bar: tqdm | None = None
+        self._cleanup = ExitStack()
+        self._began = self._line_time = time.monotonic()
+        self._line_step = initial
+
+    def __enter__(self) -> "Progress":
+        self._began = self._line_time = time.monotonic()
+        if self._enabled and sys.stderr.isatty():
+            # Log lines would tear the bar: while it is shown they are printed above it.
+            self._cleanup.enter_context(logging_redirect_tqdm())
+            self._bar = self._cleanup.enter_context(
+                tqdm(total=self._total, initial=self._initial, desc=self._description, unit="step", dynamic_ncols=True)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+        self._bar = None
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Count `n` more steps done, and show the figures beside the count."""
+        self.step += n
+        if not self._enabled:
+            return
+        shown = {name: f"{value:.4g}" for name, value in figures.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(n)
+        elif self._line_is_due():
+            self._write_line(shown)
+
+    def _line_is_due(self) -> bool:
+        return (
+            self.step >= self._total
+            or self.step - self._line_step >= self._total / LINES_IN_A_RUN
+            or time.monotonic() - self._line_time >= SECONDS_BETWEEN_LINES
+        )
+
+    def _write_line(self, shown: dict[str, str]) -> None:
+        self._line_time, self._line_step = time.monotonic(), self.step
+        elapsed = self._line_time - self._began
+        # A resumed run did its first steps in another process: they say nothing about the pace of this one.
+        pace = elapsed / max(1, self.step - self._initial)
+        parts = [
+            f"{self._description} {self.step}/{self._total} ({self.step / max(1, self._total):.0%})".lstrip(),
+            f"{_clock(elapsed)} elapsed",
+            f"{_clock(pace * max(0, self._total - self.step))} left",
+            f"{pace:.3g} s/step",
+            *(f"{name} {value}" for name, value in shown.items()),
+        ]
+        logger.info(" | ".join(parts))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+class PhaseTimer:
+    """Adds up the seconds of a step by phase: `with timer("rollout"): ...`, then `timer.take()`.
+
+    `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read: kernels run behind Python's back.
+    """
+
+    def __init__(self, synchronize: Callable[[], object] | None = None):
+        self._synchronize = synchronize or (lambda: None)
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Charge the time spent in the block to `phase`. Blocks may nest; each counts its whole length."""
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """The metrics `time/<phase>_s` since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{phase}_s": value for phase, value in seconds.items()}

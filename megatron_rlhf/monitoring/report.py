@@ -1,0 +1,195 @@
+"""A run, or several side by side, on one page: `report.html`, a single file that opens without a network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.monitoring import charts
+from megatron_rlhf.monitoring.charts import Chart, line_chart, panel_chart, step_axis, time_chart
+from megatron_rlhf.monitoring.curves import curve, format_measured, format_value
+from megatron_rlhf.monitoring.files import read_records, replacing
+from megatron_rlhf.monitoring.panels import HEADLINES, TIME_TOTAL, groups_for, panel_of
+from megatron_rlhf.monitoring.samples import SampleColumn, last_samples, samples_by_step
+
+Records = list[dict[str, Any]]
+KINDS = {"policy/": "PPO", "rm/": "Reward model", "sft/": "Supervised fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline figure: where it is now, and where it began."""
+
+    label: str
+    unit: str
+    last: str
+    first: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under one heading."""
+
+    title: str
+    charts: list[Chart]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, the first column naming the row."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template shows."""
+
+    title: str
+    kind: str
+    facts: list[str] = field(default_factory=list)
+    text: str = ""
+    table: Table | None = None
+    tiles: list[Tile] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    samples: list[SampleColumn] = field(default_factory=list)
+    config: str = ""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the run's config, metrics and samples; what is missing is left out.
+
+    It replaces the report of an earlier call, so a run may call it now and then while it goes on.
+    """
+    run_dir = Path(run_dir).resolve()
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder; expected the run.dir of a run")
+    records = _metrics(run_dir)
+    config = run_dir / "config.yaml"
+    page = Page(
+        title=run_dir.name,
+        kind=next((kind for prefix, kind in KINDS.items() if any(n.startswith(prefix) for n in _names(records))), "Run"),
+        facts=_facts(records),
+        tiles=_tiles(records),
+        sections=_sections(records),
+        samples=samples_by_step(run_dir / "samples.jsonl"),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+    )
+    return _render(page, run_dir / "report.html")
+
+
+def write_comparison(
+    rows: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, Path],
+    path: Path,
+    title: str,
+    text: str = "",
+    metrics: Sequence[str] = HEADLINES,
+) -> Path:
+    """Write a page that holds a table and the same metrics of several runs over one another.
+
+    `rows` are the table's lines, column name -> cell: text, a number, or (value, standard error). `runs` maps the name
+    of a run onto its folder. Paragraphs of `text` are separated by empty lines.
+    """
+    by_run = {name: _metrics(Path(run_dir)) for name, run_dir in runs.items()}
+    section = Section("Curves", [])
+    if any(by_run.values()):
+        x = step_axis([record for records in by_run.values() for record in records])
+        for metric in metrics:
+            panel = panel_of(metric)
+            curves = {name: curve(records, metric, panel.scale) for name, records in by_run.items()}
+            if any(curves.values()):
+                section.charts.append(line_chart(panel, x, curves))
+    page = Page(
+        title=title,
+        kind="Comparison",
+        text=text,
+        table=_table(rows) if rows else None,
+        sections=[section] if section.charts else [],
+        samples=[last_samples(Path(run_dir) / "samples.jsonl", name) for name, run_dir in runs.items()],
+    )
+    return _render(page, Path(path))
+
+
+def _metrics(run_dir: Path) -> Records:
+    path = run_dir / "metrics.jsonl"
+    return list(read_records(path)) if path.exists() else []
+
+
+def _names(records: Records) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _facts(records: Records) -> list[str]:
+    if not records:
+        return ["no steps yet"]
+    last = records[-1]
+    facts = [f"step {last['step']:,}"]
+    facts += [f"{format_value(last[name])} {name}" for name in ("samples", "tokens") if last.get(name)]
+    seconds = sum(record.get(TIME_TOTAL) or 0.0 for record in records)
+    return facts + ([f"{timedelta(seconds=round(seconds))} of training"] if seconds else [])
+
+
+def _tiles(records: Records) -> list[Tile]:
+    tiles = []
+    for name in HEADLINES:
+        panel = panel_of(name)
+        values = curve(records, name, panel.scale).values
+        if values:
+            tiles.append(Tile(panel.title, panel.unit, format_value(values[-1], 3), format_value(values[0], 3)))
+    return tiles
+
+
+def _sections(records: Records) -> list[Section]:
+    if not records:
+        return []
+    x = step_axis(records)
+    sections = [
+        Section(group.title, [panel_chart(panel, x, records) for panel in group.panels])
+        for group in groups_for(_names(records))
+    ]
+    time = time_chart(x, records)
+    if time:
+        cost = next((section for section in sections if section.title == "Cost"), None)
+        if cost is None:
+            sections.append(cost := Section("Cost", []))
+        cost.charts.insert(0, time)
+    return sections
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "–"
+        case (mean, error):
+            return format_measured(mean, error)
+        case int() | float():
+            return format_value(value)
+        case _:
+            return str(value)
+
+
+def _render(page: Page, path: Path) -> Path:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    written = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    template = environment.get_template("report.html.j2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(template.render(page=page, frame=charts, written=written).encode())
+    return path

@@ -1,0 +1,5 @@
+"""Layouts, process groups and pipeline schedules. Importing it lets `megatron.core` run where there is no CUDA."""
+
+from megatron_rlhf.parallel import cpu
+
+cpu.install()

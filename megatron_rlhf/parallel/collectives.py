@@ -1,0 +1,70 @@
+"""The few collectives that the algorithms need, on tensors and on plain Python objects."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:
+    """Sum of a number over a group, in fp64 so that it does not depend on how many ranks share it."""
+    total = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def reduce_statistics(statistics: list[Mapping[str, Tensor]], layout: ParallelLayout) -> dict[str, float]:
+    """Statistics of all microbatches on all data-parallel ranks: names ending in `_max` or `_max_gap` by maximum, others by sum.
+
+    Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result.
+    """
+    merged: dict[str, float] = {}
+    for entry in statistics:
+        for name, value in entry.items():
+            number = float(value)
+            if name.endswith(("_max", "_max_gap")):
+                merged[name] = max(merged.get(name, -torch.inf), number)
+            else:
+                merged[name] = merged.get(name, 0.0) + number
+    names = _from_last_stage(sorted(merged), layout)
+    values = torch.tensor([merged.get(name, 0.0) for name in names], dtype=torch.float64, device=device())
+    maxima = torch.tensor([name.endswith(("_max", "_max_gap")) for name in names], device=device())
+    if layout.is_last_stage:
+        largest = values.clone()
+        dist.all_reduce(values, group=layout.groups.dp)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=layout.groups.dp)
+        values = torch.where(maxima, largest, values)
+    values = from_last_stage(values, layout)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def from_last_stage(tensor: Tensor, layout: ParallelLayout) -> Tensor:
+    """Broadcast a tensor, of a shape that all stages know, from the last pipeline stage to the others."""
+    if layout.config.pipeline > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group_src=layout.config.pipeline - 1, group=layout.groups.pp)
+    return tensor
+
+
+def _from_last_stage(names: list[str], layout: ParallelLayout) -> list[str]:
+    if layout.config.pipeline == 1:
+        return names
+    box = [names]
+    dist.broadcast_object_list(box, group_src=layout.config.pipeline - 1, group=layout.groups.pp)
+    return box[0]
+
+
+def gather_rows(rows: list, layout: ParallelLayout) -> list:
+    """Python objects of all data-parallel ranks, dealt back in the order in which `shard` dealt them out."""
+    parts: list = [None] * layout.dp_size
+    dist.all_gather_object(parts, rows, group=layout.groups.dp)
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]

@@ -1,0 +1,170 @@
+"""Megatron-Core 0.16.1 on a machine without CUDA.
+
+Megatron-Core asks CUDA for a device, a random number generator and streams; nothing in its mathematics needs a GPU.
+`install()` answers those questions for the CPU. It does nothing where CUDA is present, and must run before the first
+import of `megatron.core` (importing `megatron_rlhf.parallel` sees to that). Every patch says which call it answers.
+"""
+
+import contextlib
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+# Functions that take `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
+_FACTORIES = (
+    "arange as_tensor empty empty_like full full_like ones ones_like rand rand_like randn randn_like tensor zeros zeros_like"
+)
+
+
+class _Stream:
+    """Stands for `torch.cuda.Stream` and `Event`: on a CPU everything has happened when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self
+
+
+def install() -> bool:
+    """Make `megatron.core` run on the CPU. Returns False, having changed nothing, where CUDA is present."""
+    if torch.cuda.is_available():
+        return False
+    if getattr(torch.cuda, "_answered_by_cpu", False):
+        return True
+    torch.cuda._answered_by_cpu = True  # type: ignore[attr-defined]
+    _import_megatron_without_compiling()
+    _map_cuda_devices_to_cpu()
+    _answer_cuda_runtime()
+    _use_torch_adam_as_if_fused()
+    _use_cpu_random_state()
+    return True
+
+
+def _import_megatron_without_compiling() -> None:
+    # `megatron.core.jit` decorates its fusions with torch.compile, which on a CPU wants a C++ compiler and minutes.
+    # It also warns, on every rank, of each accelerator that a CPU cannot have; `runtime.initialize` says it once.
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import megatron.core.models.gpt
+            import megatron.core.optimizer  # noqa: F401
+    finally:
+        torch.compile = compile_function
+
+
+def _on_cpu(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _map_cuda_devices_to_cpu() -> None:
+    def redirect(function):  # torch.zeros(..., device="cuda") allocates on the CPU
+        def wrapped(*args, **kwargs):
+            if _on_cpu(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            return function(*args, **kwargs)
+
+        wrapped.__name__ = function.__name__
+        wrapped.__wrapped__ = function
+        return wrapped
+
+    for name in _FACTORIES.split():
+        setattr(torch, name, redirect(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+    # `optimizer/clip_grads.py` and `distrib_optimizer.py` assert `tensor.type() == "torch.cuda.FloatTensor"`.
+    original_type = torch.Tensor.type
+
+    def tensor_type(self, *args, **kwargs):
+        result = original_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
+
+
+def _answer_cuda_runtime() -> None:
+    # One object a name: torch's compiler refuses two names for one function.
+    answers: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "set_device": lambda *args, **kwargs: None,
+        "synchronize": lambda *args, **kwargs: None,
+        "empty_cache": lambda *args, **kwargs: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "default_generators": (torch.default_generator,),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+
+
+def _use_cpu_random_state() -> None:
+    # Dropout and initial weights draw from the CPU generator, so the tracker must fork that one.
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # It warns when the CPU generator moves inside a fork of the device's; here they are one.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def _use_torch_adam_as_if_fused() -> None:
+    """Tell Megatron-Core that `AdamWithGroupStep` is its fused Adam.
+
+    The distributed optimizer's fully reshardable checkpoints read `step` from the parameter group, where the fused
+    Adams of Apex and Transformer Engine keep it; torch's keeps it with each parameter.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = AdamWithGroupStep
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = AdamWithGroupStep
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+class AdamWithGroupStep(torch.optim.AdamW):
+    """AdamW that counts steps in the parameter group, as the fused Adams do, so that its state reshards like theirs."""
+
+    def __init__(self, params, *args, adam_w_mode: bool = True, **kwargs) -> None:
+        super().__init__(params, *args, **kwargs)
+        self.decoupled = adam_w_mode
+        for group in self.param_groups:
+            group["step"] = 0
+            group["decoupled_weight_decay"] = adam_w_mode
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Adam's own looks for a `step` with every parameter.
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    def step(self, closure=None):
+        """One update; the per-parameter `step` that torch's kernels want lives only for its duration."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if parameter.grad is None:
+                    continue
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] = torch.tensor(float(group["step"]))
+            group["step"] += 1
+        loss = super().step(closure)
+        for state in self.state.values():
+            state.pop("step", None)
+        return loss

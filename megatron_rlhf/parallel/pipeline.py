@@ -1,0 +1,83 @@
+"""Microbatches through Megatron-Core's schedules: the only caller of them.
+
+A microbatch brings its own loss, already divided by global counts, so one schedule takes microbatches of several kinds
+and lengths, and gradients are plain sums over microbatches and data-parallel ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+Statistics = dict[str, Tensor]
+
+
+@dataclass
+class Microbatch:
+    """Tokens [b, s], padded on the right, and what to do with the model's output [b, s, ...] on the last stage."""
+
+    tokens_bs: Tensor
+    loss: Callable[[Tensor], tuple[Tensor, Statistics]]
+    inference: dict[str, Any] | None = None
+    """Arguments of a decoding pass: position_ids, attention_mask, inference_context."""
+
+
+def forward_backward(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    layout: ParallelLayout,
+    forward_only: bool = False,
+) -> list[Statistics]:
+    """Run all microbatches in one schedule (one fill, one drain). Returns their statistics, on the last stage only."""
+    config = get_model_config(chunks[0])
+    virtual = layout.virtual_stages
+    count = len(microbatches)
+    assert count > 0, "a schedule needs at least one microbatch"
+    if virtual is not None and count % layout.config.pipeline:
+        microbatches = [*microbatches, *[_empty(microbatches[0])] * (-count % layout.config.pipeline)]
+    arguments: dict[str, Any] = {
+        "forward_step_func": _forward_step,
+        "data_iterator": [iter(microbatches) for _ in chunks],
+        "model": list(chunks),
+        "num_microbatches": len(microbatches),
+        "seq_length": 1,  # ignored: lengths vary
+        "micro_batch_size": 1,
+        "forward_only": forward_only,
+        "pg_collection": layout.groups,
+        "p2p_communicator": P2PCommunicator(layout.groups.pp, config),
+    }
+    schedule = get_forward_backward_func(layout.config.pipeline, virtual)
+    if virtual is None:  # the plain schedules want one iterator and one model
+        arguments["data_iterator"] = arguments["data_iterator"][0]
+    with layout, torch.set_grad_enabled(not forward_only):
+        return schedule(**arguments)[:count]
+
+
+def _forward_step(data_iterator, model: GPTModel):
+    microbatch: Microbatch = next(data_iterator)
+    tokens = microbatch.tokens_bs
+    if microbatch.inference is not None:
+        output = model(tokens, **microbatch.inference, runtime_gather_output=True)
+    else:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = model(tokens, positions, None)
+
+    def loss_of(output: Tensor):
+        loss, statistics = microbatch.loss(output)
+        # The token count of zero tells Megatron-Core that the loss is normalised already.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), statistics
+
+    return output, loss_of
+
+
+def _empty(like: Microbatch) -> Microbatch:
+    # The interleaved schedule wants a multiple of the pipeline size; these fill it up with a loss of zero.
+    return Microbatch(like.tokens_bs[:1], lambda output: (output.sum() * 0.0, {}))

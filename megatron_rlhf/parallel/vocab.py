@@ -1,0 +1,83 @@
+"""Log-probabilities and entropy of logits whose vocabulary is split over tensor-parallel ranks.
+
+Shapes: logits [..., vocab / tp], tokens [...]; `group=None` means that one rank holds the whole vocabulary.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `tokens`, fp32, same shape as `tokens`, on every rank of `group`.
+
+    Differentiable with respect to this rank's logits: d logprob / d logit_j = ([j = token] - softmax_j) / temperature.
+    No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group.
+    """
+    assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
+    assert temperature > 0, f"temperature {temperature} must be positive"
+    return _TokenLogprobs.apply(logits, tokens, group, temperature)
+
+
+def entropy(logits: Tensor, group: Group) -> Tensor:
+    """Entropy in nats of softmax(logits), fp32, shape [...]; differentiable with respect to this rank's logits."""
+    return _Entropy.apply(logits, group)
+
+
+def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def _log_normalizer(scaled: Tensor, group: Group) -> Tensor:
+    """log sum exp over the whole vocabulary, [..., 1]; `scaled` is fp32."""
+    largest = _all_reduce(scaled.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
+    return _all_reduce((scaled - largest).exp().sum(dim=-1, keepdim=True), group).log() + largest
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, group: Group, temperature: float) -> Tensor:
+        scaled = logits.float() / temperature
+        width = scaled.shape[-1]
+        first = 0 if group is None else group.rank() * width
+        local = tokens - first
+        here = (local >= 0) & (local < width)
+        local = local.clamp(0, width - 1).unsqueeze(-1)
+        chosen = scaled.gather(-1, local).squeeze(-1)
+        chosen = _all_reduce(torch.where(here, chosen, 0.0), group)
+        normalizer = _log_normalizer(scaled, group)
+        ctx.save_for_backward((scaled - normalizer).exp_(), local, here)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return chosen - normalizer.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        probabilities, local, here = ctx.saved_tensors
+        grad = (grad / ctx.temperature).unsqueeze(-1)
+        grad_logits = probabilities * -grad
+        grad_logits.scatter_add_(-1, local, torch.where(here.unsqueeze(-1), grad, 0.0))
+        return grad_logits.to(ctx.dtype), None, None, None
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, group: Group) -> Tensor:
+        logprobs = logits.float()
+        logprobs = logprobs - _log_normalizer(logprobs, group)
+        probabilities = logprobs.exp()
+        # A logit of -inf has p = 0 and adds nothing; 0 * -inf would add NaN.
+        logprobs = torch.where(probabilities > 0, logprobs, 0.0)
+        result = _all_reduce(-(probabilities * logprobs).sum(dim=-1), group)
+        ctx.save_for_backward(probabilities, logprobs, result)
+        ctx.dtype = logits.dtype
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        probabilities, logprobs, result = ctx.saved_tensors
+        grad_logits = -probabilities * (logprobs + result.unsqueeze(-1)) * grad.unsqueeze(-1)
+        return grad_logits.to(ctx.dtype), None
