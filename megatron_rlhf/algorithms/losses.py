@@ -175,7 +175,7 @@ def ranking_loss(
       loss, and the counts: pairs, strict ones; correct_pairs, whose better completion scores higher (equal scores count
       half); prompts, with a strict pair; tied_prompts, without. And accuracy = correct_pairs / pairs, 0 over no pair.
     """
-    assert_same_shape(scores=scores, ranks=ranks, prompt_index=prompt_index)
+    assert_same_shape(scores=scores, ranks=ranks)
     better_q, worse_q = _strict_pairs(ranks, prompt_index)
     margin_q = scores[better_q] - scores[worse_q]
 

@@ -29,18 +29,18 @@ class ShuffledBatches(Iterator[list[int]]):
         self.shuffle = shuffle
         self.epoch = 0
         """The epoch of the next batch, which is also the number of epochs done."""
+        self._least = batch_size if drop_last else 1
         self._seen = 0
-        self._end = size - size % batch_size if drop_last else size
         self._order = self._permutation()
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-self._end // self.batch_size)
+        return (self.size - self._least) // self.batch_size + 1
 
     def __next__(self) -> list[int]:
-        batch = self._order[self._seen : min(self._seen + self.batch_size, self._end)]
+        batch = self._order[self._seen : self._seen + self.batch_size]
         self._seen += len(batch)
-        if self._seen >= self._end:
+        if self._is_epoch_over():
             self.epoch, self._seen = self.epoch + 1, 0
             self._order = self._permutation()
         return batch.tolist()
@@ -58,13 +58,16 @@ class ShuffledBatches(Iterator[list[int]]):
         for name, now in (("size", self.size), ("seed", self.seed)):
             if state[name] != now:
                 raise UserError(
-                    f"the checkpoint's data order has {name} {state[name]}, this run {now}: resume with the same data and "
-                    "seed, or start anew"
+                    f"the checkpoint's data order has {name} {state[name]}, this run {now}: "
+                    "resume with the same data and seed, or start anew"
                 )
         self.epoch, self._seen = state["epoch"], state["seen"]
-        if self._seen >= self._end:  # another batch size may leave out what was to come of this epoch
+        if self._is_epoch_over():  # a larger batch may no longer fit into what was left
             self.epoch, self._seen = self.epoch + 1, 0
         self._order = self._permutation()
+
+    def _is_epoch_over(self) -> bool:
+        return self.size - self._seen < self._least
 
     def _permutation(self) -> np.ndarray:
         if not self.shuffle:

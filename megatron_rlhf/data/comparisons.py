@@ -1,9 +1,9 @@
 """Comparisons for the reward model: a prompt and K responses that a labeler ranked."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -107,19 +107,21 @@ def _ranked_list(record: Record) -> _Ranking:
     if not isinstance(ranks, list) or not all(type(rank) is int and rank >= 0 for rank in ranks):
         raise record.mistake(f"column 'ranks' must be a list of whole numbers from 0 (the best) up, not {ranks!r:.60}")
     if len(ranks) != len(responses):
-        raise record.mistake(f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed")
-    texts = tuple(record.response("responses", response) for response in responses)
+        raise record.mistake(
+            f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed"
+        )
+    texts = tuple(record.as_response("responses", response) for response in responses)
     return _Ranking(record.text("prompt"), texts, tuple(ranks))
 
 
 def _dialogue_pair(record: Record) -> _Ranking:
     chosen, rejected = record.text("chosen"), record.text("rejected")
-    shared = os.path.commonprefix([chosen, rejected])
-    turn = shared.rfind(ASSISTANT_TURN)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    turn = chosen.rfind(ASSISTANT_TURN, 0, shared)
     if turn < 0:
         raise record.mistake(
             f"'chosen' and 'rejected' share no {ASSISTANT_TURN!r}, so where the response starts is unknown; "
             "add a column 'prompt'"
         )
     end = turn + len(ASSISTANT_TURN)
-    return _Ranking(shared[:end], (chosen[end:], rejected[end:]), (0, 1))
+    return _Ranking(chosen[:end], (chosen[end:], rejected[end:]), (0, 1))

@@ -70,8 +70,8 @@ def load_prompts(
 def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
     """Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
 
-    A user's part is a hash of the user and the seed: adding prompts moves nobody. A prompt without a user stands for
-    itself. The fractions are of users, and of what is in the last part the fractions' sum.
+    A user's part follows from a hash of the user and the seed, so that adding prompts moves nobody. A prompt without a
+    user counts as a user of its own. The fractions are shares of the users, relative to their sum.
     """
     assert fractions, "at least one fraction"
     bounds = [edge / sum(fractions) for edge in accumulate(fractions)]

@@ -1,4 +1,4 @@
-"""One way to read records, whatever they are kept in: a file, a saved `datasets` folder, a name on the Hugging Face hub."""
+"""One way to read records, whatever they are kept in: a file, a `datasets` folder, a name on the Hugging Face hub."""
 
 import difflib
 import string
@@ -40,9 +40,16 @@ class Record:
             raise self.mistake(f"column {column!r} is null")
         raise self.mistake(f"no column {column!r}{_nearest(column, self.fields)}; there are: {', '.join(self.fields)}")
 
-    def text(self, column: str, value: Any = None) -> str:
-        """The field as text; `value` is given where the text is an item of a list in that column."""
-        value = self.value(column) if value is None else value
+    def text(self, column: str) -> str:
+        """The field, which must be text."""
+        return self.as_text(column, self.value(column))
+
+    def response(self, column: str) -> str:
+        """The field, which must be text and not blank."""
+        return self.as_response(column, self.value(column))
+
+    def as_text(self, column: str, value: Any) -> str:
+        """`text` for an item of a list in the column."""
         if not isinstance(value, str):
             raise self.mistake(f"column {column!r} must hold text, not {type(value).__name__} {value!r:.60}")
         try:
@@ -51,12 +58,13 @@ class Record:
             raise self.mistake(f"column {column!r} is not valid Unicode: {error.reason}") from error
         return value
 
-    def response(self, column: str, value: Any = None) -> str:
-        """The field as a response: text that is not blank."""
-        text = self.text(column, value)
-        if not text.strip():
-            raise self.mistake(f"column {column!r} has an empty response; remove the record or give it a text")
-        return text
+    def as_response(self, column: str, value: Any) -> str:
+        """`response` for an item of a list in the column."""
+        if not self.as_text(column, value).strip():
+            raise self.mistake(
+                f"column {column!r} has an empty response {value!r}; give it a text or remove the record"
+            )
+        return value
 
 
 def read_records(

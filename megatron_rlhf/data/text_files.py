@@ -17,6 +17,8 @@ from megatron_rlhf.config.errors import UserError
 END_OF_DOCUMENT = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 4096
 
+csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+
 Progress = Callable[[int], None]
 """Called with the number of bytes on disk read since the last call."""
 
@@ -45,23 +47,20 @@ def split_documents(lines: Iterable[tuple[int, str]], marked: bool) -> Iterator[
     document from a new paragraph, so paragraphs flow together until a blank line comes after 4,096 characters or more:
     the model sees paragraphs follow each other, and there are documents enough to hold some out.
     """
-    first_line, document, characters = 1, [], 0
+    document: list[str] = []
+    first, characters = 0, 0
     for number, line in lines:
-        if marked:
-            ends = line.strip() == END_OF_DOCUMENT
-        else:
-            ends = characters >= DOCUMENT_CHARACTERS and not line.strip()
-        if ends:
-            if characters:
-                yield first_line, "".join(document).strip("\r\n")
+        blank = not line.strip()
+        if line.strip() == END_OF_DOCUMENT if marked else blank and characters >= DOCUMENT_CHARACTERS:
+            if document:
+                yield first, "".join(document).strip("\r\n")
             document, characters = [], 0
-        elif characters or line.strip():  # blank lines ahead of a document are no part of it
-            if not characters:
-                first_line = number
+        elif document or not blank:  # blank lines ahead of a document are no part of it
+            first = first if document else number
             document.append(line)
             characters += len(line)
-    if characters:
-        yield first_line, "".join(document).strip("\r\n")
+    if document:
+        yield first, "".join(document).strip("\r\n")
 
 
 def _format(path: Path) -> str:
@@ -72,17 +71,17 @@ def _format(path: Path) -> str:
 def _read_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with open(path, "rb") as raw:
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
             position = 0
-            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, start=1):
+            for number, line in enumerate(lines, start=1):
                 if progress is not None:
                     progress(raw.tell() - position)
                     position = raw.tell()
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the gzip file is broken after line {number} ({error})") from error
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path}: cannot be read after line {number}: {error}") from error
 
 
 def _object(path: Path, line: int, value: Any) -> tuple[int, dict[str, Any]]:
@@ -111,39 +110,38 @@ def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tupl
         return
     # The array is decoded element by element: only so is the line of each known.
     text = "".join(line for _, line in _read_lines(path, progress))
-    decode, position, line, counted = json.JSONDecoder().raw_decode, text.index("[") + 1, 1, 0
-
-    def skip_space(position: int) -> int:
-        while text[position : position + 1].isspace():
-            position += 1
-        return position
-
+    decode = json.JSONDecoder().raw_decode
+    position, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
     try:
-        while True:
-            position = skip_space(position)
-            if text[position : position + 1] == "]":
-                break
+        while not text.startswith("]", position):
             line, counted = line + text.count("\n", counted, position), position
             value, position = decode(text, position)
             yield _object(path, line, value)
-            position = skip_space(position)
-            if text[position : position + 1] not in (",", "]"):
+            position = _skip_space(text, position)
+            if text.startswith(",", position):
+                position = _skip_space(text, position + 1)
+            elif not text.startswith("]", position):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position += text[position] == ","
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
 
 
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
 def _csv(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader((line for _, line in _read_lines(path, progress)), strict=True)
-    line = 1
     try:
+        line = reader.line_num + 1 if reader.fieldnames else 1
         for row in reader:
-            line = reader.line_num
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
                 raise UserError(f"{path}, line {line}: the row does not have {wanted} fields, as the header does")
             yield line, row
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_rlhf.config.errors import UserError
 
 Tokens = npt.NDArray[np.int32]
-"""Token ids [t]: a tenth of the memory of a list of int."""
+"""Token ids [t]: a ninth of the memory of a list of int."""
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -57,7 +57,7 @@ class Tokenizer:
         """None also where it is the end-of-text token, as in GPT-2, which was not trained to start with it."""
         padding = hf.pad_token_id
         self.pad_id: int = padding if padding not in (None, self.eos_id) else int(self.eos_id == 0)
-        """Never the end of text. Where the tokenizer has none, an ordinary token: lengths say what is padding, not ids."""
+        """Never the end of text. Without a padding token, an ordinary one: lengths tell padding, not ids."""
 
     def encode(self, text: str, bos: bool = False, continuation: bool = False) -> list[int]:
         """Token ids of the text; `bos` puts the beginning-of-text token first if the tokenizer has one."""
@@ -100,12 +100,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{path}: no such tokenizer folder")
-    # With a tokenizer.json nothing is left to guess; AutoTokenizer would go by the model type in a config.json beside it.
-    loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
+    # A tokenizer.json leaves nothing to guess; AutoTokenizer would go by the model type in a config.json beside it.
+    loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
     try:
         hf = loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        raise UserError(f"{path}: no fast tokenizer can be loaded from this folder (tokenizer.json): {error}") from error
+        raise UserError(
+            f"{path}: no fast tokenizer can be loaded from this folder (tokenizer.json): {error}"
+        ) from error
     if not hf.is_fast:
         raise UserError(f"{path}: the folder holds no fast tokenizer; convert it so that it has a tokenizer.json")
     return Tokenizer(hf)
@@ -123,7 +125,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 3
     if vocab_size < smallest:
-        raise UserError(f"vocab_size={vocab_size}: must be at least {smallest}: 256 bytes, 2 special tokens and one merge")
+        raise UserError(
+            f"vocab_size={vocab_size}: must be at least {smallest}: 256 bytes, 2 special tokens and one merge"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -131,19 +135,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
         vocab_size=vocab_size, special_tokens=[PADDING, END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING)
-    )
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING))
     tokenizer.save(output)
     return tokenizer
 
 
 def require_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, key: str) -> None:
-    """Raises `UserError` if the tokenizer has ids that a model with `vocab_size` embeddings does not; `key` is its config key."""
+    """Raises `UserError` if the tokenizer has ids for which a model with `vocab_size` (config key `key`) has no row."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{key}={vocab_size}: the tokenizer {tokenizer.hf.name_or_path} has {tokenizer.vocab_size} ids, more than the "
-            f"model's vocabulary; set {key} to at least {tokenizer.vocab_size} or use the model's own tokenizer"
+            f"{key}={vocab_size}: the tokenizer {tokenizer.hf.name_or_path} has {tokenizer.vocab_size} ids, more than "
+            f"the model's vocabulary; set {key} to at least {tokenizer.vocab_size} or use the model's own tokenizer"
         )
 
 
@@ -158,8 +160,8 @@ def _without_leading_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
             return part
         if part.get("type") == "Prepend" or (part.get("type") == "Strip" and part.get("content") == " "):
             return None
-        changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-        return {key: strip(value) for key, value in part.items()} | changes.get(str(part.get("type")), {})
+        never = {"prepend_scheme": "never", "add_prefix_space": False}  # of Metaspace and of ByteLevel
+        return {key: never.get(key, strip(value)) for key, value in part.items()}
 
     definition = json.loads(backend.to_str())
     for stage in ("normalizer", "pre_tokenizer", "decoder"):

@@ -42,13 +42,16 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: None = None,
     ) -> Tensor:
-        """[s, b, heads, d] and [s, b, groups, d] -> [s, b, heads * d]. Without a mask [b, 1, s, s] (True = attend) it is causal."""
+        """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d].
+
+        Without a mask ([b, 1, q, k], True = attend) it is causal; a single query is the newest token and sees all keys.
+        """
         context_bnsd = F.scaled_dot_product_attention(
             query_sbnd.permute(1, 2, 0, 3),
             key_sbgd.permute(1, 2, 0, 3),
             value_sbgd.permute(1, 2, 0, 3),
             attn_mask=attention_mask,
-            is_causal=attention_mask is None,
+            is_causal=attention_mask is None and len(query_sbnd) > 1,
             scale=self.softmax_scale,
             enable_gqa=self.grouped,
         )

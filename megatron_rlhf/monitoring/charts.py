@@ -8,18 +8,18 @@ from typing import Any
 from megatron_rlhf.monitoring.curves import (
     Curve,
     curve,
-    decades,
     format_ticks,
     format_value,
     is_noisy,
+    log_ticks,
     smooth,
     thin,
     ticks,
 )
 from megatron_rlhf.monitoring.panels import TIME_TOTAL, Panel, phases
 
-WIDTH, HEIGHT = 440, 210
-LEFT, RIGHT, TOP, BOTTOM = 52, 432, 10, 182
+WIDTH, HEIGHT = 440, 206
+LEFT, RIGHT, TOP, BOTTOM = 52, 424, 10, 182
 FEW_POINTS = 40
 MAX_MARKS = 100
 Records = Sequence[Mapping[str, Any]]
@@ -43,7 +43,8 @@ class Axis:
             return cls(low / 1.2, high * 1.2, start, end, logarithmic=True)
         if panel.from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        # What differs only by rounding is a constant: magnified, it would look like news.
+        room = 0.06 * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
         grounded = panel.from_zero and low == 0
         return cls(low if grounded else low - room, high + room, start, end)
 
@@ -56,7 +57,7 @@ class Axis:
     def ticks(self, about: int) -> list[tuple[float, str]]:
         """Pixel and label of each tick."""
         if self.logarithmic:
-            return [(self(value), f"{value:g}") for value in decades(self.low, self.high)]
+            return [(self(value), format_value(value)) for value in log_ticks(self.low, self.high)]
         values = ticks(self.low, self.high, about)
         return [(self(value), label) for value, label in zip(values, format_ticks(values), strict=True)]
 
@@ -104,41 +105,46 @@ class Chart:
 
 
 def step_axis(records: Records) -> Axis:
-    """The horizontal axis, from the first step to the last: one for all charts of a page, so that they can be compared."""
+    """The horizontal axis, first step to last: one for all charts of a page, so that they can be compared."""
     steps = [record["step"] for record in records]
     low, high = min(steps), max(steps)
     return Axis(low, high, LEFT, RIGHT) if high > low else Axis(low - 1, low + 1, LEFT, RIGHT)
 
 
-def line_chart(panel: Panel, x: Axis, curves: Mapping[str, Curve], bands: Mapping[str, Curve] | None = None) -> Chart:
+def _step_ticks(x: Axis) -> list[tuple[float, str]]:
+    # No more ticks than steps: there is no step 1.5.
+    return x.ticks(min(6, round(x.high - x.low)))
+
+
+def line_chart(panel: Panel, x: Axis, curves: Mapping[str, Curve], bands: Mapping[str, Curve]) -> Chart:
     """Lines over the steps, one for each label, each with its band if it has one."""
     curves = {label: drawn for label, drawn in curves.items() if drawn}
-    half_widths = {label: _half_widths(curves[label], band) for label, band in (bands or {}).items() if label in curves}
+    half_widths = {label: _half_widths(curves[label], band) for label, band in bands.items() if label in curves}
     values = [value for drawn in curves.values() for value in drawn.values]
     for label, widths in half_widths.items():
         values += [v + sign * w for v, w in zip(curves[label].values, widths, strict=True) for sign in (-1, 1)]
     y = Axis.around(values or [0.0], BOTTOM, TOP, panel)
     lines = [_line(label, drawn, x, y, half_widths.get(label)) for label, drawn in curves.items()]
-    return Chart(panel.title, panel.unit, x.ticks(6), y.ticks(4), lines)
+    return Chart(panel.title, panel.unit, _step_ticks(x), y.ticks(4), lines)
 
 
 def panel_chart(panel: Panel, x: Axis, records: Records) -> Chart:
     """The metrics of a panel in one run."""
     curves = {label: curve(records, name, panel.scale) for name, label in panel.metrics.items()}
-    bands = {label: curve(records, panel.band, panel.scale) for label in curves} if panel.band else None
-    return line_chart(panel, x, curves, bands)
+    band = curve(records, panel.band, panel.scale) if panel.band else None
+    return line_chart(panel, x, curves, dict.fromkeys(curves, band) if band else {})
 
 
 def time_chart(x: Axis, records: Records) -> Chart | None:
     """Seconds of a step by phase, stacked; what `time/step_s` has beyond the phases is shown as "other"."""
-    names = phases({name: None for record in records for name in record})
-    if not names:
-        return None
+    names = phases(dict.fromkeys(name for record in records for name in record))
     layers = {name.removeprefix("time/").removesuffix("_s"): [r.get(name) or 0.0 for r in records] for name in names}
-    totals = [sum(layer) for layer in zip(*layers.values(), strict=True)]
-    rest = [max(0.0, (r.get(TIME_TOTAL) or 0.0) - total) for r, total in zip(records, totals, strict=True)]
-    if sum(rest) > 0.01 * sum(totals):
-        layers["other"] = rest
+    known = [sum(r.get(name) or 0.0 for name in names) for r in records]
+    rest = [max(0.0, (r.get(TIME_TOTAL) or 0.0) - seconds) for r, seconds in zip(records, known, strict=True)]
+    if sum(rest) > 0.01 * sum(known):
+        layers["other" if names else "step"] = rest
+    if not layers:
+        return None
     everything = sum(map(sum, layers.values())) or 1.0
     shares = {label: sum(layer) / everything for label, layer in layers.items()}
     steps, layers = _averaged([record["step"] for record in records], layers)
@@ -150,11 +156,11 @@ def time_chart(x: Axis, records: Records) -> Chart | None:
         outline = f"{_path(steps, ceiling, x, y)}L{_path(steps[::-1], floor[::-1], x, y)[1:]}Z"
         lines.append(Line(label, outline, _steps(steps), _values(layer), f"{shares[label]:.0%}"))
         floor = ceiling
-    return Chart(panel.title, panel.unit, x.ticks(6), y.ticks(4), lines, stacked=True)
+    return Chart(panel.title, panel.unit, _step_ticks(x), y.ticks(4), lines, stacked=True)
 
 
 def _averaged(steps: list[float], layers: dict[str, list[float]]) -> tuple[list[float], dict[str, list[float]]]:
-    """Means over stretches of steps: layers that jump at every step cannot be read. One step becomes two, to have a width."""
+    """Means over stretches of steps, as jumping layers cannot be read. A single step becomes two, to have a width."""
     stretch = max(1, round(len(steps) / 60))
     starts = range(0, len(steps), stretch)
 

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 MAX_POINTS = 500
 """Points drawn of a line: finer than the pixels of a small chart, and what keeps a report under a megabyte."""
@@ -35,23 +38,32 @@ def is_noisy(values: Sequence[float]) -> bool:
     """Whether smoothing helps: the values are many, and walk the length of their own range more than four times."""
     if len(values) < MIN_POINTS_TO_SMOOTH:
         return False
-    path = sum(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    path = sum(abs(b - a) for a, b in pairwise(values))
     return path > 4 * (max(values) - min(values))
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over some 4% of the values, free of the bias towards its start."""
-    decay = 1 - 1 / max(3.0, SMOOTHING_FRACTION * len(values))
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        averages.append(total / weight)
-    return averages
+    """A line fitted around each value, weighted by a bell that spans some 4% of the values.
+
+    Unlike an exponential moving average it does not lag behind a trend, and unlike a plain kernel it does not flatten
+    it at the ends.
+    """
+    y = np.asarray(values, dtype=float)
+    width = max(1.5, SMOOTHING_FRACTION * len(y) / 2)
+    offsets = np.arange(-math.ceil(3 * width), math.ceil(3 * width) + 1)
+    bell = np.exp(-0.5 * (offsets / width) ** 2)
+
+    def weighted(signal: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.convolve(signal, weights)[len(offsets) // 2 :][: len(y)]
+
+    s0, s1, s2 = (weighted(np.ones_like(y), bell * offsets**power) for power in range(3))
+    t0, t1 = (weighted(y, bell * offsets**power) for power in range(2))
+    # A steep line may leave the range of the values, where a logarithmic axis cannot follow.
+    return ((s2 * t0 - s1 * t1) / (s0 * s2 - s1 * s1)).clip(y.min(), y.max()).tolist()
 
 
 def thin(values: Sequence[float]) -> list[int]:
-    """Indices of at most about MAX_POINTS values to draw: of each stretch its least and its greatest, so that spikes stay."""
+    """Indices of some MAX_POINTS values to draw: of each stretch its least and its greatest, so that spikes stay."""
     if len(values) <= MAX_POINTS:
         return list(range(len(values)))
     stretch = math.ceil(2 * len(values) / MAX_POINTS)
@@ -66,15 +78,19 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) between `low` and `high`, `about` so many."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    spacing = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    spacing = power * next(
+        factor for factor, limit in ((1, 1.5), (2, 3.5), (5, 7.5), (10, 10)) if rough / power <= limit
+    )
     first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
     return [round(index * spacing, 12 - math.floor(math.log10(spacing))) for index in range(first, last + 1)]
 
 
-def decades(low: float, high: float) -> list[float]:
-    """Powers of ten between `low` and `high`, at most five or so."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between `low` and `high`, some five of them; with their multiples by 2 and 5 where they are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    powers = range(first, last + 1, max(1, math.ceil((last - first) / 5)))
+    return [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
 
 
 def format_ticks(values: Sequence[float]) -> list[str]:
@@ -82,22 +98,25 @@ def format_ticks(values: Sequence[float]) -> list[str]:
     if not values:
         return []
     factor, suffix = _unit_for(max(abs(value) for value in values))
-    spacing = min((abs(b - a) for a, b in zip(values, values[1:], strict=False)), default=abs(values[0]) or 1.0)
+    spacing = min((abs(b - a) for a, b in pairwise(values)), default=abs(values[0]) or 1.0)
     decimals = max(0, -math.floor(math.log10(spacing / factor) + 1e-9))
     return [f"{value / factor:.{decimals}f}{suffix}" if value else "0" for value in values]
 
 
 def format_value(value: float, digits: int = 4) -> str:
     """A number as people write it: 0.5312, 12.35k, 2.5e-6."""
+    if not math.isfinite(value):
+        return str(value)
     factor, suffix = _unit_for(abs(value))
-    if value == int(value) and factor == 1:
-        return str(int(value))
-    return f"{value / factor:.{digits}g}{suffix}"
+    scaled = value / factor
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled)))) if scaled else 0
+    text = f"{scaled:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + suffix
 
 
 def format_measured(value: float, error: float) -> str:
     """A mean and its standard error, both with the decimals that the error's first two digits ask for."""
-    decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+    decimals = max(0, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 3
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to be written beside `path`; it takes the place of `path` at the end, or never if the block raises."""
+    """Open a file beside `path` that takes its place at the end of the block, or never if the block raises."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects in `path`, one a line. A last line without its newline is still being written, and is left out."""
+    """The JSON objects in `path`, one a line. A last line without its newline is half written, and left out."""
     return (record for _, record in _complete_lines(path))
 
 
@@ -45,7 +45,9 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
             if not isinstance(record, dict) or "step" not in record:
-                raise UserError(f"{path}, line {number}: expected a JSON object with the key 'step', found {line[:80]!r}")
+                raise UserError(
+                    f"{path}, line {number}: expected a JSON object with the key 'step', found {line[:80]!r}"
+                )
             yield line, record
 
 
@@ -63,13 +65,15 @@ class StepFile:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write one line for each row, `step` first. JSON has no NaN or infinity: they become null, and the log names them."""
+        """Write a line for each row, `step` first. JSON has no NaN or infinity: they become null, and are logged."""
         if not self.enabled:
             return
         self._file = self._file or self.path.open("a", encoding="utf-8")
         for row in rows:
             plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-            bad = {name: value for name, value in plain.items() if isinstance(value, float) and not math.isfinite(value)}
+            bad = {
+                name: value for name, value in plain.items() if isinstance(value, float) and not math.isfinite(value)
+            }
             if bad:
                 named = ", ".join(f"{name} = {value}" for name, value in bad.items())
                 logger.warning("step %d: not finite, null in %s: %s", step, self.path.name, named)
@@ -78,7 +82,7 @@ class StepFile:
         self._file.flush()
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of all later steps, and a half-written last one: what a run does before it goes on from `step`."""
+        """Drop the lines of later steps, and a half-written last one: what a run does before it goes on from `step`."""
         if not self.enabled:
             return
         self.close()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from megatron_rlhf.monitoring.files import StepFile, read_records
 from megatron_rlhf.monitoring.mirrors import Mirror, TensorBoard, WeightsAndBiases, require_wandb
@@ -25,11 +25,11 @@ class MetricsLogger:
         if enabled and wandb_project:
             self._mirrors.append(WeightsAndBiases(wandb_project, Path(run_dir)))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Write the metrics of one step; on disk when this returns."""
         self._file.append(step, [metrics])
         for mirror in self._mirrors:
-            mirror.log(step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+            mirror.log(step, {name: float(value) for name, value in metrics.items() if math.isfinite(value)})
 
     def truncate(self, step: int) -> None:
         """Forget all steps after `step`. Called at resume, it makes the file that of a run never interrupted."""

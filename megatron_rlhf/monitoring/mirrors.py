@@ -42,7 +42,7 @@ class TensorBoard:
         self._writer.flush()
 
     def truncate(self, step: int) -> None:
-        """Event files cannot be cut; the next one tells TensorBoard to hide what came after `step` in those before it."""
+        """Event files cannot be cut; the next one tells TensorBoard to hide what came after `step` before it."""
         self.close()
         self._purge_step = step + 1
 

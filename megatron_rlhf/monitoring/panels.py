@@ -1,8 +1,8 @@
-"""Which metrics share a set of axes, under what title and in what unit. A metric not named here is drawn under "Other"."""
+"""Which metrics share axes, under what title and in what unit. One that is not named here is drawn under "Other"."""
 
 import fnmatch
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Group:
     """Panels under one heading."""
 
     title: str
-    panels: tuple[Panel, ...] = field(default=())
+    panels: tuple[Panel, ...]
 
 
 GROUPS = (
@@ -49,7 +49,10 @@ GROUPS = (
     ),
     Group(
         "Alignment tax",
-        (Panel("Loss on held-out pretraining text", "nats per token", {"tax/pretraining_loss": ""}),),
+        (
+            Panel("Held-out pretraining loss", "nats per token", {"tax/pretraining_loss": ""}),
+            Panel("Pretraining loss in training (ptx)", "nats per token", {"ptx/loss": ""}),
+        ),
     ),
     Group(
         "Losses",
@@ -63,8 +66,7 @@ GROUPS = (
             ),
             Panel("Policy loss", "clipped surrogate", {"policy/loss": ""}),
             Panel("Value loss", "half the squared error", {"value/loss": ""}),
-            Panel("Explained variance of the value function", "1 = perfect", {"value/explained_variance": ""}),
-            Panel("Pretraining loss (ptx)", "nats per token", {"ptx/loss": ""}),
+            Panel("Explained variance", "of the returns; 1 is perfect", {"value/explained_variance": ""}),
         ),
     ),
     Group(
@@ -81,7 +83,10 @@ GROUPS = (
             Panel(
                 "Gradient norm",
                 "before clipping",
-                {name: name.split("/")[0] for name in ("policy/grad_norm", "value/grad_norm", "sft/grad_norm", "rm/grad_norm")},
+                {
+                    name: name.split("/")[0]
+                    for name in ("policy/grad_norm", "value/grad_norm", "sft/grad_norm", "rm/grad_norm")
+                },
                 logarithmic=True,
             ),
             Panel(

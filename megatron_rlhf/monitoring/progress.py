@@ -91,7 +91,8 @@ def _clock(seconds: float) -> str:
 class PhaseTimer:
     """Adds up the seconds of a step by phase: `with timer("rollout"): ...`, then `timer.take()`.
 
-    `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read: kernels run behind Python's back.
+    `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read, as kernels run behind
+    Python's back.
     """
 
     def __init__(self, synchronize: Callable[[], object] | None = None):

@@ -73,7 +73,7 @@ def write_report(run_dir: Path) -> Path:
     config = run_dir / "config.yaml"
     page = Page(
         title=run_dir.name,
-        kind=next((kind for prefix, kind in KINDS.items() if any(n.startswith(prefix) for n in _names(records))), "Run"),
+        kind=_kind(_names(records)),
         facts=_facts(records),
         tiles=_tiles(records),
         sections=_sections(records),
@@ -104,7 +104,7 @@ def write_comparison(
             panel = panel_of(metric)
             curves = {name: curve(records, metric, panel.scale) for name, records in by_run.items()}
             if any(curves.values()):
-                section.charts.append(line_chart(panel, x, curves))
+                section.charts.append(line_chart(panel, x, curves, bands={}))
     page = Page(
         title=title,
         kind="Comparison",
@@ -123,6 +123,10 @@ def _metrics(run_dir: Path) -> Records:
 
 def _names(records: Records) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _kind(names: list[str]) -> str:
+    return next((kind for prefix, kind in KINDS.items() if any(name.startswith(prefix) for name in names)), "Run")
 
 
 def _facts(records: Records) -> list[str]:
@@ -170,7 +174,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cell(value: Any) -> str:
     match value:
         case None:
-            return "–"
+            return "\N{EN DASH}"
         case (mean, error):
             return format_measured(mean, error)
         case int() | float():

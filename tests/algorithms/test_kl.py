@@ -73,7 +73,7 @@ def test_adaptive_controller_by_hand(kl, factor):
 
 def test_adaptive_controller_takes_a_tensor_and_stays_a_float():
     controller = AdaptiveKLController(coef=0.1, target=6.0, horizon=1000)
-    controller.update(torch.tensor(60.0), n=500)
+    controller.update(torch.tensor(6.6), n=500)
     assert type(controller.coef) is float
 
 

@@ -56,7 +56,12 @@ def ppo_run(tmp_path: Path) -> Callable[..., Path]:
         for step in range(1, steps + 1):
             metrics.log(step, ppo_metrics(step, steps, noise))
             if step == 1 or step % 10 == 0:
-                row = {"prompt": f"Question at {step}?", "response": f"Answer {step}.", "score": step / steps, "kl": 1.5}
+                row = {
+                    "prompt": f"Question at {step}?",
+                    "response": f"Answer {step}.",
+                    "score": step / steps,
+                    "kl": 1.5,
+                }
                 samples.log(step, [row, row])
         (run_dir / "config.yaml").write_text("policy:\n  learning_rate: 1.0e-06\n")
         return run_dir

@@ -1,0 +1,231 @@
+"""Save and load roles with Megatron-Core's distributed checkpoints; a checkpoint is whole or it is not there.
+
+A checkpoint is a folder `step_N` with one folder a role (`policy`, `policy_ema`, `value`, `reward`) and `meta.json`: the
+models' shapes and the trainer's own state. It is written aside and renamed, so a torn one is never picked up.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions
+from megatron_rlhf.models.roles import Role
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+FORMAT = 1
+_ENUMS: dict[str, type[Enum]] = {"positions": Positions, "norm": Norm, "activation": Activation}
+
+
+@dataclasses.dataclass
+class SavedRole:
+    """What of a role goes into a checkpoint."""
+
+    role: Role
+    optimizer: MegatronOptimizer | None = None
+
+
+@contextlib.contextmanager
+def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint into; on leaving it becomes `folder`, is named by `latest`, and old ones go.
+
+    Collective. An exception leaves no trace of the checkpoint.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    try:
+        yield temporary
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    dist.barrier()
+    if first:
+        _publish(temporary, folder)
+        _delete_old(folder.parent, keep_last, folder)
+    dist.barrier()
+
+
+def save_role(folder: Path, saved: SavedRole) -> None:
+    """Write one role's weights, and its optimizer's state and random state where it is trained. Collective."""
+    target = folder / saved.role.name
+    if dist.get_rank() == 0:
+        target.mkdir(parents=True)
+    dist.barrier()
+    with saved.role.layout:
+        dist_checkpointing.save(_sharded_state(saved, is_loading=False), str(target))
+
+
+def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
+    """`meta.json`, last: shapes of the roles, layouts, and the trainer's state (JSON)."""
+    if dist.get_rank() == 0:
+        content = {
+            "format": FORMAT,
+            "roles": {
+                name: {"model": model_to_json(role.model), "scalar": role.scalar, "layout": layout_signature(role)}
+                for name, role in roles.items()
+            },
+            "state": dict(state),
+        }
+        (folder / META).write_text(json.dumps(content, indent=1))
+    dist.barrier()
+
+
+def load_role(folder: Path, saved: SavedRole, from_role: str | None = None) -> None:
+    """Fill a role from a checkpoint written at any layout; `from_role` reads another role's weights. Collective."""
+    name = from_role or saved.role.name
+    source = folder / name
+    with saved.role.layout:
+        state = _sharded_state(saved, is_loading=True, with_random=_same_layout(folder, name, saved.role))
+        loaded = dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        for key, chunk in _keyed(saved.role).items():
+            _unwrapped(chunk).load_state_dict(loaded[key], strict=True)
+        if saved.optimizer is not None:
+            saved.optimizer.load_state_dict(loaded["optimizer"])
+            if "random" in loaded:
+                _restore_random_state(loaded["random"])
+
+
+def find_checkpoint(path: str | Path, key: str) -> Path:
+    """The checkpoint folder that a user means: a step folder itself, or the newest one of a run folder.
+
+    Raises:
+        UserError: naming `key`, when the path holds no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{key}={path}: no such folder")
+    if (path / META).is_file():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (root / "best" / META).is_file() and not (root / "latest").is_file():
+        return root / "best"
+    newest = latest(root)
+    if newest is None:
+        raise UserError(
+            f"{key}={path} is neither a checkpoint ({META}), nor a run folder with checkpoints/, nor a Hugging Face "
+            "folder (config.json)"
+        )
+    return newest
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`: the one `latest` names, else the highest step."""
+    pointer = root / "latest"
+    if pointer.is_file() and (root / pointer.read_text().strip() / META).is_file():
+        return root / pointer.read_text().strip()
+    whole = [step for step in _steps(root) if (step / META).is_file()]
+    return whole[-1] if whole else None
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of a checkpoint, checked for its format."""
+    try:
+        meta = json.loads((folder / META).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / META}:{error.lineno}: broken JSON: {error.msg}") from error
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{folder / META}: format {meta.get('format')}, this version reads format {FORMAT}")
+    return meta
+
+
+def model_to_json(model: ModelConfig) -> dict[str, Any]:
+    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(model).items()}
+
+
+def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(**{k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()})
+
+
+def layout_signature(role: Role) -> str:
+    """Layouts with the same signature draw the same random numbers on the same ranks."""
+    parallel = role.layout.config
+    return f"{role.layout.describes} x virtual {parallel.virtual_stages} x sequence {parallel.sequence}"
+
+
+def _same_layout(folder: Path, name: str, role: Role) -> bool:
+    return read_meta(folder)["roles"].get(name, {}).get("layout") == layout_signature(role)
+
+
+def _keyed(role: Role) -> dict[str, torch.nn.Module]:
+    # Megatron-Core's convention for the keys of one and of several chunks; its optimizers rely on it.
+    if len(role.chunks) == 1:
+        return {"model": role.chunks[0]}
+    return {f"model{i}": chunk for i, chunk in enumerate(role.chunks)}
+
+
+def _unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    return getattr(chunk, "module", chunk)
+
+
+def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": saved.role.layout.groups.dp_cp,
+    }
+    state: dict[str, Any] = {
+        key: _unwrapped(chunk).sharded_state_dict(metadata=metadata) for key, chunk in _keyed(saved.role).items()
+    }
+    if saved.optimizer is not None:
+        state["optimizer"] = saved.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        if with_random:
+            rank, world = dist.get_rank(), dist.get_world_size()
+            random = None if is_loading else _random_state()
+            state["random"] = ShardedObject("random", random, (world,), (rank,), replica_id=0)
+    return state
+
+
+def _random_state() -> dict[str, Any]:
+    return {"default": torch.cuda.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.cuda.set_rng_state(state["default"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _steps(root: Path) -> list[Path]:
+    found = [(int(m.group(1)), p) for p in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    if folder.name.startswith("step_"):
+        pointer = folder.parent / ".latest.writing"
+        pointer.write_text(folder.name)
+        pointer.replace(folder.parent / "latest")
+
+
+def _delete_old(root: Path, keep_last: int, newest: Path) -> None:
+    if keep_last > 0 and newest.name.startswith("step_"):
+        for old in _steps(root)[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)

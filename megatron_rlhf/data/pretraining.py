@@ -1,0 +1,228 @@
+"""Pretraining text for the ptx mix, in Megatron's own format: token files (.bin, .idx) read by its GPTDataset."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.records import read_records
+from megatron_rlhf.data.text_files import Progress
+from megatron_rlhf.data.tokenizer import Tokenizer
+
+PROBE_TOKENS = 2**20
+"""So many tokens at the head of a foreign token file are checked against the tokenizer."""
+
+
+class TokenSequences:
+    """Shuffled sequences of text, documents packed one after the other, each closed by the end of text."""
+
+    def __init__(self, dataset: GPTDataset):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        """At least the number of sequences asked for."""
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Long tensor [sequence_length + 1]: inputs are all but the last token, labels all but the first."""
+        item = self._dataset[index]
+        return torch.cat([item["tokens"], item["labels"][-1:]])
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """Training and held-out sequences of one corpus, which share no document."""
+
+    train: TokenSequences
+    held_out: TokenSequences | None
+
+
+@dataclass(frozen=True)
+class CorpusSize:
+    """What a tokenised corpus holds."""
+
+    documents: int
+    tokens: int
+    """With one end of text a document."""
+
+
+def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator[str]:
+    """The field `text` of each record that is not blank; see `read_records`, and `split_documents` for .txt files."""
+    for record in read_records(source, progress=progress):
+        text = record.text("text")
+        if text.strip():
+            yield text
+
+
+def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_prefix: str | Path) -> CorpusSize:
+    """Tokenises texts into Megatron's `.bin` and `.idx`: a document a text, each closed by the end of text.
+
+    A third file, `.json`, names the tokenizer, so that `load_pretraining` can refuse another one. The files appear
+    under their names only when complete. Memory use does not grow with the corpus.
+
+    Raises:
+        UserError: There is no text, or the files cannot be written.
+    """
+    prefix = Path(output_prefix).expanduser()
+    _writable_folder(prefix.parent)
+    unfinished = f"{prefix}.{os.getpid()}.unfinished"
+    builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    try:
+        tokens = 0
+        for ids in tokenizer.encode_stream(texts):
+            document = torch.from_numpy(np.append(ids, np.int32(tokenizer.eos_id)))
+            builder.add_document(document, [len(document)])
+            tokens += len(document)
+        size = CorpusSize(len(builder.document_indices) - 1, tokens)
+        if not size.documents:
+            raise UserError(f"{prefix}: no text to tokenise")
+        builder.finalize(f"{unfinished}.idx")
+        about = {"tokenizer": tokenizer.fingerprint, "documents": size.documents, "tokens": size.tokens}
+        Path(f"{unfinished}.json").write_text(json.dumps(about))
+        for suffix in (".json", ".bin", ".idx"):  # .idx last: with it the corpus counts as there
+            os.replace(unfinished + suffix, f"{prefix}{suffix}")
+    finally:
+        builder.data_file.close()
+        for suffix in (".json", ".bin", ".idx"):
+            Path(unfinished + suffix).unlink(missing_ok=True)
+    return size
+
+
+def load_pretraining(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    samples: int,
+    seed: int,
+    cache_dir: str | Path,
+    held_out_fraction: float = 0.0,
+    is_builder: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+) -> PretrainingData:
+    """Makes at least `samples` training sequences and one epoch of held-out ones. Every rank of the world calls it.
+
+    Args:
+        source: The prefix of `.bin` and `.idx` files, or text (see `read_texts`), which is tokenised into `cache_dir`
+            the first time and found there later.
+        samples: Training sequences the run will ask for; a small corpus is repeated, each epoch in another order.
+        seed: Of the order of documents and of sequences.
+        cache_dir: For tokenised text and Megatron's indices; all ranks must see the same folder.
+        held_out_fraction: The share of tokens, in whole documents from the corpus's end, never trained on; if positive,
+            at least one sequence. With 0 there is no held-out part.
+        is_builder: True on global rank 0 alone: it writes, the others wait at `barrier` and read.
+        barrier: Waits for all ranks. Not needed with one.
+
+    Raises:
+        UserError: A mistake in the source, a corpus smaller than a sequence, tokens of another tokenizer, or a
+            `cache_dir` that cannot be written.
+    """
+    assert samples > 0, samples
+    assert 0 <= held_out_fraction < 1, held_out_fraction
+    cache = _writable_folder(cache_dir)
+    prefix = _tokenised_prefix(source, tokenizer, cache)
+    try:
+        if is_builder and not IndexedDataset.exists(str(prefix)):
+            build_indexed_dataset(read_texts(source), tokenizer, prefix)
+    finally:
+        barrier()  # also when the builder fails: the others must not wait for a rank that is gone
+    if not IndexedDataset.exists(str(prefix)):
+        raise UserError(
+            f"{source}: not tokenised into {cache}; rank 0's log says why, or this rank sees another folder"
+        )
+    lengths = _document_lengths(prefix, tokenizer)
+    held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
+    trained = int(lengths[: len(lengths) - held_out].sum())
+    if trained < sequence_length + 1:
+        raise UserError(
+            f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
+            f"them held out), less than one sequence of {sequence_length} + 1; give more text or a shorter sequence"
+        )
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend=([str(prefix)], None),
+        split=f"{len(lengths) - held_out},{held_out},0",  # counts of documents, as Megatron takes any proportion
+        path_to_cache=str(cache / "indices"),
+        tokenizer=_TokenizerStandIn(tokenizer, prefix),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config).build()
+    return PretrainingData(TokenSequences(train), TokenSequences(valid) if held_out else None)
+
+
+class _TokenizerStandIn:
+    """What GPTDataset needs of a tokenizer. It names no padding: Megatron would take those tokens out of the text."""
+
+    def __init__(self, tokenizer: Tokenizer, prefix: Path):
+        self.vocab_size = tokenizer.vocab_size
+        self.eod = tokenizer.eos_id
+        # Part of the name of the cached indices, so that they are made anew when the token files are.
+        self.unique_identifiers = {"corpus": _stamp(Path(f"{prefix}.idx")) + _stamp(Path(f"{prefix}.bin"))}
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.absolute()} {status.st_size} {status.st_mtime_ns} "
+
+
+def _writable_folder(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{folder}: this folder cannot be written to")
+    return path
+
+
+def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> Path:
+    """Where the source's token files are, or are to be. The cache's names change with the text and the tokenizer."""
+    path = Path(source).expanduser()
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if IndexedDataset.exists(str(prefix)):
+        return prefix
+    if path.suffix in (".bin", ".idx"):
+        raise UserError(f"{source}: both {prefix.name}.bin and {prefix.name}.idx are needed; one of them is missing")
+    identity = (_stamp(path) if path.exists() else str(source)) + tokenizer.fingerprint
+    return cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """Tokens of each document, after making sure, as far as can be told, that they are this tokenizer's."""
+    advice = "make it anew with tools/prepare_data.py pretraining and this run's tokenizer"
+    about = Path(f"{prefix}.json")
+    if about.exists() and json.loads(about.read_text()).get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{prefix}: was made with another tokenizer than this run's; {advice}")
+    try:
+        corpus = IndexedDataset(str(prefix))
+        lengths = corpus.sequence_lengths.copy()  # the original lies in a file that is unmapped with `corpus`
+        head = max(1, int(np.searchsorted(np.cumsum(lengths), PROBE_TOKENS)))
+        largest = max((int(ids.max()) for ids in corpus[:head] if len(ids)), default=0)
+    except (AssertionError, ValueError, OSError) as error:
+        raise UserError(f"{prefix}: not a Megatron .bin and .idx, or broken ({error}); {advice}") from error
+    if largest >= tokenizer.vocab_size:
+        raise UserError(f"{prefix}: holds token {largest}, the tokenizer has {tokenizer.vocab_size}; {advice}")
+    return lengths
+
+
+def _held_out_documents(lengths: npt.NDArray[np.int32], fraction: float, sequence_length: int) -> int:
+    """How many documents at the end hold the fraction of all tokens, and one sequence at least."""
+    if not fraction:
+        return 0
+    from_end = np.cumsum(lengths[::-1], dtype=np.int64)
+    wanted = max(fraction * from_end[-1], sequence_length + 1)
+    return min(int(np.searchsorted(from_end, wanted)) + 1, len(lengths))

@@ -1,0 +1,1 @@
+"""Megatron-Core's GPT in the four roles of RLHF: policy, reference, reward and value model."""

@@ -1,0 +1,1 @@
+"""The policy answers prompts; the other roles judge the answers."""

@@ -1,0 +1,158 @@
+"""Sampling responses from the model that trains, with a key/value cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.models.attention import KeyValueCache
+from megatron_rlhf.models.gpt import PADDED_LOGIT
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
+from megatron_rlhf.rollout.sampling import Sampler
+from megatron_rlhf.rollout.types import Completion
+
+
+def generate(
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    keys: Tensor,
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+) -> list[Completion]:
+    """Sample one response a prompt, on every rank of this data-parallel replica together.
+
+    Args:
+        prompts: token ids, any lengths; prompt and longest response must fit the model's context.
+        keys: [number of prompts] random keys (`sampling.row_keys`); a row's text depends on its key and prompt alone.
+
+    As many batches as there are pipeline stages are in flight, so that no stage waits for the sampled token of another.
+    """
+    assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
+    device = collectives.device()
+    # Prompts of like length share a batch, so little is spent on padding; it does not change what is sampled.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    completions: dict[int, Completion] = {}
+    in_flight = role.layout.config.pipeline
+    with role.evaluating(decoding=True):
+        for start in range(0, len(batches), in_flight):
+            decoders = [
+                Decoder(role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids))
+                for rows in batches[start : start + in_flight]
+            ]
+            while active := [decoder for decoder in decoders if decoder.unfinished]:
+                forward_backward(
+                    role.chunks, [decoder.microbatch() for decoder in active], role.layout, forward_only=True
+                )
+                for decoder in active:
+                    decoder.advance()
+            for decoder in decoders:
+                completions |= decoder.completions()
+    return [completions[i] for i in range(len(prompts))]
+
+
+@dataclass
+class Decoder:
+    """One batch being decoded. Prompts are padded on the left, so that every row's next token has the same slot."""
+
+    role: Role
+    indices: list[int]
+    prompts: list[Sequence[int]]
+    keys_b: Tensor
+    config: SamplingConfig
+    stop_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        device = self.keys_b.device
+        lengths = [len(prompt) for prompt in self.prompts]
+        width, limit = max(lengths), self.config.max_response_tokens
+        self.pads_b = torch.tensor([width - n for n in lengths], device=device)
+        self.has_padding = min(lengths) < width
+        self.next_tokens = torch.zeros(len(lengths), width, dtype=torch.long)
+        for row, prompt in enumerate(self.prompts):
+            self.next_tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        self.next_tokens = self.next_tokens.to(device)
+        self.slots = torch.arange(width + limit, device=device)
+        self.cache = KeyValueCache(capacity=width + limit)
+        self.sampler = Sampler(self.config.temperature, self.config.top_k, self.config.top_p)
+        self.stops = torch.tensor(self.stop_ids, device=device)
+        self.rows_b = torch.arange(len(lengths), device=device)  # rows still decoded, of those we started with
+        self.tokens_bt = torch.zeros(len(lengths), limit, dtype=torch.long, device=device)
+        self.logprobs_bt = torch.zeros(len(lengths), limit, device=device)
+        self.lengths_b = torch.zeros(len(lengths), dtype=torch.long, device=device)
+        self.stopped_b = torch.zeros(len(lengths), dtype=torch.bool, device=device)
+        self.step = 0
+        # Filled by the last stage, then broadcast: token (exact in fp64) and log-probability of every decoded row.
+        self.sampled = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
+
+    @property
+    def unfinished(self) -> bool:
+        return len(self.rows_b) > 0
+
+    def microbatch(self) -> Microbatch:
+        """The forward pass that yields the next token of every unfinished row."""
+        start, count = self.cache.length, self.next_tokens.shape[1]
+        query = self.slots[start : start + count]
+        positions = (query - self.pads_b.unsqueeze(-1)).clamp(min=0)
+        self.cache.position_ids_bs = positions
+        inference = {
+            "position_ids": positions,
+            "attention_mask": self._attention_mask(query, start + count),
+            "inference_context": self.cache,
+        }
+        return Microbatch(self.next_tokens, self._sample, inference)
+
+    def _attention_mask(self, query: Tensor, length: int) -> Tensor | None:
+        """[b, 1, queries, keys], True = attend: causal, and not to padding. None where nothing is hidden or all is causal."""
+        if not self.has_padding:
+            return None
+        key = self.slots[:length]
+        visible = (key <= query.unsqueeze(-1)) & (key >= self.pads_b.view(-1, 1, 1))
+        itself = key == query.unsqueeze(-1)  # a padding row attends to itself: a softmax over nothing is NaN
+        return (visible | itself).unsqueeze(1)
+
+    def _sample(self, logits_b1v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_bv = logits_b1v[:, -1, : self.role.model.vocab_size]
+        if self.step < self.config.min_response_tokens - 1:
+            logits_bv = logits_bv.index_fill(-1, self.stops, PADDED_LOGIT)
+        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b, torch.full_like(self.keys_b, self.step))
+        self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])
+        return logits_b1v.new_zeros(()), {}
+
+    def advance(self) -> None:
+        """Take in the sampled tokens, on all stages."""
+        self.sampled = collectives.from_last_stage(self.sampled, self.role.layout)
+        tokens_b, logprobs_b = self.sampled[0].long(), self.sampled[1].float()
+        rows = self.rows_b
+        self.tokens_bt[rows, self.step] = tokens_b
+        self.logprobs_bt[rows, self.step] = logprobs_b
+        self.lengths_b[rows] += 1
+        stopped_b = torch.isin(tokens_b, self.stops)
+        self.stopped_b[rows] = stopped_b
+        self.cache.length += self.next_tokens.shape[1]
+        self.next_tokens = tokens_b.unsqueeze(-1)
+        self.step += 1
+        if self.step == self.config.max_response_tokens:
+            self._keep(torch.zeros_like(stopped_b))
+        elif stopped_b.any():
+            self._keep(~stopped_b)
+
+    def _keep(self, keep_b: Tensor) -> None:
+        rows = keep_b.nonzero().squeeze(-1)
+        self.rows_b, self.keys_b, self.pads_b = self.rows_b[rows], self.keys_b[rows], self.pads_b[rows]
+        self.next_tokens, self.sampled = self.next_tokens[rows], self.sampled[:, rows]
+        self.cache.keep_rows(rows)
+
+    def completions(self) -> dict[int, Completion]:
+        """Finished responses by their index among all prompts."""
+        tokens, logprobs, lengths, stopped = (
+            x.tolist() for x in (self.tokens_bt, self.logprobs_bt, self.lengths_b, self.stopped_b)
+        )
+        return {
+            index: Completion(tokens[row][: lengths[row]], logprobs[row][: lengths[row]], stopped[row])
+            for row, index in enumerate(self.indices)
+        }

@@ -1,0 +1,84 @@
+"""Choosing the next token. Its randomness depends on what is sampled, never on which rank or batch samples it.
+
+Shapes: logits [b, v] over the whole vocabulary; one key a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Temperature, top-k and top-p sampling with counter-based random numbers.
+
+    A token is argmax_v log p_v - log(e_v) with independent exponentials e_v, which is a draw from p (the Gumbel-max trick).
+    Each e_v is a hash of (row key, position, v). Rounding differences between layouts change the outcome only where two
+    candidates tie to within rounding, where an inverse-CDF draw would also move with every sum before it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits_bv: Tensor, keys_b: Tensor, positions_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature), before top-k and top-p.
+
+        The unfiltered log-probability is the one that training recomputes. temperature 0 takes the likeliest token.
+        """
+        logprobs_bv = torch.log_softmax(logits_bv.float() / (self.temperature or 1.0), dim=-1)
+        if self.temperature == 0:
+            tokens_b = logprobs_bv.argmax(dim=-1)
+        else:
+            candidates_bv = filter_top_p(filter_top_k(logprobs_bv, self.top_k), self.top_p)
+            uniform_bv = uniform_numbers(mix(keys_b, positions_b), logits_bv.shape[-1])
+            tokens_b = (candidates_bv - uniform_bv.log_().neg_().log_()).argmax(dim=-1)
+        return tokens_b, logprobs_bv.gather(-1, tokens_b.unsqueeze(-1)).squeeze(-1)
+
+
+def filter_top_k(logits: Tensor, k: int) -> Tensor:
+    """Everything below the k-th largest logit becomes -inf; k = 0 keeps all."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def filter_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020); p = 1 keeps all."""
+    if p >= 1:
+        return logits
+    ordered, indices = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # a token stays if those before it do not reach p
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, before >= p)
+    return logits.masked_fill(drop, -torch.inf)
+
+
+def row_keys(seed: int, iteration: int, prompt_ids: Tensor, sample_indices: Tensor) -> Tensor:
+    """One 32-bit key a row, from what is sampled: run, iteration, prompt, and which of its samples."""
+    base = torch.full_like(prompt_ids, seed & _MASK)
+    return mix(mix(mix(base, torch.full_like(prompt_ids, iteration)), prompt_ids), sample_indices)
+
+
+def mix(keys: Tensor, values: Tensor) -> Tensor:
+    """Hash a value into a 32-bit key (int64 tensors)."""
+    return _scramble((_scramble(keys ^ 0x9E3779B9) + (values & _MASK) * 0x85EBCA6B) & _MASK)
+
+
+def uniform_numbers(keys_b: Tensor, count: int) -> Tensor:
+    """[b, count] numbers in (0, 1), fp32, from keys [b]: number j hashes (key, j)."""
+    counters = torch.arange(1, count + 1, device=keys_b.device) * 0x9E3779B1
+    bits = _scramble((keys_b.unsqueeze(-1) + counters) & _MASK)
+    # 24 bits fit an fp32 mantissa; the half keeps 0 and 1 out.
+    return ((bits >> 8).float() + 0.5) * 2.0**-24
+
+
+def _scramble(x: Tensor) -> Tensor:
+    # A 32-bit integer finaliser in int64 arithmetic: xor-shifts and odd multipliers, each invertible modulo 2**32.
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,133 @@
+"""What a rollout holds, field by field.
+
+Legend: b = episodes (the whole batch, on every rank), s = prompt and response padded on the right, t = response positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Of each token, as sampled: temperature applied, before top-k and top-p."""
+    stopped: bool
+    """It ended with a stop token, not at the length limit."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Prompts and responses as tensors."""
+
+    tokens_bs: Tensor
+    """Prompt then response, padded on the right."""
+    prompt_lengths_b: Tensor
+    response_lengths_b: Tensor
+    """Tokens kept, the stop token included."""
+    stopped_b: Tensor
+    """bool: ended with a stop token."""
+
+    @classmethod
+    def pack(
+        cls, prompts: list[list[int]], completions: list[Completion], pad_id: int, device: torch.device
+    ) -> "Responses":
+        rows = [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]
+        tokens = torch.full((len(rows), max(map(len, rows))), pad_id, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+        return cls(
+            tokens_bs=tokens.to(device),
+            prompt_lengths_b=torch.tensor([len(prompt) for prompt in prompts], device=device),
+            response_lengths_b=torch.tensor([len(c.tokens) for c in completions], device=device),
+            stopped_b=torch.tensor([c.stopped for c in completions], device=device),
+        )
+
+    @property
+    def mask_bt(self) -> Tensor:
+        """bool: a response token stands here."""
+        return torch.arange(int(self.response_lengths_b.max()), device=self.tokens_bs.device) < (
+            self.response_lengths_b.unsqueeze(-1)
+        )
+
+    @property
+    def positions_bt(self) -> Tensor:
+        """Sequence position whose output predicts response token t: prompt_length - 1 + t, kept inside the sequence."""
+        steps = torch.arange(int(self.response_lengths_b.max()), device=self.tokens_bs.device)
+        positions = self.prompt_lengths_b.unsqueeze(-1) - 1 + steps
+        return positions.clamp(max=self.tokens_bs.shape[1] - 2)
+
+    @property
+    def last_b(self) -> Tensor:
+        """Sequence position of the last response token, where the reward is read."""
+        return self.prompt_lengths_b + self.response_lengths_b - 1
+
+    def at_response(self, values_bs: Tensor) -> Tensor:
+        """Pick [b, t] out of [b, s] or [b, s - 1]: 0 where the response has ended."""
+        picked = values_bs.gather(1, self.positions_bt.clamp(max=values_bs.shape[1] - 1))
+        return torch.where(self.mask_bt, picked, 0.0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's episodes as all four roles see them. Log-probabilities are at the sampling temperature."""
+
+    responses: Responses
+    sampled_logprobs_bt: Tensor
+    """As the sampler saw them, token by token."""
+    logprobs_bt: Tensor
+    """The policy's, recomputed in one pass: the "old" log-probabilities of the update."""
+    ref_logprobs_bt: Tensor
+    """The reference's."""
+    values_bt: Tensor
+    """The value model's, before each token."""
+    scores_b: Tensor
+    """The reward model's, at the last token."""
+
+    @property
+    def mask_bt(self) -> Tensor:
+        return self.responses.mask_bt
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from: one row an episode."""
+
+    tokens_bs: Tensor
+    positions_bt: Tensor
+    mask_bt: Tensor
+    logprobs_bt: Tensor
+    values_bt: Tensor
+    advantages_bt: Tensor
+    returns_bt: Tensor
+
+    @classmethod
+    def of(cls, rollout: Rollout, advantages_bt: Tensor, returns_bt: Tensor) -> "Experience":
+        responses = rollout.responses
+        return cls(
+            responses.tokens_bs,
+            responses.positions_bt,
+            rollout.mask_bt,
+            rollout.logprobs_bt,
+            rollout.values_bt,
+            advantages_bt,
+            returns_bt,
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens_bs)
+
+    def rows(self, indices: Tensor | slice) -> "Experience":
+        """Some of the episodes."""
+        return Experience(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+    def minibatches(self, size: int, seed: tuple[int, ...]) -> Iterator["Experience"]:
+        """Shuffled minibatches; `seed` is hashed, so (run seed, step, epoch) gives the same order on every rank."""
+        generator = torch.Generator().manual_seed(hash(seed) % 2**63)
+        for indices in torch.randperm(len(self), generator=generator).split(size):
+            yield self.rows(indices.to(self.tokens_bs.device))

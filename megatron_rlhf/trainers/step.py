@@ -1,0 +1,193 @@
+"""One update of one role: accumulate over microbatches, clip, Adam, moving average; non-finite gradients are skipped."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig as MegatronOptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from megatron_rlhf.config.model import Precision
+from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
+
+log = logging.getLogger(__name__)
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
+@dataclass
+class Update:
+    """What one update did. `statistics` are global: summed over microbatches and data-parallel ranks."""
+
+    statistics: dict[str, float]
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class TrainedRole:
+    """A role with gradients and an optimizer. Losses arrive normalised by global counts, so gradients are summed, not averaged."""
+
+    role: Role
+    optimizer: MegatronOptimizer
+    max_skipped: int
+    average: "MovingAverage | None" = None
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        role: Role,
+        config: OptimizerConfig,
+        precision: Precision,
+        max_skipped: int = 5,
+        ema_decay: float = 0.0,
+    ) -> "TrainedRole":
+        """Wrap the role's chunks for data parallelism and build Megatron-Core's optimizer for them. Collective."""
+        layout = role.layout
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.config.distributed_optimizer
+        )
+        with layout:
+            average = MovingAverage(role, ema_decay) if ema_decay else None
+            role.chunks = [
+                DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=layout.groups)
+                for chunk in role.chunks
+            ]
+            for chunk in role.chunks:
+                chunk.broadcast_params()
+                _keep_padding_between_buckets(chunk)
+            optimizer = _build_optimizer(role, config, precision)
+        transformer_config = role.chunks[0].config
+        transformer_config.finalize_model_grads_func = _finalize
+        transformer_config.grad_scale_func = optimizer.scale_loss
+        return cls(role, optimizer, max_skipped, average)
+
+    def update(self, microbatches: Sequence[Microbatch], lr: float) -> Update:
+        """One optimizer step on the sum of the microbatches' losses."""
+        layout = self.role.layout
+        for chunk in self.role.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        statistics = forward_backward(self.role.chunks, microbatches, layout)
+        totals = collectives.reduce_statistics(statistics, layout)
+        with layout:
+            grad_norm, skipped = self._apply_gradients(lr)
+        self._count_skips(skipped, grad_norm, totals)
+        if self.average is not None and not skipped:
+            self.average.update()
+        return Update(totals, grad_norm, skipped)
+
+    @torch.no_grad()
+    def _apply_gradients(self, lr: float) -> tuple[float, bool]:
+        optimizer = self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        overflow = optimizer.prepare_grads()
+        grad_norm = float("inf") if overflow else float(optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm, True
+        for part in optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if part.config.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
+        return grad_norm, False
+
+    def _count_skips(self, skipped: bool, grad_norm: float, statistics: dict[str, float]) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        bad = [f"{name} = {value}" for name, value in statistics.items() if not math.isfinite(value)]
+        cause = f"{self.role.name}: gradient norm {grad_norm}" + (f"; {', '.join(bad)}" if bad else "")
+        log.warning("update skipped, %s (%d in a row)", cause, self.skipped_in_a_row)
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise TrainingDiverged(
+                f"{self.skipped_in_a_row} updates in a row were skipped (run.max_skipped_steps={self.max_skipped}); {cause}. "
+                "Lower the learning rate, or look at the data of these steps."
+            )
+
+
+@dataclass
+class MovingAverage:
+    """Exponential moving average of a role's weights, in fp32 (InstructGPT, appendix C.4: decay 0.992)."""
+
+    role: Role
+    decay: float
+    shadows: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Taken before the chunks are wrapped, so that names are the model's own.
+        self.shadows = [
+            {name: p.detach().float().clone() for name, p in chunk.named_parameters()} for chunk in self.role.chunks
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- decay * average + (1 - decay) * weights."""
+        for chunk, shadow in zip(self.role.chunks, self.shadows, strict=True):
+            for name, parameter in chunk.module.named_parameters():
+                shadow[name].lerp_(parameter.float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged with the current weights; a second call undoes it."""
+        for chunk, shadow in zip(self.role.chunks, self.shadows, strict=True):
+            for name, parameter in chunk.module.named_parameters():
+                current = parameter.detach().float().clone()
+                parameter.copy_(shadow[name])
+                shadow[name] = current
+
+
+def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
+    # Megatron-Core 0.16.1 drops the padding between gradient buckets when it gathers the optimizer's state for a fully
+    # reshardable checkpoint, yet cuts parameters out of it at offsets that count the padding: with tied embeddings (a
+    # bucket of their own) whose size is no multiple of 128, moments of other weights are saved. Calling padding content
+    # makes both agree.
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    # Losses are normalised already: leave out Megatron-Core's division by a token count.
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer:
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_norm,
+        bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
+        fp16=precision is Precision.fp16,
+        params_dtype=role.chunks[0].config.params_dtype,
+        use_distributed_optimizer=role.layout.config.distributed_optimizer,
+    )
+    return get_megatron_optimizer(
+        megatron_config,
+        list(role.chunks),
+        config_overrides=get_standard_config_overrides(megatron_config),  # no weight decay on biases and norms
+        use_gloo_process_groups=False,
+        pg_collection=role.layout.groups,
+    )

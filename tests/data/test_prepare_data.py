@@ -1,0 +1,68 @@
+"""The command line of tools/prepare_data.py: what it writes, prints and answers to a mistake."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_rlhf.data.tokenizer import load_tokenizer
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_tokenizer_then_pretraining(run, tmp_path, write_records, capsys):
+    records = write_records({"text": "the cat sat"}, {"text": "the cat ran"})
+    (tmp_path / "b.txt").write_text("the dog sat")
+    assert run("tokenizer", "--input", records, "--vocab-size", 265, "--output", tmp_path / "tok") == 0
+    assert load_tokenizer(tmp_path / "tok").vocab_size == 265
+    files = ("--input", records, tmp_path / "b.txt")
+    assert run("pretraining", *files, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "corpus") == 0
+    assert len(IndexedDataset(str(tmp_path / "corpus"))) == 3
+    printed = capsys.readouterr()
+    assert "265 tokens, end of text 1, padding 0" in printed.out
+    assert "3 documents" in printed.out
+    assert "100%" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "options", "expected"),
+    [
+        ("demonstrations", {"q": "ab", "a": "cd"}, ("--column", "prompt={q}\\n", "--column", "response={a}"), "most 3"),
+        ("comparisons", {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]}, (), "no tie: 2"),
+        ("prompts", {"prompt": "abcd", "user": "u"}, ("--max-prompt-tokens", 4), "users: 1"),
+    ],
+)
+def test_check(run, tokenizer, tmp_path, write_records, capsys, kind, record, options, expected):
+    tokenizer.save(tmp_path / "tok")
+    path = write_records(record)
+    assert run("check", kind, "--input", path, "--tokenizer", tmp_path / "tok", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"{path}: 1 kept; dropped: none" in printed
+    assert expected in printed
+
+
+def test_mistake_is_one_message_and_exit_code_2(run, tokenizer, tmp_path, write_records, capsys):
+    tokenizer.save(tmp_path / "tok")
+    path = write_records({"prompt": "a", "response": ""})
+    assert run("check", "demonstrations", "--input", path, "--tokenizer", tmp_path / "tok") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"{path}, line 1: column 'response' has an empty response")
+    assert printed.err.count("\n") == 1
+    assert run("check", "prompts", "--input", path, "--tokenizer", tmp_path / "tok", "--column", "x") == 2
+    assert "--column 'x': write NAME=TEMPLATE" in capsys.readouterr().err
+
+
+def test_help_teaches(run, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run("--help")
+    assert exit_.value.code == 0
+    assert "check demonstrations --input" in capsys.readouterr().out

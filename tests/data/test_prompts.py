@@ -1,0 +1,80 @@
+"""Prompts: stable ids, limits, duplicates, and splits that keep users apart."""
+
+import pytest
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.prompts import load_prompts, split_by_user
+from megatron_rlhf.data.tokenizer import load_tokenizer
+
+
+def test_ids_are_places_in_the_source_whatever_is_dropped(tokenizer, write_records):
+    path = write_records({"prompt": "much too long"}, {"prompt": "ab", "user": "eva"}, {"prompt": "c", "user": None})
+    prompts = load_prompts(path, tokenizer, max_prompt_tokens=2)
+    assert [(prompt.id, prompt.text, prompt.user) for prompt in prompts] == [(1, "ab", "eva"), (2, "c", None)]
+    assert prompts[0].tokens.tolist() == tokenizer.encode("ab")
+    assert prompts.dropped == {"prompt_too_long": 1}
+
+
+def test_user_limit_keeps_the_first_and_spares_prompts_without_user(tokenizer, write_records):
+    users = ["a", "a", "b", "a", None, None, None]
+    path = write_records(*({"prompt": f"p{i}", "user": user} for i, user in enumerate(users)))
+    prompts = load_prompts(path, tokenizer, 10, max_per_user=2)
+    assert [prompt.id for prompt in prompts] == [0, 1, 2, 4, 5, 6]
+    assert prompts.dropped == {"over_user_limit": 1}
+
+
+def test_duplicates_by_prefix(tokenizer, write_records):
+    path = write_records(*({"prompt": text} for text in ["abcX", "abcY", "abd", "abc", "abc", "ab", "ab"]))
+    assert len(load_prompts(path, tokenizer, 10)) == 7
+    prompts = load_prompts(path, tokenizer, 10, deduplicate_prefix_tokens=3)
+    assert [prompt.text for prompt in prompts] == ["abcX", "abd", "ab"]
+    assert prompts.dropped == {"duplicate": 4}
+
+
+def test_split_by_user_is_disjoint_complete_and_stable(tokenizer, write_records):
+    records = [{"prompt": f"p{i}", "user": f"u{i % 200}"} for i in range(400)] + [
+        {"prompt": f"q{i}"} for i in range(50)
+    ]
+    prompts = load_prompts(write_records(*records), tokenizer, 10)
+    parts = split_by_user(prompts, (0.8, 0.1, 0.1), seed=3)
+    assert sorted(prompt.id for part in parts for prompt in part) == list(range(450))
+    users = [{prompt.user for prompt in part} - {None} for part in parts]
+    assert not users[0] & users[1]
+    assert not users[0] & users[2]
+    assert not users[1] & users[2]
+    assert 0.7 < len(parts[0]) / 450 < 0.9
+    assert min(len(parts[1]), len(parts[2])) > 10
+
+    def ids(split):
+        return [[prompt.id for prompt in part] for part in split]
+
+    few = split_by_user(list(prompts)[:100], (0.8, 0.1, 0.1), seed=3)
+    assert ids(few) == [[id for id in part if id < 100] for part in ids(parts)]
+    assert ids(split_by_user(prompts, (0.8, 0.1, 0.1), seed=4)) != ids(parts)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": ""}, "column 'prompt' is empty"),
+        ({"text": "a"}, "no column 'prompt'; there are: text"),
+        ({"prompt": ["a"]}, "column 'prompt' must hold text, not list"),
+        ({"prompt": "a", "user": 5}, "column 'user' must hold text, not int 5"),
+    ],
+)
+def test_mistakes_are_named_with_the_line(tokenizer, write_records, record, expected):
+    path = write_records({"prompt": "a"}, record)
+    with pytest.raises(UserError) as error:
+        load_prompts(path, tokenizer, 10)
+    assert str(error.value).startswith(f"{path}, line 2: {expected}")
+
+
+def test_nothing_short_enough(tokenizer, write_records):
+    with pytest.raises(UserError, match="dropped: 1 prompt_too_long"):
+        load_prompts(write_records({"prompt": "abc"}), tokenizer, 2)
+
+
+def test_beginning_of_text_makes_an_empty_prompt_usable(shared_data, write_records):
+    tokenizer = load_tokenizer(shared_data / "tinystories_260k")
+    prompts = load_prompts(write_records({"prompt": ""}), tokenizer, 10)
+    assert prompts[0].tokens.tolist() == [tokenizer.bos_id]

@@ -1,0 +1,113 @@
+"""Progress lines, the bar on a terminal, and the phase timer, on a clock that the test moves."""
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from megatron_rlhf.monitoring import progress
+from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
+
+
+class Clock:
+    """Replaces the `time` module."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, logger="megatron_rlhf"):
+        yield caplog
+
+
+def test_a_fast_run_writes_a_line_for_each_tenth(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=200, description="ppo") as bar:
+        for _ in range(200):
+            clock.now += 0.01
+            bar.advance(reward=0.123456)
+    assert len(lines.messages) == 10
+    assert lines.messages[0] == "ppo 20/200 (10%) | 0:00:00 elapsed | 0:00:02 left | 0.01 s/step | reward 0.1235"
+    assert lines.messages[-1].startswith("ppo 200/200 (100%) | 0:00:02 elapsed | 0:00:00 left")
+
+
+def test_a_slow_run_writes_a_line_every_ten_seconds(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=100_000) as bar:
+        for _ in range(30):
+            clock.now += 3
+            bar.advance()
+    assert [line.split("/")[0] for line in lines.messages] == ["4", "8", "12", "16", "20", "24", "28"]
+
+
+def test_the_pace_of_a_resumed_run_is_that_of_this_process(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=100, initial=80) as bar:
+        clock.now += 60
+        bar.advance(10)
+    assert lines.messages == ["90/100 (90%) | 0:01:00 elapsed | 0:01:00 left | 6 s/step"]
+
+
+def test_disabled_progress_counts_and_says_nothing(lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=3, enabled=False) as bar:
+        bar.advance(3)
+    assert bar.step == 3
+    assert lines.messages == []
+
+
+def test_a_terminal_gets_a_bar_with_log_lines_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = logging.StreamHandler(terminal)
+    logging.getLogger().addHandler(console)
+    try:
+        with Progress(total=4, initial=1, description="sft") as bar:
+            logging.getLogger("megatron_rlhf").warning("a word in between")
+            bar.advance(3, loss=1.5)
+    finally:
+        logging.getLogger().removeHandler(console)
+    shown = terminal.getvalue()
+    assert "4/4" in shown
+    assert "loss=1.5" in shown
+    assert "a word in between\n" in shown
+
+
+def test_phases_add_up_until_they_are_taken(clock: Clock) -> None:
+    timer = PhaseTimer()
+    with timer("step"):
+        for seconds in (1.0, 2.0):
+            with timer("rollout"):
+                clock.now += seconds
+        with suppress(RuntimeError), timer("policy"):
+            clock.now += 4.0
+            raise RuntimeError  # time that ended badly was spent all the same
+    assert timer.take() == {"time/rollout_s": 3.0, "time/policy_s": 4.0, "time/step_s": 7.0}
+    assert timer.take() == {}
+
+
+def test_the_clock_is_read_after_the_device_is_done(clock: Clock) -> None:
+    def wait_for_kernels() -> None:
+        clock.now += 0.5
+
+    timer = PhaseTimer(synchronize=wait_for_kernels)
+    with timer("policy"):
+        pass
+    assert timer.take() == {"time/policy_s": 0.5}
