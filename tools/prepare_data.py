@@ -118,13 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on your text")
-    command.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help="text, see above")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="SOURCE", help="text; for formats see prepare_data.py --help"
+    )
     command.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, at least 259")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write, in Hugging Face's format")
     command.set_defaults(run=prepare_tokenizer)
 
     command = commands.add_parser("pretraining", help="tokenise text into Megatron's .bin and .idx")
-    command.add_argument("--input", nargs="+", required=True, metavar="SOURCE", help="text, see above")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="SOURCE", help="text; for formats see prepare_data.py --help"
+    )
     command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     command.add_argument(
         "--output", required=True, metavar="PREFIX", help="path of the files to write, less .bin, .idx"
@@ -133,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("check", help="read a file as training does; print counts and lengths")
     command.add_argument("kind", choices=["demonstrations", "comparisons", "prompts"])
-    command.add_argument("--input", required=True, metavar="SOURCE", help="the records, see above")
+    command.add_argument(
+        "--input", required=True, metavar="SOURCE", help="records; for formats see prepare_data.py --help"
+    )
     command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     command.add_argument(
         "--column", action="append", default=[], metavar="NAME=TEMPLATE", help="make a column from others; repeatable"

@@ -25,14 +25,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions
+from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role
 
 log = logging.getLogger(__name__)
 
 META = "meta.json"
 FORMAT = 1
-_ENUMS: dict[str, type[Enum]] = {"positions": Positions, "norm": Norm, "activation": Activation}
+_ENUMS: dict[str, type[Enum]] = {
+    "positions": Positions,
+    "rope_scaling": RopeScaling,
+    "norm": Norm,
+    "activation": Activation,
+}
 
 
 @dataclasses.dataclass
@@ -93,23 +98,36 @@ def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]
     dist.barrier()
 
 
-def load_role(folder: Path, saved: SavedRole, from_role: str | None = None) -> None:
-    """Fill a role from a checkpoint written at any layout; `from_role` reads another role's weights. Collective."""
-    name = from_role or saved.role.name
-    source = folder / name
+def load_role(folder: Path, saved: SavedRole) -> None:
+    """Fill a role, its optimizer and (at the layout that saved it) its random state. Collective."""
+    name = saved.role.name
     with saved.role.layout:
         state = _sharded_state(saved, is_loading=True, with_random=_same_layout(folder, name, saved.role))
-        loaded = dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        loaded = _load(state, folder / name)
         for key, chunk in _keyed(saved.role).items():
-            _unwrapped(chunk).load_state_dict(loaded[key], strict=True)
+            chunk.load_state_dict(loaded[key], strict=True)
         if saved.optimizer is not None:
             saved.optimizer.load_state_dict(loaded["optimizer"])
-            if "random" in loaded:
-                _restore_random_state(loaded["random"])
+        if "random" in loaded:
+            _restore_random_state(loaded["random"])
+
+
+def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = False) -> None:
+    """Fill a role's weights from another role's, saved at any layout; `keep_head` leaves its scalar head alone. Collective."""
+    with role.layout:
+        state = _sharded_state(SavedRole(role), is_loading=True)
+        heads = [] if not keep_head else [name for part in state.values() for name in part if _is_head(name)]
+        for part in state.values():
+            for name in heads:
+                part.pop(name, None)
+        loaded = _load(state, folder / from_role)
+        for key, chunk in _keyed(role).items():
+            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+            assert not unexpected and all(_is_head(name) or name.endswith("_extra_state") for name in missing), missing
 
 
 def find_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint folder that a user means: a step folder itself, or the newest one of a run folder.
+    """The checkpoint folder that a user means: a step folder itself, or the best or else the newest one of a run folder.
 
     Raises:
         UserError: naming `key`, when the path holds no checkpoint.
@@ -120,9 +138,7 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
     if (path / META).is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if (root / "best" / META).is_file() and not (root / "latest").is_file():
-        return root / "best"
-    newest = latest(root)
+    newest = _pointed(root, "best") or latest(root)
     if newest is None:
         raise UserError(
             f"{key}={path} is neither a checkpoint ({META}), nor a run folder with checkpoints/, nor a Hugging Face "
@@ -133,11 +149,15 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
 
 def latest(root: Path) -> Path | None:
     """The newest whole checkpoint under `root`: the one `latest` names, else the highest step."""
-    pointer = root / "latest"
-    if pointer.is_file() and (root / pointer.read_text().strip() / META).is_file():
-        return root / pointer.read_text().strip()
     whole = [step for step in _steps(root) if (step / META).is_file()]
-    return whole[-1] if whole else None
+    return _pointed(root, "latest") or (whole[-1] if whole else None)
+
+
+def point(root: Path, name: str, target: str) -> None:
+    """Make `root/name` name the checkpoint `target`: replaced in one step, never half-written. Call it on one rank."""
+    aside = root / f".{name}.writing"
+    aside.write_text(target)
+    aside.replace(root / name)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -169,15 +189,18 @@ def _same_layout(folder: Path, name: str, role: Role) -> bool:
     return read_meta(folder)["roles"].get(name, {}).get("layout") == layout_signature(role)
 
 
-def _keyed(role: Role) -> dict[str, torch.nn.Module]:
+def _keyed(role: Role) -> dict[str, Any]:
     # Megatron-Core's convention for the keys of one and of several chunks; its optimizers rely on it.
-    if len(role.chunks) == 1:
-        return {"model": role.chunks[0]}
-    return {f"model{i}": chunk for i, chunk in enumerate(role.chunks)}
+    chunks = role.modules
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
-def _unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
-    return getattr(chunk, "module", chunk)
+def _is_head(name: str) -> bool:
+    return name.startswith("output_layer.")
+
+
+def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    return dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
 
 
 def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
@@ -187,7 +210,7 @@ def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True)
         "dp_cp_group": saved.role.layout.groups.dp_cp,
     }
     state: dict[str, Any] = {
-        key: _unwrapped(chunk).sharded_state_dict(metadata=metadata) for key, chunk in _keyed(saved.role).items()
+        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(saved.role).items()
     }
     if saved.optimizer is not None:
         state["optimizer"] = saved.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
@@ -207,6 +230,13 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
+def _pointed(root: Path, name: str) -> Path | None:
+    if not (root / name).is_file():
+        return None
+    target = root / (root / name).read_text().strip()
+    return target if (target / META).is_file() else None
+
+
 def _steps(root: Path) -> list[Path]:
     found = [(int(m.group(1)), p) for p in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
     return [path for _, path in sorted(found)]
@@ -220,9 +250,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     if folder.name.startswith("step_"):
-        pointer = folder.parent / ".latest.writing"
-        pointer.write_text(folder.name)
-        pointer.replace(folder.parent / "latest")
+        point(folder.parent, "latest", folder.name)
 
 
 def _delete_old(root: Path, keep_last: int, newest: Path) -> None:

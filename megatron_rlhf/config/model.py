@@ -11,6 +11,14 @@ class Positions(Enum):
     rope = "rope"
 
 
+class RopeScaling(Enum):
+    """How rotary positions are stretched beyond the length that a model was first trained at."""
+
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+
+
 class Norm(Enum):
     """Normalisation before attention and MLP."""
 
@@ -66,8 +74,22 @@ class ModelConfig:
     """Width of the MLP; 4 x hidden_size when not given."""
     positions: Positions = Positions.learned
     """learned: an embedding per position (GPT-2, GPT-3); rope: rotary (Llama)."""
+    position_offset: int = 0
+    """Rows of the position embedding before that of the first token (OPT: 2)."""
     rope_base: float = 10000.0
     """Base period of rotary positions."""
+    rope_fraction: float = 1.0
+    """Share of each head's width that is rotated (GPT-NeoX: 0.25)."""
+    rope_scaling: RopeScaling = RopeScaling.none
+    """linear: positions divided by the factor; llama3: long periods stretched, short ones kept (Llama 3.1)."""
+    rope_scaling_factor: float = 1.0
+    """How far rope_scaling stretches."""
+    rope_original_length: int = 8192
+    """Context before the stretching, in tokens (llama3)."""
+    rope_low_frequency: float = 1.0
+    """Periods longer than the original length divided by this are stretched in full (llama3)."""
+    rope_high_frequency: float = 4.0
+    """Periods shorter than the original length divided by this are kept (llama3)."""
     norm: Norm = Norm.layernorm
     """layernorm or rmsnorm, always before the sublayer."""
     norm_epsilon: float = 1e-5
@@ -80,6 +102,8 @@ class ModelConfig:
     """A bias on query, key and value alone, where linear_bias is off (Qwen2)."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen3)."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same residual stream, side by side (GPT-NeoX)."""
     tied_embeddings: bool = True
     """Input and output embeddings are one matrix."""
     init_std: float = 0.02

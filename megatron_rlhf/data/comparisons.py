@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
-from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.examples import Examples, read_prompt
 from megatron_rlhf.data.records import Record, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -59,7 +58,7 @@ def load_comparisons(
     dropped: Counter[str] = Counter()
     rankings: list[_Ranking] = []
     for record in read_records(source, columns):
-        ranking = _read_ranking(record)
+        ranking = _read_ranking(record, tokenizer)
         if not all(response.strip() for response in ranking.responses):
             dropped["empty_response"] += 1
         elif len(set(ranking.ranks)) == 1:
@@ -91,16 +90,16 @@ def load_comparisons(
     return Examples(str(source), items, dropped)
 
 
-def _read_ranking(record: Record) -> _Ranking:
+def _read_ranking(record: Record, tokenizer: Tokenizer) -> _Ranking:
     if "responses" in record or not ("chosen" in record or "rejected" in record):
-        return _ranked_list(record)
+        return _ranked_list(record, tokenizer)
     if "prompt" in record:
         pair = record.response("chosen"), record.response("rejected")
-        return _Ranking(record.text("prompt"), pair, (0, 1))
+        return _Ranking(read_prompt(record, tokenizer), pair, (0, 1))
     return _dialogue_pair(record)
 
 
-def _ranked_list(record: Record) -> _Ranking:
+def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Ranking:
     responses, ranks = record.value("responses"), record.value("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise record.mistake(f"column 'responses' must be a list of two texts or more, not {responses!r:.60}")
@@ -111,13 +110,14 @@ def _ranked_list(record: Record) -> _Ranking:
             f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed"
         )
     texts = tuple(record.as_response("responses", response) for response in responses)
-    return _Ranking(record.text("prompt"), texts, tuple(ranks))
+    return _Ranking(read_prompt(record, tokenizer), texts, tuple(ranks))
 
 
 def _dialogue_pair(record: Record) -> _Ranking:
     chosen, rejected = record.text("chosen"), record.text("rejected")
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    turn = chosen.rfind(ASSISTANT_TURN, 0, shared)
+    turn = chosen.rfind(ASSISTANT_TURN)
+    while turn >= 0 and not rejected.startswith(chosen[: turn + len(ASSISTANT_TURN)]):
+        turn = chosen.rfind(ASSISTANT_TURN, 0, turn)
     if turn < 0:
         raise record.mistake(
             f"'chosen' and 'rejected' share no {ASSISTANT_TURN!r}, so where the response starts is unknown; "

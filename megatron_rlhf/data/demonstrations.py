@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.examples import Examples, read_prompt
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -40,9 +40,9 @@ def load_demonstrations(
     What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`.
 
     Raises:
-        UserError: A mistake in the source, an empty response (with its line), or nothing left.
+        UserError: A mistake in the source, an empty prompt or response (with its line), or nothing left.
     """
-    texts = [(record.text("prompt"), record.response("response")) for record in read_records(source, columns)]
+    texts = [(read_prompt(record, tokenizer), record.response("response")) for record in read_records(source, columns)]
     prompts = tokenizer.encode_stream((prompt for prompt, _ in texts), bos=True)
     responses = tokenizer.encode_stream((response for _, response in texts), continuation=True)
     items: list[Demonstration] = []

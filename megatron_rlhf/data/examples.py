@@ -4,8 +4,18 @@ from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.records import Record
+from megatron_rlhf.data.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+
+
+def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
+    """The record's prompt; it may be empty only where a beginning-of-text token gives the model a place to start."""
+    prompt = record.text("prompt")
+    if not prompt and tokenizer.bos_id is None:
+        raise record.mistake("column 'prompt' is empty; this tokenizer has no beginning-of-text token to start from")
+    return prompt
 
 
 class Examples(Generic[Item]):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.text_files import Progress
 from megatron_rlhf.data.tokenizer import Tokenizer
+
+with warnings.catch_warnings():  # data needs none of the accelerators that Megatron misses aloud when first imported
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 PROBE_TOKENS = 2**20
 """So many tokens at the head of a foreign token file are checked against the tokenizer."""
@@ -67,7 +71,7 @@ def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator
 def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_prefix: str | Path) -> CorpusSize:
     """Tokenises texts into Megatron's `.bin` and `.idx`: a document a text, each closed by the end of text.
 
-    A third file, `.json`, names the tokenizer, so that `load_pretraining` can refuse another one. The files appear
+    A third file, `.meta.json`, names the tokenizer, so that `load_pretraining` can refuse another one. The files appear
     under their names only when complete. Memory use does not grow with the corpus.
 
     Raises:
@@ -88,12 +92,12 @@ def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_pre
             raise UserError(f"{prefix}: no text to tokenise")
         builder.finalize(f"{unfinished}.idx")
         about = {"tokenizer": tokenizer.fingerprint, "documents": size.documents, "tokens": size.tokens}
-        Path(f"{unfinished}.json").write_text(json.dumps(about))
-        for suffix in (".json", ".bin", ".idx"):  # .idx last: with it the corpus counts as there
+        Path(f"{unfinished}.meta.json").write_text(json.dumps(about))
+        for suffix in (".meta.json", ".bin", ".idx"):  # .idx last: with it the corpus counts as there
             os.replace(unfinished + suffix, f"{prefix}{suffix}")
     finally:
         builder.data_file.close()
-        for suffix in (".json", ".bin", ".idx"):
+        for suffix in (".meta.json", ".bin", ".idx"):
             Path(unfinished + suffix).unlink(missing_ok=True)
     return size
 
@@ -129,16 +133,7 @@ def load_pretraining(
     assert samples > 0, samples
     assert 0 <= held_out_fraction < 1, held_out_fraction
     cache = _writable_folder(cache_dir)
-    prefix = _tokenised_prefix(source, tokenizer, cache)
-    try:
-        if is_builder and not IndexedDataset.exists(str(prefix)):
-            build_indexed_dataset(read_texts(source), tokenizer, prefix)
-    finally:
-        barrier()  # also when the builder fails: the others must not wait for a rank that is gone
-    if not IndexedDataset.exists(str(prefix)):
-        raise UserError(
-            f"{source}: not tokenised into {cache}; rank 0's log says why, or this rank sees another folder"
-        )
+    prefix = _tokenise_once(source, tokenizer, cache, is_builder, barrier)
     lengths = _document_lengths(prefix, tokenizer)
     held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
     trained = int(lengths[: len(lengths) - held_out].sum())
@@ -189,6 +184,23 @@ def _writable_folder(folder: str | Path) -> Path:
     return path
 
 
+def _tokenise_once(
+    source: str | Path, tokenizer: Tokenizer, cache: Path, is_builder: bool, barrier: Callable[[], None]
+) -> Path:
+    """The prefix of the source's token files, which the builder makes if they are not there."""
+    prefix = _tokenised_prefix(source, tokenizer, cache)
+    try:
+        if is_builder and not IndexedDataset.exists(str(prefix)):
+            build_indexed_dataset(read_texts(source), tokenizer, prefix)
+    finally:
+        barrier()  # also when the builder fails: the others must not wait for a rank that is gone
+    if not IndexedDataset.exists(str(prefix)):
+        raise UserError(
+            f"{source}: not tokenised into {cache}; rank 0's log says why, or this rank sees another folder"
+        )
+    return prefix
+
+
 def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> Path:
     """Where the source's token files are, or are to be. The cache's names change with the text and the tokenizer."""
     path = Path(source).expanduser()
@@ -204,7 +216,7 @@ def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> 
 def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
     """Tokens of each document, after making sure, as far as can be told, that they are this tokenizer's."""
     advice = "make it anew with tools/prepare_data.py pretraining and this run's tokenizer"
-    about = Path(f"{prefix}.json")
+    about = Path(f"{prefix}.meta.json")
     if about.exists() and json.loads(about.read_text()).get("tokenizer") != tokenizer.fingerprint:
         raise UserError(f"{prefix}: was made with another tokenizer than this run's; {advice}")
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.examples import Examples, read_prompt
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -44,7 +44,7 @@ def load_prompts(
     """
     records = list(read_records(source, columns))
     users = [record.text("user") if "user" in record else None for record in records]
-    texts = [record.text("prompt") for record in records]
+    texts = [read_prompt(record, tokenizer) for record in records]
     items: list[Prompt] = []
     dropped: Counter[str] = Counter()
     of_user: Counter[str] = Counter()
@@ -52,8 +52,6 @@ def load_prompts(
     for index, tokens in enumerate(tokenizer.encode_stream(texts, bos=True)):
         user = users[index]
         prefix = tokens[:deduplicate_prefix_tokens].tobytes()
-        if not len(tokens):
-            raise records[index].mistake("column 'prompt' is empty; the model needs a token to go on from")
         if len(tokens) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
         elif deduplicate_prefix_tokens is not None and prefix in prefixes:

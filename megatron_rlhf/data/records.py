@@ -94,7 +94,7 @@ def read_records(
             record = Record(where, {**fields, **made})
         yield record
     if empty:
-        raise UserError(f"{source}: the file is empty; at least one record is needed")
+        raise UserError(f"{source}: empty; at least one record is needed")
 
 
 class _Template:
@@ -105,15 +105,15 @@ class _Template:
             parts = list(string.Formatter().parse(template))
         except ValueError as error:
             raise UserError(f"columns.{column}={template!r}: {error}; write {{name}} for a column") from error
-        self.column = column
         self.parts = [(literal, name) for literal, name, _, _ in parts]
-        if not any(name for _, name in self.parts):
-            raise UserError(f"columns.{column}={template!r} names no column; write {{name}} for one")
+        if not any(name for _, name in self.parts) or any(style or conversion for _, _, style, conversion in parts):
+            raise UserError(f"columns.{column}={template!r}: write {{name}}, and no more, for at least one column")
 
     def fill(self, record: Record) -> Any:
-        if len(self.parts) == 1 and not self.parts[0][0]:
-            return record.value(self.parts[0][1] or "")
-        return "".join(literal + (record.text(name) if name is not None else "") for literal, name in self.parts)
+        match self.parts:
+            case [("", str(name))]:
+                return record.value(name)
+        return "".join(literal + ("" if name is None else record.text(name)) for literal, name in self.parts)
 
 
 def _rows(source: str, progress: Progress | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -135,25 +135,25 @@ def _load_dataset(name: str, path: Path, split: str) -> datasets.Dataset:
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"{name}: a file must end in {FORMATS}")
-        return _try_to_load(name, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        return _load(name, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = _try_to_load(name, lambda: datasets.load_from_disk(str(path)))
-        return _choose_split(name, saved, split)
+        return _choose_split(name, _load(name, lambda: datasets.load_from_disk(str(path))), split)
     if path.is_dir():
-        return _choose_split(name, _try_to_load(name, lambda: datasets.load_dataset(str(path))), split)
+        return _choose_split(name, _load(name, lambda: datasets.load_dataset(str(path))), split)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".parquet" or is_text_file(path):
         neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such file or folder{_nearest(path.name, neighbours)}")
-    return _try_to_load(name, lambda: datasets.load_dataset(hub_name, configuration or None, split=split or "train"))
+    return _load(name, lambda: datasets.load_dataset(hub_name, configuration or None, split=split or "train"))
 
 
-def _try_to_load(name: str, load: Callable[[], Any]) -> Any:
+def _load(name: str, load: Callable[[], Any]) -> Any:
     try:
         with _quiet():
             return load()
     except Exception as error:  # the library raises a dozen kinds of exception for what the user got wrong
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise UserError(f"{name}: neither a file or folder here nor a dataset that can be loaded: {reason}") from error
+        missing = "" if Path(name).expanduser().exists() else "no such file or folder, and "
+        raise UserError(f"{name}: {missing}`datasets` cannot load it: {reason}") from error
 
 
 def _choose_split(name: str, loaded: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets.Dataset:

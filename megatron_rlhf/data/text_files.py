@@ -134,8 +134,10 @@ def _skip_space(text: str, position: int) -> int:
 
 def _csv(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader((line for _, line in _read_lines(path, progress)), strict=True)
+    line = 1
     try:
-        line = reader.line_num + 1 if reader.fieldnames else 1
+        if reader.fieldnames:  # reads the header
+            line = reader.line_num + 1
         for row in reader:
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
@@ -143,7 +145,7 @@ def _csv(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str,
             yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+        raise UserError(f"{path}, line {line}: not CSV: {error}") from error
 
 
 def _plain_text(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -8,10 +8,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, Precision
+from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -137,12 +138,13 @@ def build_chunks(
                 "config": config,
                 "transformer_layer_spec": _block_spec(model, config, layout, vp_stage),
                 "vocab_size": padded_vocab_size(model, layout.config.tensor),
-                "max_sequence_length": model.max_sequence_length,
+                "max_sequence_length": model.max_sequence_length + model.position_offset,
                 "pre_process": layout.is_first_stage and stage == 0,
                 "post_process": layout.is_last_stage and stage == virtual - 1,
                 "parallel_output": True,
                 "position_embedding_type": "rope" if model.positions is Positions.rope else "learned_absolute",
                 "rotary_base": model.rope_base,
+                "rotary_percent": model.rope_fraction,
                 "pg_collection": layout.groups,
                 "vp_stage": vp_stage,
             }
@@ -155,8 +157,27 @@ def build_chunks(
                     real_vocab_size=model.vocab_size,
                     **arguments,
                 )
+            _adapt_positions(chunk, model)
             chunks.append(_to_device(chunk, config))
     return chunks
+
+
+def _adapt_positions(chunk: GPTModel, model: ModelConfig) -> None:
+    """What Megatron-Core's positions lack: rows before the first position, and every number of Llama 3.1's scaling."""
+    if model.position_offset and chunk.pre_process:
+        chunk.embedding.position_embeddings.register_forward_pre_hook(
+            lambda module, arguments: (arguments[0] + model.position_offset,)
+        )
+    if model.rope_scaling is RopeScaling.linear:
+        chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq / model.rope_scaling_factor
+    elif model.rope_scaling is RopeScaling.llama3:
+        chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb._apply_scaling(
+            chunk.rotary_pos_emb.inv_freq,
+            model.rope_scaling_factor,
+            model.rope_low_frequency,
+            model.rope_high_frequency,
+            model.rope_original_length,
+        )
 
 
 def _to_device(chunk: GPTModel, config: TransformerConfig) -> GPTModel:
@@ -169,6 +190,8 @@ def _block_spec(
 ) -> TransformerBlockSubmodules:
     # One attention everywhere: torch's fused kernels, with a key/value cache that training simply does not use.
     layer = _layer_spec(model, config)
+    if model.parallel_residual:
+        layer.module = ParallelResidualLayer
     attention = layer.submodules.self_attention
     attention.module = CachedSelfAttention
     if config.context_parallel_size == 1:
@@ -208,6 +231,15 @@ def transformer_engine_serves() -> bool:
     except (ImportError, RuntimeError):  # the bare wheel without its core raises RuntimeError
         return False
     return True
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer feeds the first sum to the MLP."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [s, b, h] through one layer; other arguments as of TransformerLayer."""
+        attended, context = self._forward_attention(hidden_states, **kwargs)
+        return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_states)), attended), context
 
 
 class SequenceParallelNorm:

@@ -54,6 +54,13 @@ def from_last_stage(tensor: Tensor, layout: ParallelLayout) -> Tensor:
     return tensor
 
 
+def share_rows(rows: Tensor, layout: ParallelLayout) -> Tensor:
+    """A batch whose rows the data-parallel ranks filled on their last stages, zero elsewhere -> the whole batch on every rank."""
+    if layout.is_last_stage and layout.dp_size > 1:
+        dist.all_reduce(rows, group=layout.groups.dp)
+    return from_last_stage(rows, layout)
+
+
 def _from_last_stage(names: list[str], layout: ParallelLayout) -> list[str]:
     if layout.config.pipeline == 1:
         return names

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 # Functions that take `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
@@ -76,6 +77,8 @@ def _map_cuda_devices_to_cpu() -> None:
         wrapped.__wrapped__ = function
         return wrapped
 
+    # `with torch.device("meta"):` (transformers loads models in it) knows factories by identity: let it note the originals.
+    _device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, redirect(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]

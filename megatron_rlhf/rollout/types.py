@@ -4,7 +4,7 @@ Legend: b = episodes (the whole batch, on every rank), s = prompt and response p
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,17 @@ class Experience:
     def rows(self, indices: Tensor | slice) -> "Experience":
         """Some of the episodes."""
         return Experience(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+    def trimmed(self) -> "Experience":
+        """Without the columns that are padding in every row."""
+        width = int(self.mask_bt.sum(dim=1).amax())
+        length = int(self.positions_bt[:, :width].amax()) + 2 if width else 2
+        per_token = (getattr(self, field.name)[:, :width] for field in fields(self)[1:])
+        return Experience(self.tokens_bs[:, :length], *per_token)
+
+    def uncounted(self) -> "Experience":
+        """The same with an empty mask: passed forward, adding nothing."""
+        return replace(self, mask_bt=torch.zeros_like(self.mask_bt))
 
     def minibatches(self, size: int, seed: tuple[int, ...]) -> Iterator["Experience"]:
         """Shuffled minibatches; `seed` is hashed, so (run seed, step, epoch) gives the same order on every rank."""

@@ -1,8 +1,10 @@
 """One update of one role: accumulate over microbatches, clip, Adam, moving average; non-finite gradients are skipped."""
 
+import contextlib
+import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -140,18 +142,24 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """average <- decay * average + (1 - decay) * weights."""
-        for chunk, shadow in zip(self.role.chunks, self.shadows, strict=True):
-            for name, parameter in chunk.module.named_parameters():
+        for chunk, shadow in zip(self.role.modules, self.shadows, strict=True):
+            for name, parameter in chunk.named_parameters():
                 shadow[name].lerp_(parameter.float(), 1 - self.decay)
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averaged with the current weights; a second call undoes it."""
-        for chunk, shadow in zip(self.role.chunks, self.shadows, strict=True):
-            for name, parameter in chunk.module.named_parameters():
-                current = parameter.detach().float().clone()
-                parameter.copy_(shadow[name])
-                shadow[name] = current
+    @contextlib.contextmanager
+    def as_weights(self) -> Iterator[Role]:
+        """The role, named `..._ema`, with the average (in fp32, not a copy of it) in place of its weights: to save, load, sample."""
+        current = [{name: p.data for name, p in chunk.named_parameters()} for chunk in self.role.modules]
+        self._point_to(self.shadows)
+        try:
+            yield dataclasses.replace(self.role, name=f"{self.role.name}_ema")
+        finally:
+            self._point_to(current)
+
+    def _point_to(self, weights: list[dict[str, Tensor]]) -> None:
+        for chunk, tensors in zip(self.role.modules, weights, strict=True):
+            for name, parameter in chunk.named_parameters():
+                parameter.data = tensors[name]
 
 
 def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:

@@ -105,10 +105,17 @@ def test_unmarked_text_is_cut_at_blank_lines_after_4096_characters(tmp_path):
 
 def test_columns_are_made_from_templates(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"instruction": "Add", "input": "", "output": "3", "ranks": [1]}\n')
-    columns = {"prompt": "{instruction}\n{input}:{{}}", "response": "{output}", "order": "{ranks}"}
+    columns = {
+        "prompt": "{instruction}\n{input}:{{}}",
+        "response": "{output}",
+        "order": "{ranks}",
+        "output": "<{output}>",
+    }
     (record,) = read_records(path, columns)
     assert record.text("prompt") == "Add\n:{}"
-    assert record.text("response") == record.text("output") == "3"
+    assert record.text("response") == "3"
+    assert record.text("output") == "<3>"  # made of what the source had
+    assert record.text("instruction") == "Add"
     assert record.value("order") == [1]  # a template of one field keeps its type
 
 
@@ -130,10 +137,10 @@ BROKEN = {
     "csv_short": ("a.csv", "x,y\n1,2\n3\n", "line 3: the row does not have 2 fields"),
     "csv_long": ("a.csv", "x,y\n1,2,3\n", "line 2: the row does not have 2 fields"),
     "csv_quote": ("a.csv", 'x,y\n"1"2,3\n', "line 2: not CSV"),
-    "empty": ("a.jsonl", "\n\n", "the file is empty"),
-    "empty_array": ("a.json", "[ ]", "the file is empty"),
-    "empty_text": ("a.txt", "\n \n", "the file is empty"),
-    "header_only": ("a.csv", "x,y\n", "the file is empty"),
+    "empty": ("a.jsonl", "\n\n", "empty; at least one record is needed"),
+    "empty_array": ("a.json", "[ ]", "empty; at least one record is needed"),
+    "empty_text": ("a.txt", "\n \n", "empty; at least one record is needed"),
+    "header_only": ("a.csv", "x,y\n", "empty; at least one record is needed"),
     "format": ("a.xml", "<x/>", "a file must end in .jsonl"),
 }
 
@@ -169,7 +176,7 @@ def test_a_name_that_nothing_knows(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     said = message("nobody/nothing")
-    assert said.startswith("nobody/nothing: neither a file or folder here nor a dataset that can be loaded: Couldn't")
+    assert said.startswith("nobody/nothing: no such file or folder, and `datasets` cannot load it: Couldn't")
     assert "more" not in said
 
 
@@ -222,7 +229,8 @@ def test_fields_that_are_not_right_are_named():
     ("template", "expected"),
     [
         ("{question", "columns.prompt='{question': expected '}'"),
-        ("question", "names no column"),
+        ("question", "columns.prompt='question': write {name}, and no more, for at least one column"),
+        ("{n:>9}", "write {name}, and no more"),
         ("{question}", "line 1: no column 'question'"),
         ("Q: {n}", "line 1: column 'n' must hold text, not int 5"),
     ],
@@ -243,3 +251,8 @@ def test_templates_that_are_not_right_are_named(tmp_path, template, expected):
 )
 def test_real_files(shared_data, name, count):
     assert sum(1 for _ in read_records(shared_data / name)) == count
+
+
+def test_broken_parquet_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", "nonsense")
+    assert message(path).startswith(f"{path}: `datasets` cannot load it: ")

@@ -1,0 +1,13 @@
+"""Supervised fine-tuning, and language-model pretraining with data.pretraining_mix=1.
+
+python examples/train_sft.py run.dir=runs/sft policy.init_from=gpt2/ data.tokenizer=gpt2/ data.demonstrations=demos.jsonl
+torchrun --nproc-per-node 4 examples/train_sft.py recipe=miniature parallel.tensor=2 parallel.pipeline=2 ...
+"""
+
+from megatron_rlhf.cli import launch
+from megatron_rlhf.config.checks import check_sft
+from megatron_rlhf.config.stages import SFTConfig
+from megatron_rlhf.trainers.setup import build_sft
+
+if __name__ == "__main__":
+    launch("sft", SFTConfig, check_sft, build_sft)

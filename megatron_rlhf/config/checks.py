@@ -1,0 +1,172 @@
+"""Contradictions in a configuration, found before any model is built. Every message names the key, the value and what would be right."""
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, Precision
+from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.config.training import PretrainingDataConfig, SamplingConfig
+
+
+def check_layout(parallel: ParallelConfig, world_size: int, key: str) -> None:
+    """The layout must divide the world."""
+    for name in ("tensor", "pipeline", "virtual_stages", "context"):
+        if getattr(parallel, name) < 1:
+            raise UserError(f"{key}.{name}={getattr(parallel, name)} must be at least 1")
+    needed = parallel.model_ranks
+    if world_size % needed:
+        raise UserError(
+            f"{key}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {needed} "
+            f"does not divide the {world_size} ranks of this job"
+        )
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+        raise UserError(f"{key}.virtual_stages={parallel.virtual_stages} needs {key}.pipeline of at least 2")
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig, key: str) -> None:
+    """The model's dimensions must be divisible by the layout's."""
+
+    def require(divides: bool, message: str) -> None:
+        if not divides:
+            raise UserError(message)
+
+    t, stages = parallel.tensor, parallel.pipeline * parallel.virtual_stages
+    groups = model.num_query_groups or model.num_attention_heads
+    require(
+        model.head_dim is not None or model.hidden_size % model.num_attention_heads == 0,
+        f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {model.num_attention_heads}",
+    )
+    require(
+        model.num_attention_heads % groups == 0,
+        f"num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups {groups}",
+    )
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", groups),
+        ("ffn_hidden_size", model.ffn_hidden_size or 4 * model.hidden_size),
+    ):
+        require(value % t == 0, f"{key}.tensor={t} does not divide {name} {value}")
+    require(
+        model.num_layers % stages == 0,
+        f"{key}: pipeline {parallel.pipeline} x virtual_stages {parallel.virtual_stages} = {stages} stages do not "
+        f"divide num_layers {model.num_layers}",
+    )
+    if parallel.sequence and model.positions is Positions.learned and model.max_sequence_length % t:
+        raise UserError(
+            f"{key}.sequence=true splits sequences over {key}.tensor={t} ranks, which does not divide "
+            f"max_sequence_length {model.max_sequence_length}"
+        )
+
+
+def check_precision(precision: Precision, transformer_engine: bool, gpu: bool) -> None:
+    """fp8 is Transformer Engine's; fp16 wants a GPU's kernels."""
+    if precision is Precision.fp8_hybrid and not transformer_engine:
+        raise UserError(
+            "precision=fp8_hybrid needs Transformer Engine and a GPU, and it cannot be imported here: use NVIDIA's PyTorch "
+            "container or `pip install megatron_rlhf[gpu]`, or choose precision=bf16"
+        )
+    if precision is Precision.fp16 and not gpu:
+        raise UserError("precision=fp16 needs a GPU; on a CPU choose precision=fp32 or bf16")
+
+
+def check_context(parallel: ParallelConfig, transformer_engine: bool, key: str) -> None:
+    """Context parallelism is Transformer Engine's attention."""
+    if parallel.context > 1 and not transformer_engine:
+        raise UserError(
+            f"{key}.context={parallel.context} needs Transformer Engine's attention, which cannot be imported here; set it to 1"
+        )
+
+
+def check_sft(config: SFTConfig) -> None:
+    """Demonstrations, mix and length of the schedule must agree."""
+    data, sft = config.data, config.sft
+    if not 0 <= data.pretraining_mix <= 1:
+        raise UserError(f"data.pretraining_mix={data.pretraining_mix} must be between 0 and 1")
+    if data.pretraining_mix > 0:
+        _check_pretraining(data.pretraining, f"data.pretraining_mix={data.pretraining_mix}")
+    if data.pretraining_mix < 1 and data.demonstrations is None:
+        raise UserError("data.demonstrations is not given; only data.pretraining_mix=1 (text alone) does without")
+    if data.pretraining_mix == 1 and sft.max_steps is None:
+        raise UserError("data.pretraining_mix=1 has no epochs: give sft.max_steps")
+    if config.policy.init_from is None and config.model is None:
+        raise UserError("give policy.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_125m)")
+    _check_positive("sft", sft.batch_size, "batch_size")
+    _check_positive("sft", sft.micro_batch_size, "micro_batch_size")
+    if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
+        raise UserError("sft.select_by=reward_model needs reward.init_from")
+
+
+def check_reward_model(config: RewardModelConfig) -> None:
+    """A start and sensible sizes."""
+    if config.reward.init_from is None and config.model is None:
+        raise UserError("give reward.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_6b)")
+    _check_positive("reward_model", config.reward_model.batch_size, "batch_size")
+    _check_positive("reward_model", config.reward_model.micro_batch_size, "micro_batch_size")
+    if not 0 <= config.data.validation_fraction < 1:
+        raise UserError(f"data.validation_fraction={config.data.validation_fraction} must be at least 0 and less than 1")
+
+
+def check_ppo(config: PPOConfig) -> None:
+    """Batches, mix, sampling and starting points must agree."""
+    ppo = config.ppo
+    for name in ("batch_size", "minibatch_size", "micro_batch_size", "ptx_micro_batch_size", "inner_epochs"):
+        _check_positive("ppo", getattr(ppo, name), name)
+    if ppo.batch_size % ppo.minibatch_size:
+        raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
+    if ppo.ptx_coef > 0:
+        _check_pretraining(config.data.pretraining, f"ppo.ptx_coef={ppo.ptx_coef}")
+        _check_positive("ppo", ppo.ptx_ratio, "ptx_ratio")
+    if config.policy.init_from is None:
+        raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
+    if config.reward.init_from is None:
+        raise UserError("reward.init_from is not given: PPO needs a reward model (examples/train_reward_model.py)")
+    if config.parallel.virtual_stages > 1:
+        raise UserError(
+            f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages; set it to 1 for PPO"
+        )
+    check_sampling(config.rollout, "rollout")
+    if config.rollout.temperature <= 0:
+        raise UserError(f"rollout.temperature={config.rollout.temperature} must be positive: greedy text has no gradient")
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """A model to evaluate and a way to sample."""
+    if config.policy.init_from is None:
+        raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
+    _check_positive("evaluate", config.evaluate.samples, "samples")
+    check_sampling(config.sampling, "sampling")
+
+
+def check_sampling(sampling: SamplingConfig, key: str) -> None:
+    """Limits that make sense together."""
+    if sampling.temperature < 0:
+        raise UserError(f"{key}.temperature={sampling.temperature} must not be negative")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"{key}.top_p={sampling.top_p} must be greater than 0 and at most 1")
+    if sampling.top_k < 0:
+        raise UserError(f"{key}.top_k={sampling.top_k} must not be negative (0 keeps all tokens)")
+    if not 1 <= sampling.min_response_tokens <= sampling.max_response_tokens:
+        raise UserError(
+            f"{key}.min_response_tokens={sampling.min_response_tokens} must be at least 1 and at most "
+            f"{key}.max_response_tokens={sampling.max_response_tokens}"
+        )
+    _check_positive(key, sampling.batch_size, "batch_size")
+
+
+def check_fits_context(prompt_tokens: int, response_tokens: int, model: ModelConfig, keys: tuple[str, str]) -> None:
+    """The longest prompt and the longest response together must fit the model's context."""
+    if prompt_tokens + response_tokens > model.max_sequence_length:
+        raise UserError(
+            f"{keys[0]}={prompt_tokens} + {keys[1]}={response_tokens} is more than the model's context of "
+            f"{model.max_sequence_length} tokens; lower one of them"
+        )
+
+
+def _check_pretraining(pretraining: PretrainingDataConfig, because: str) -> None:
+    if pretraining.source is None:
+        raise UserError(f"{because} needs data.pretraining.source")
+    if not 0 <= pretraining.held_out < 1:
+        raise UserError(f"data.pretraining.held_out={pretraining.held_out} must be at least 0 and less than 1")
+
+
+def _check_positive(group: str, value: int, name: str) -> None:
+    if value < 1:
+        raise UserError(f"{group}.{name}={value} must be at least 1")

@@ -1,0 +1,86 @@
+"""One rollout: the policy answers, the other three roles judge."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.rollout.generate import generate
+from megatron_rlhf.rollout.sampling import row_keys
+from megatron_rlhf.rollout.types import Completion, Responses, Rollout
+
+Timer = Callable[[str], AbstractContextManager]
+
+
+@dataclass
+class Judges:
+    """The roles that read what the policy wrote."""
+
+    reference: Role
+    reward: Role
+    value: Role
+
+
+def sample_responses(
+    policy: Role,
+    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+    seed: tuple[int, int],
+) -> list[Completion]:
+    """One response to each prompt of the whole batch, on every rank; data-parallel ranks share the work.
+
+    `seed` is (run seed, iteration). A prompt that comes twice in a batch gets two different samples.
+    """
+    occurrences = _occurrences(prompt_ids)
+    keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
+    mine = range(policy.layout.dp_rank, len(prompts), policy.layout.dp_size)
+    completions = generate(policy, [prompts[i] for i in mine], keys[list(mine)], config, stop_ids) if mine else []
+    return collectives.gather_rows(completions, policy.layout)
+
+
+def collect_rollout(
+    policy: Role,
+    judges: Judges,
+    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    seed: tuple[int, int],
+    micro_batch_size: int,
+    timer: Timer,
+) -> Rollout:
+    """Sample a response to each prompt, then score it. Every rank gets the whole rollout."""
+    with timer("rollout"):
+        completions = sample_responses(policy, prompts, prompt_ids, config, stop_ids, seed)
+        responses = Responses.pack([list(p) for p in prompts], completions, pad_id, collectives.device())
+    tokens_bs, temperature = responses.tokens_bs, config.temperature
+    with timer("scoring"):
+        scores_bs = judges.reward.values(tokens_bs, micro_batch_size)
+        sampled = torch.zeros(responses.mask_bt.shape, device=tokens_bs.device)
+        sampled[responses.mask_bt] = torch.tensor(
+            [logprob for completion in completions for logprob in completion.logprobs], device=tokens_bs.device
+        )
+        return Rollout(
+            responses=responses,
+            sampled_logprobs_bt=sampled,
+            logprobs_bt=responses.at_response(policy.logprobs(tokens_bs, micro_batch_size, temperature)),
+            ref_logprobs_bt=responses.at_response(judges.reference.logprobs(tokens_bs, micro_batch_size, temperature)),
+            values_bt=responses.at_response(judges.value.values(tokens_bs, micro_batch_size)),
+            scores_b=scores_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1),
+        )
+
+
+def _occurrences(ids: Sequence[int]) -> list[int]:
+    seen: dict[int, int] = {}
+    result = []
+    for i in ids:
+        result.append(seen.get(i, 0))
+        seen[i] = result[-1] + 1
+    return result

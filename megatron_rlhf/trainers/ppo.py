@@ -1,0 +1,310 @@
+"""PPO with pretraining gradients mixed in: PPO-ptx (Ouyang et al. 2022, section 3.5)."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rlhf.algorithms.advantages import gae
+from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
+from megatron_rlhf.algorithms.losses import explained_variance, policy_loss, value_loss
+from megatron_rlhf.algorithms.masking import masked_sum, whiten
+from megatron_rlhf.algorithms.rewards import token_rewards
+from megatron_rlhf.algorithms.schedules import constant_lr
+from megatron_rlhf.config.model import Precision
+from megatron_rlhf.config.stages import KLControl, PPOConfig
+from megatron_rlhf.data.batches import ShuffledBatches
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.pretraining import PretrainingData
+from megatron_rlhf.data.prompts import Prompt
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.parallel.pipeline import Microbatch
+from megatron_rlhf.parallel.vocab import token_logprobs
+from megatron_rlhf.rollout.collect import Judges, collect_rollout
+from megatron_rlhf.rollout.types import Experience, Rollout
+from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
+from megatron_rlhf.trainers.microbatches import (
+    TokenBatch,
+    interleave,
+    language_model_microbatches,
+    language_model_nll,
+    local_rows,
+    pad_to_layout,
+)
+from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.trainers.step import TrainedRole, Update
+
+log = logging.getLogger(__name__)
+
+
+class RolloutMismatch(RuntimeError):
+    """Sampled and recomputed log-probabilities differ by more than rounding: a bug, never a matter of tuning."""
+
+
+@dataclass
+class PPOTrainer:
+    """The four roles, their data, and the loop."""
+
+    config: PPOConfig
+    session: Session
+    tokenizer: Tokenizer
+    prompts: Examples[Prompt]
+    pretraining: PretrainingData | None
+    policy: TrainedRole
+    value: TrainedRole
+    judges: Judges
+
+    def __post_init__(self) -> None:
+        ppo, seed = self.config.ppo, self.config.run.seed
+        self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size, seed)
+        self.kl_control = (
+            FixedKLController(ppo.kl_coef)
+            if ppo.kl_control is KLControl.fixed
+            else AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        )
+        self.step = 0
+        self.pretraining_cursor = 0
+        self.tokens_seen = 0
+
+    def run(self) -> None:
+        """All iterations, from the checkpoint if the run is resumed."""
+        self._restore()
+        last = self.session.last_step(self.config.ppo.iterations)
+        with self.session.progress(self.config.ppo.iterations, self.step, "PPO") as progress:
+            while self.step < last:
+                with self.session.timer("step"):
+                    metrics = self.iteration()
+                self.step += 1
+                self.session.log(self.step, metrics)
+                progress.advance(
+                    reward=metrics["reward/score_mean"], kl=metrics["kl/mean"], ptx=metrics.get("ptx/loss", float("nan"))
+                )
+                if self.session.save_is_due(self.step, last):
+                    self.session.save(f"step_{self.step}", [self.policy, self.value], self._state())
+        self.session.close()
+
+    def iteration(self) -> dict[str, float]:
+        """One rollout and the updates on it."""
+        cfg, timer = self.config.ppo, self.session.timer
+        rollout = self._collect()
+        kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
+        rewards = token_rewards(rollout.scores_b, kl, rollout.mask_bt, self.kl_control.coef)
+        advantages, returns = gae(rewards, rollout.values_bt, rollout.mask_bt, cfg.gamma, cfg.lam)
+        if cfg.whiten_advantages:  # over the whole rollout: every rank holds all of it
+            advantages = whiten(advantages, rollout.mask_bt)
+        experience = Experience.of(rollout, advantages, returns)
+        policy_updates, value_updates = [], []
+        for epoch in range(cfg.inner_epochs):
+            for minibatch in experience.minibatches(cfg.minibatch_size, (self.config.run.seed, self.step, epoch)):
+                if self.step >= cfg.critic_warmup_iterations:
+                    with timer("policy"):
+                        policy_updates.append(self._update_policy(minibatch))
+                with timer("value"):
+                    value_updates.append(self._update_value(minibatch))
+        kl_per_sequence = float(masked_sum(kl, rollout.mask_bt, dim=1).mean())
+        metrics = self._metrics(rollout, returns, kl_per_sequence, policy_updates, value_updates)
+        self.kl_control.update(kl_per_sequence, cfg.batch_size)
+        self._require_on_policy(metrics)
+        self.session.samples.log(self.step + 1, sample_rows(rollout, kl, self.tokenizer))
+        return metrics
+
+    def _collect(self) -> Rollout:
+        indices = self._next_prompts()
+        prompts = [self.prompts[i] for i in indices]
+        rollout = collect_rollout(
+            self.policy.role,
+            self.judges,
+            [prompt.tokens.tolist() for prompt in prompts],
+            [prompt.id for prompt in prompts],
+            self.config.rollout,
+            self.tokenizer.stop_ids,
+            self.tokenizer.pad_id,
+            seed=(self.config.run.seed, self.step),
+            micro_batch_size=self.config.ppo.micro_batch_size,
+            timer=self.session.timer,
+        )
+        missing = self.config.ppo.missing_stop_score
+        if missing is not None:
+            scores = torch.where(rollout.responses.stopped_b, rollout.scores_b, missing)
+            rollout = dataclasses.replace(rollout, scores_b=scores)
+        return rollout
+
+    def _next_prompts(self) -> list[int]:
+        """Always a whole batch: a small set of prompts is gone through as often as it takes."""
+        indices: list[int] = []
+        while len(indices) < self.config.ppo.batch_size:
+            indices += next(self.batches)
+        return indices[: self.config.ppo.batch_size]
+
+    def _update_policy(self, minibatch: Experience) -> Update:
+        """PPO and pretraining microbatches through one schedule into the same gradient buffers."""
+        microbatches = policy_microbatches(minibatch, self.policy, self.config)
+        if self.config.ppo.ptx_coef > 0:
+            pretraining = language_model_microbatches(
+                self._next_pretraining(),
+                self.policy.role,
+                self.config.ppo.ptx_micro_batch_size,
+                "ptx/loss",
+                weight=self.config.ppo.ptx_coef,
+            )
+            microbatches = interleave(microbatches, pretraining)
+        return self.policy.update(microbatches, self.policy_lr())
+
+    def _update_value(self, minibatch: Experience) -> Update:
+        optimizer = self.config.value.optimizer
+        return self.value.update(value_microbatches(minibatch, self.value, self.config), optimizer.lr)
+
+    def policy_lr(self) -> float:
+        """Constant after a warmup over iterations that starts at a tenth of the peak."""
+        return constant_lr(self.step, self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
+
+    def _next_pretraining(self) -> TokenBatch:
+        assert self.pretraining is not None
+        count = self.config.ppo.ptx_ratio * self.config.ppo.minibatch_size
+        data = self.pretraining.train
+        sequences = [data[(self.pretraining_cursor + i) % len(data)] for i in range(count)]
+        self.pretraining_cursor += count
+        return TokenBatch.pack(sequences, [1] * count)
+
+    def pretraining_tax(self) -> dict[str, float]:
+        """Loss on held-out text of the policy and of the reference, in nats a token (the alignment tax)."""
+        if self.pretraining is None or self.pretraining.held_out is None:
+            return {}
+        data = self.pretraining.held_out
+        count = min(len(data), self.config.data.pretraining.held_out_samples)
+        batch = TokenBatch.pack([data[i] for i in range(count)], [1] * count)
+        micro = self.config.ppo.ptx_micro_batch_size
+        policy, tokens = language_model_nll(self.policy.role, batch, micro)
+        reference, _ = language_model_nll(self.judges.reference, batch, micro)
+        return {"tax/pretraining_loss": policy / tokens, "tax/reference_pretraining_loss": reference / tokens}
+
+    def _metrics(
+        self, rollout: Rollout, returns_bt: Tensor, kl: float, policy: list[Update], value: list[Update]
+    ) -> dict[str, float]:
+        cfg = self.config.ppo
+        metrics = {
+            **rollout_metrics(rollout),
+            "samples": float((self.step + 1) * cfg.batch_size),
+            "kl/mean": kl,
+            "kl/coef": self.kl_control.coef,
+            **{name: mean_of(value, name) for name in ("value/loss", "value/clip_fraction")},
+            "value/explained_variance": float(explained_variance(rollout.values_bt, returns_bt, rollout.mask_bt)),
+            "value/grad_norm": value[-1].grad_norm,
+            "policy/lr": self.policy_lr() if policy else 0.0,
+            "skipped_updates": float(sum(update.skipped for update in [*policy, *value])),
+        }
+        if policy:
+            names = ("policy/loss", "policy/ratio_mean", "policy/clip_fraction", "policy/approx_kl", "policy/entropy")
+            metrics |= {name: mean_of(policy, name) for name in names}
+            metrics["policy/first_ratio_max_gap"] = policy[0].statistics["policy/ratio_max_gap"]
+            metrics["policy/grad_norm"] = policy[-1].grad_norm
+            if cfg.ptx_coef > 0:
+                metrics["ptx/loss"] = mean_of(policy, "ptx/loss")
+        if cfg.tax_every and (self.step + 1) % cfg.tax_every == 0:
+            with self.session.timer("tax"):
+                metrics |= self.pretraining_tax()
+        return metrics | self._cost(rollout, len(policy))
+
+    def _cost(self, rollout: Rollout, policy_updates: int) -> dict[str, float]:
+        """Tokens trained on so far, and this iteration's tokens and model FLOPs."""
+        cfg = self.config.ppo
+        episodes = int((rollout.responses.last_b + 1).sum())
+        sequences = policy_updates * cfg.ptx_ratio * cfg.minibatch_size * (cfg.ptx_coef > 0)
+        policy_tokens = episodes * cfg.inner_epochs * (policy_updates > 0)
+        policy_tokens += sequences * self.config.data.pretraining.sequence_length
+        self.tokens_seen += policy_tokens
+        parameters = self.policy.role.num_parameters, self.value.role.num_parameters
+        flops = iteration_flops(*parameters, episodes, policy_tokens, episodes * cfg.inner_epochs)
+        return {"tokens": float(self.tokens_seen), "step_tokens": float(policy_tokens), "step_flops": flops}
+
+    def _require_on_policy(self, metrics: dict[str, float]) -> None:
+        gap = max(metrics["rollout/logprob_gap_max"], metrics.get("policy/first_ratio_max_gap", 0.0))
+        if gap <= self.config.ppo.max_logprob_gap:
+            return
+        message = (
+            f"sampled and trained log-probabilities differ by {gap:.3g} (ppo.max_logprob_gap="
+            f"{self.config.ppo.max_logprob_gap}) at iteration {self.step + 1}"
+        )
+        if self.config.precision is Precision.fp32:
+            raise RolloutMismatch(f"{message}: in fp32 that is a bug in sampling or masking, not rounding")
+        log.warning("%s; with precision=%s this is rounding up to a point", message, self.config.precision.value)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "prompts": self.batches.state_dict(),
+            "pretraining_cursor": self.pretraining_cursor,
+            "tokens_seen": self.tokens_seen,
+            "kl_control": self.kl_control.state_dict(),
+            "skipped_in_a_row": [self.policy.skipped_in_a_row, self.value.skipped_in_a_row],
+        }
+
+    def _restore(self) -> None:
+        state = self.session.restore([self.policy, self.value])
+        if not state:
+            return
+        self.step = state["step"]
+        self.batches.load_state_dict(state["prompts"])
+        self.pretraining_cursor = state["pretraining_cursor"]
+        self.tokens_seen = state["tokens_seen"]
+        self.kl_control.load_state_dict(state["kl_control"])
+        self.policy.skipped_in_a_row, self.value.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOConfig) -> list[Microbatch]:
+    """The clipped policy loss of a minibatch, normalised by its response tokens over all ranks."""
+    role, temperature = policy.role, config.rollout.temperature
+    tokens_in_minibatch = minibatch.mask_bt.sum()
+
+    def microbatch(part: Experience) -> Microbatch:
+        targets_bt = part.tokens_bs.gather(1, part.positions_bt + 1)
+
+        def loss_of(logits_bsv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = torch.arange(len(part), device=logits_bsv.device).unsqueeze(-1)
+            logits_btv = logits_bsv[rows, part.positions_bt]  # prompts and padding need no softmax
+            logprobs_bt = token_logprobs(logits_btv, targets_bt, role.layout.groups.tp, temperature)
+            loss, statistics = policy_loss(
+                logprobs_bt, part.logprobs_bt, part.advantages_bt, part.mask_bt, config.ppo.clip, tokens_in_minibatch
+            )
+            with torch.no_grad():
+                entropy_bt = role.entropy(logits_btv.detach() / temperature)
+                statistics["entropy"] = masked_sum(entropy_bt, part.mask_bt) / tokens_in_minibatch
+            return loss, _named("policy", loss, statistics)
+
+        return Microbatch(pad_to_layout(part.tokens_bs, role), loss_of)
+
+    return _experience_microbatches(minibatch, policy, config, microbatch)
+
+
+def value_microbatches(minibatch: Experience, value: TrainedRole, config: PPOConfig) -> list[Microbatch]:
+    """The clipped value loss of a minibatch, normalised by its response tokens over all ranks."""
+    tokens_in_minibatch = minibatch.mask_bt.sum()
+
+    def microbatch(part: Experience) -> Microbatch:
+        def loss_of(values_bs1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            values_bt = values_bs1.squeeze(-1).gather(1, part.positions_bt)
+            loss, statistics = value_loss(
+                values_bt, part.values_bt, part.returns_bt, part.mask_bt, config.ppo.value_clip, tokens_in_minibatch
+            )
+            return loss, _named("value", loss, statistics)
+
+        return Microbatch(pad_to_layout(part.tokens_bs, value.role), loss_of)
+
+    return _experience_microbatches(minibatch, value, config, microbatch)
+
+
+def _experience_microbatches(minibatch: Experience, trained: TrainedRole, config: PPOConfig, build) -> list[Microbatch]:
+    result = []
+    for rows, counts in local_rows(len(minibatch), trained.role, config.ppo.micro_batch_size):
+        part = minibatch.rows(rows).trimmed()
+        result.append(build(part if counts else part.uncounted()))
+    return result
+
+
+def _named(prefix: str, loss: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/loss": loss.detach(), **{f"{prefix}/{name}": value for name, value in statistics.items()}}
+
+

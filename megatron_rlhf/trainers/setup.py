@@ -1,0 +1,240 @@
+"""From a configuration to a trainer: data and starting points are checked first, then models are built."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.checkpoint.source import Source
+from megatron_rlhf.config import checks
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.config.training import PretrainingDataConfig
+from megatron_rlhf.data.comparisons import load_comparisons
+from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
+from megatron_rlhf.data.prompts import load_prompts
+from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_fits
+from megatron_rlhf.models.gpt import transformer_engine_serves
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.rollout.collect import Judges
+from megatron_rlhf.trainers.evaluate import Evaluator
+from megatron_rlhf.trainers.ppo import PPOTrainer
+from megatron_rlhf.trainers.reward_model import RewardModelTrainer
+from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.trainers.sft import SFTTrainer
+from megatron_rlhf.trainers.step import TrainedRole
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+# Saved roles that a role can start from, the best fit first.
+POLICY = ("policy",)
+SCALAR = ("reward", "value", "policy")
+
+
+def check_machine(config: BaseConfig, world_size: int) -> None:
+    """Layouts against the world, precision and context parallelism against what is installed. No process group is needed."""
+    engine = transformer_engine_serves()
+    checks.check_precision(config.precision, engine, torch.cuda.is_available())
+    for key in ("parallel", "critic_parallel"):
+        parallel: ParallelConfig | None = getattr(config, key, None)
+        if parallel is not None:
+            checks.check_layout(parallel, world_size, key)
+            checks.check_context(parallel, engine, key)
+
+
+def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
+    """`examples/train_sft.py`."""
+    data = config.data
+    source, model = _start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
+    checks.check_model(model, config.parallel, "parallel")
+    tokenizer = _tokenizer(data.tokenizer, model)
+    limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
+    demonstrations = validation = None
+    if data.demonstrations is not None and data.pretraining_mix < 1:
+        demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns=data.columns)
+        log.info(demonstrations.describe())
+        if data.validation is not None:
+            validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns)
+    pretraining = None
+    if data.pretraining_mix > 0:
+        per_step = round(config.sft.batch_size * data.pretraining_mix)
+        steps = config.sft.max_steps or config.sft.epochs * (
+            -(-len(demonstrations or []) // max(config.sft.batch_size - per_step, 1))
+        )
+        pretraining = _pretraining(data.pretraining, tokenizer, model, steps * per_step, session)
+    layout = ParallelLayout.create(config.parallel)
+    session.seed(layout)
+    policy = _role("policy", model, layout, config, source, dropout=config.sft.dropout)
+    trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, config.run.max_skipped_steps)
+    reward = None
+    if config.reward.init_from is not None:
+        reward_source, reward_model = _start(config.reward.init_from, "reward.init_from", SCALAR, None, "model")
+        reward = _role("reward", reward_model, layout, config, reward_source, scalar=True).frozen()
+    return SFTTrainer(config, session, tokenizer, trained, demonstrations, validation, pretraining, reward)
+
+
+def build_reward_model(config: RewardModelConfig, session: Session) -> RewardModelTrainer:
+    """`examples/train_reward_model.py`."""
+    data = config.data
+    source, model = _start(config.reward.init_from, "reward.init_from", SCALAR, config.model, "model")
+    checks.check_model(model, config.parallel, "parallel")
+    tokenizer = _tokenizer(data.tokenizer, model)
+    limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
+    loaded = load_comparisons(data.comparisons, tokenizer, *limits)
+    log.info(loaded.describe())
+    if data.validation is not None:
+        training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits))
+    else:
+        training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed)
+    if data.demonstrations is not None:
+        demonstrations = [d.tokens.tolist() for d in load_demonstrations(data.demonstrations, tokenizer, *limits)]
+    else:
+        demonstrations = [
+            [*c.prompt_tokens.tolist(), *c.responses_tokens[c.ranks.index(min(c.ranks))].tolist()] for c in training
+        ]
+    layout = ParallelLayout.create(config.parallel)
+    session.seed(layout)
+    role = _role("reward", model, layout, config, source, scalar=True)
+    trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
+    return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
+
+
+def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
+    """`examples/train_ppo.py`."""
+    policy_source, model = _start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
+    reward_source, critic_model = _start(
+        config.reward.init_from, "reward.init_from", SCALAR, config.critic_model, "critic_model"
+    )
+    value_from = config.value.init_from or config.reward.init_from
+    value_source, value_model = _start(
+        value_from, "value.init_from", ("value", "reward", "policy"), config.critic_model, "critic_model"
+    )
+    checks.check_model(model, config.parallel, "parallel")
+    checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
+    checks.check_model(value_model, config.critic_parallel, "critic_parallel")
+    for shape in (model, critic_model):
+        keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
+        checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
+    tokenizer = _tokenizer(config.data.tokenizer, model)
+    require_tokenizer_fits(tokenizer, critic_model.vocab_size, "reward.init_from")
+    prompts = load_prompts(
+        config.data.prompts, tokenizer, config.data.max_prompt_tokens, max_per_user=config.data.max_per_user
+    )
+    log.info(prompts.describe())
+    pretraining = None
+    if config.data.pretraining.source is not None:
+        ppo = config.ppo
+        examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.ptx_coef > 0 else 1
+        pretraining = _pretraining(config.data.pretraining, tokenizer, model, examples, session)
+    layout = ParallelLayout.create(config.parallel)
+    critic_layout = ParallelLayout.create(config.critic_parallel)
+    session.seed(layout)
+    policy = _role("policy", model, layout, config, policy_source)
+    reference = _role("reference", model, layout, config, policy_source).frozen()
+    reward = _role("reward", critic_model, critic_layout, config, reward_source, scalar=True).frozen()
+    value = _role("value", value_model, critic_layout, config, value_source, scalar=True)
+    skips = config.run.max_skipped_steps
+    return PPOTrainer(
+        config,
+        session,
+        tokenizer,
+        prompts,
+        pretraining,
+        TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay),
+        TrainedRole.create(value, config.value.optimizer, config.precision, skips),
+        Judges(reference, reward, value),
+    )
+
+
+def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
+    """`examples/evaluate.py`."""
+    wanted = ("policy_ema",) if config.evaluate.ema else POLICY
+    source, model = _start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
+    checks.check_model(model, config.parallel, "parallel")
+    tokenizer = _tokenizer(config.data.tokenizer, model)
+    prompts = load_prompts(config.data.prompts, tokenizer, config.data.max_prompt_tokens)
+    held_out = None
+    if config.data.pretraining.source is not None:
+        held_out = _pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
+    layout = ParallelLayout.create(config.parallel)
+    session.seed(layout)
+    policy = _role("policy", model, layout, config, source).frozen()
+    reward = None
+    if config.reward.init_from is not None:
+        reward_source, reward_model = _start(config.reward.init_from, "reward.init_from", SCALAR, None, "model")
+        critic_layout = ParallelLayout.create(config.critic_parallel)
+        checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
+        reward = _role("reward", reward_model, critic_layout, config, reward_source, scalar=True).frozen()
+    return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward)
+
+
+def hold_out(items: list[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(training, validation): a seeded share of the items, at least one where the fraction is positive."""
+    count = min(max(round(len(items) * fraction), 1), len(items) - 1) if fraction > 0 else 0
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
+
+
+def _start(
+    init_from: str | None, key: str, wanted: Sequence[str], shape: ModelConfig | None, shape_key: str
+) -> tuple[Source | None, ModelConfig]:
+    """Where weights come from, and the shape of the model: of the checkpoint, else of the configuration."""
+    if init_from is None:
+        if shape is None:
+            raise UserError(f"give {key} (a checkpoint or Hugging Face folder)")
+        return None, shape
+    source = Source.find(init_from, key, tuple(wanted))
+    source.require_shape(shape, shape_key)
+    return source, source.model
+
+
+def _role(
+    name: str,
+    model: ModelConfig,
+    layout: ParallelLayout,
+    config: BaseConfig,
+    source: Source | None,
+    scalar: bool = False,
+    dropout: float = 0.0,
+) -> Role:
+    role = Role.build(name, model, layout, config.precision, scalar, dropout)
+    if source is not None:
+        source.load_into(role)
+    log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, f", from {source.path}" if source else "")
+    return role
+
+
+def _tokenizer(path: str, model: ModelConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "data.tokenizer")
+    return tokenizer
+
+
+def _pretraining(
+    config: PretrainingDataConfig, tokenizer: Tokenizer, model: ModelConfig, samples: int, session: Session
+) -> PretrainingData:
+    assert config.source is not None
+    if config.sequence_length > model.max_sequence_length:
+        raise UserError(
+            f"data.pretraining.sequence_length={config.sequence_length} is more than the model's context of "
+            f"{model.max_sequence_length} tokens"
+        )
+    return load_pretraining(
+        config.source,
+        tokenizer,
+        config.sequence_length,
+        samples=max(samples, 1),
+        seed=session.config.seed,
+        cache_dir=Path(session.config.dir) / "cache",
+        held_out_fraction=config.held_out,
+        is_builder=dist.get_rank() == 0,
+        barrier=dist.barrier,
+    )

@@ -1,0 +1,203 @@
+"""Supervised fine-tuning on demonstrations, with pretraining text mixed in where asked (Ouyang et al. 2022, appendix C.1)."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.algorithms.schedules import cosine_lr
+from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.config.stages import SFTConfig
+from megatron_rlhf.config.training import Selection
+from megatron_rlhf.data.batches import ShuffledBatches
+from megatron_rlhf.data.demonstrations import Demonstration
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.pretraining import PretrainingData
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.rollout.collect import sample_responses
+from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
+from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.trainers.step import TrainedRole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTTrainer:
+    """The policy, its data, and the loop."""
+
+    config: SFTConfig
+    session: Session
+    tokenizer: Tokenizer
+    policy: TrainedRole
+    demonstrations: Examples[Demonstration] | None
+    validation: Examples[Demonstration] | None
+    pretraining: PretrainingData | None
+    reward: Role | None = None
+
+    def __post_init__(self) -> None:
+        sft, data = self.config.sft, self.config.data
+        self.pretraining_per_batch = round(sft.batch_size * data.pretraining_mix)
+        demonstrations_per_batch = sft.batch_size - self.pretraining_per_batch
+        self.batches: ShuffledBatches | None = None
+        self.steps_per_epoch: int | None = None
+        if self.demonstrations is not None and demonstrations_per_batch:
+            self.batches = ShuffledBatches(len(self.demonstrations), demonstrations_per_batch, self.config.run.seed)
+            self.steps_per_epoch = self.batches.batches_per_epoch
+        self.total_steps = self.planned_steps(self.config, self.steps_per_epoch)
+        self.step = 0
+        self.tokens_seen = 0
+        self.best: tuple[float, str] | None = None
+
+    @staticmethod
+    def planned_steps(config: SFTConfig, steps_per_epoch: int | None) -> int:
+        """sft.max_steps where it is given, else all epochs."""
+        if config.sft.max_steps is not None:
+            return config.sft.max_steps
+        assert steps_per_epoch is not None, "check_sft asks for sft.max_steps where there are no demonstrations"
+        return config.sft.epochs * steps_per_epoch
+
+    def run(self) -> None:
+        """All steps, from the checkpoint if the run is resumed; validation and a checkpoint of the weights each epoch."""
+        self._restore()
+        last = self.session.last_step(self.total_steps)
+        with self.session.progress(self.total_steps, self.step, self.description) as progress:
+            while self.step < last:
+                with self.session.timer("step"):
+                    metrics = self.train_step()
+                self.step += 1
+                epoch_ends = self.steps_per_epoch is not None and self.step % self.steps_per_epoch == 0
+                if epoch_ends or self.step == self.total_steps:
+                    metrics |= self._end_epoch()
+                self.session.log(self.step, metrics)
+                progress.advance(loss=metrics["sft/loss"])
+                if self.session.save_is_due(self.step, last):
+                    self.session.save(f"step_{self.step}", [self.policy], self._state())
+        self.session.close()
+
+    @property
+    def description(self) -> str:
+        return "pretraining" if self.batches is None else "SFT"
+
+    def train_step(self) -> dict[str, float]:
+        """One update on one batch of demonstrations and pretraining text, normalised by their target tokens together."""
+        sft, optimizer = self.config.sft, self.config.policy.optimizer
+        batch = self._next_batch()
+        microbatches = language_model_microbatches(batch, self.policy.role, sft.micro_batch_size, "sft/loss")
+        lr = cosine_lr(self.step, self.total_steps, optimizer.lr, sft.final_lr_fraction, sft.warmup_steps)
+        update = self.policy.update(microbatches, lr)
+        tokens = batch.tokens_bs.numel()
+        self.tokens_seen += batch.num_targets
+        return {
+            **update.statistics,
+            "sft/grad_norm": update.grad_norm,
+            "sft/lr": lr,
+            "samples": float((self.step + 1) * sft.batch_size),
+            "tokens": float(self.tokens_seen),
+            "skipped_updates": float(update.skipped),
+            "step_tokens": float(tokens),
+            "step_flops": 6.0 * tokens * self.policy.role.num_parameters,
+        }
+
+    def _next_batch(self) -> TokenBatch:
+        sequences: list[Any] = []
+        first_targets: list[int] = []
+        if self.batches is not None:
+            assert self.demonstrations is not None
+            for index in next(self.batches):
+                sequences.append(self.demonstrations[index].tokens)
+                first_targets.append(self.demonstrations[index].prompt_length)
+        if self.pretraining is not None:
+            data, start = self.pretraining.train, self.step * self.pretraining_per_batch
+            sequences += [data[(start + i) % len(data)] for i in range(self.pretraining_per_batch)]
+            first_targets += [1] * self.pretraining_per_batch
+        return TokenBatch.pack(sequences, first_targets)
+
+    def validation_loss(self) -> float | None:
+        """Mean loss a target token: on validation demonstrations, else on held-out text; None if there is neither."""
+        if self.validation is not None:
+            examples = [(d.tokens, d.prompt_length) for d in self.validation]
+        elif self.pretraining is not None and self.pretraining.held_out is not None and self.batches is None:
+            held_out = self.pretraining.held_out
+            count = min(len(held_out), self.config.data.pretraining.held_out_samples)
+            examples = [(held_out[i], 1) for i in range(count)]
+        else:
+            return None
+        total, tokens = 0.0, 0
+        for start in range(0, len(examples), VALIDATION_BATCH):
+            part = examples[start : start + VALIDATION_BATCH]
+            nll, count = language_model_nll(self.policy.role, _pack(part), self.config.sft.micro_batch_size)
+            total, tokens = total + nll, tokens + count
+        return total / max(tokens, 1)
+
+    def mean_reward(self) -> float:
+        """Mean score of responses sampled to validation prompts, by the reward model (how the paper chose its SFT model)."""
+        assert self.reward is not None
+        examples = self.validation or self.demonstrations
+        assert examples is not None
+        chosen = [examples[i] for i in range(min(len(examples), self.config.sft.selection_samples))]
+        prompts = [d.tokens[: d.prompt_length].tolist() for d in chosen]
+        completions = sample_responses(
+            self.policy.role,
+            prompts,
+            list(range(len(prompts))),
+            self.config.sampling,
+            self.tokenizer.stop_ids,
+            (self.config.run.seed, 0),
+        )
+        responses = Responses.pack(prompts, completions, self.tokenizer.pad_id, collectives.device())
+        scores_bs = self.reward.values(responses.tokens_bs, self.config.sft.micro_batch_size)
+        return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
+
+    def _end_epoch(self) -> dict[str, float]:
+        """Validate, keep this epoch's weights, and name the best epoch so far."""
+        metrics: dict[str, float] = {}
+        loss = self.validation_loss()
+        if loss is not None:
+            metrics["sft/validation_loss"] = loss
+        if self.reward is not None:
+            metrics["sft/validation_reward"] = self.mean_reward()
+        epoch = self.step // self.steps_per_epoch if self.steps_per_epoch else 1
+        name = f"epoch_{epoch}"
+        self.session.save(name, [self.policy], {"step": self.step, "metrics": metrics}, with_optimizer=False)
+        by_reward = self.config.sft.select_by is Selection.reward_model
+        figure = -metrics["sft/validation_reward"] if by_reward else loss
+        if figure is not None and (self.best is None or figure < self.best[0]):
+            self.best = (figure, name)
+            if dist.get_rank() == 0:
+                sharded.point(self.session.checkpoints, "best", name)
+        log.info("epoch %d: %s", epoch, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "no validation data")
+        return metrics
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "batches": self.batches.state_dict() if self.batches is not None else None,
+            "best": self.best,
+            "skipped_in_a_row": self.policy.skipped_in_a_row,
+        }
+
+    def _restore(self) -> None:
+        state = self.session.restore([self.policy])
+        if not state:
+            return
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.policy.skipped_in_a_row = state["skipped_in_a_row"]
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        if self.batches is not None:
+            self.batches.load_state_dict(state["batches"])
+
+
+# Sequences of a validation pass held as one batch: bounds the padding, never the numbers.
+VALIDATION_BATCH = 256
+
+
+def _pack(examples: Sequence[tuple[Sequence[int] | torch.Tensor, int]]) -> TokenBatch:
+    return TokenBatch.pack([tokens for tokens, _ in examples], [first for _, first in examples])
