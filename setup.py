@@ -30,6 +30,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # Apex comes with NVIDIA's PyTorch container
         "nemo": ["nemo-toolkit>=2.7"],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"],
     },
 )

@@ -3,35 +3,21 @@
 Only `examples/` and `tools/` import this module; below it, configurations are plain dataclasses.
 """
 
-import ast
-import dataclasses
-import difflib
-import inspect
+import contextlib
 import logging
 import os
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from enum import Enum
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
+from megatron_rlhf.compose import Config, compose_config, help_text
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.setup import check_machine
 
-Config = TypeVar("Config")
-CONF = Path(__file__).parent.parent / "conf"
+Trainer = TypeVar("Trainer")
 USER_ERROR = 2
 
 
@@ -53,17 +39,35 @@ def launch(
     if {"-h", "--help"} & set(arguments):
         print(help_text(stage, schema))
         return
+    with exit_code_on_failure():
+        if "--cfg" in arguments:
+            print(compose_config(stage, schema, [a for a in arguments if a != "--cfg"])[1], end="")
+            return
+        prepare(stage, schema, check, build, arguments).run()
+    runtime.shutdown()
+
+
+def prepare(
+    stage: str,
+    schema: type[Config],
+    check: Callable[[Config], None],
+    build: Callable[[Config, Session], Trainer],
+    overrides: Sequence[str],
+) -> Trainer:
+    """Compose, check and build one stage inside this process; the caller runs it."""
+    config, resolved = compose_config(stage, schema, overrides)
+    check(config)
+    check_machine(config, runtime.detect_launch().world_size)  # type: ignore[arg-type]
+    runtime.initialize()
+    return build(config, Session.open(config.run, resolved))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def exit_code_on_failure() -> Iterator[None]:
+    """A user's mistake becomes one message on one rank and exit code 2; anything else its traceback and exit code 1."""
     rank = runtime.detect_launch().rank
     try:
-        config, resolved = compose_config(stage, schema, [a for a in arguments if a != "--cfg"])
-        if "--cfg" in arguments:
-            print(resolved, end="")
-            return
-        check(config)
-        check_machine(config, runtime.detect_launch().world_size)  # type: ignore[arg-type]
-        runtime.initialize()
-        session = Session.open(config.run, resolved)  # type: ignore[attr-defined]
-        build(config, session).run()
+        yield
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,106 +75,6 @@ def launch(
     except Exception:
         logging.getLogger(__name__).critical("rank %d failed:\n%s", rank, traceback.format_exc())
         _leave(1)
-    runtime.shutdown()
-
-
-def compose_config(stage: str, schema: type[Config], overrides: Sequence[str]) -> tuple[Config, str]:
-    """The typed configuration of a stage and its resolved YAML.
-
-    Raises:
-        UserError: unknown key (with the nearest right one), wrong type, missing value.
-    """
-    store = ConfigStore.instance()
-    store.store(name=f"{stage}_schema", node=schema)
-    store.store(group="model", name="schema", node=ModelConfig)
-    store.store(group="critic_model", name="schema", node=ModelConfig)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            composed = compose(stage, overrides=list(overrides))
-            config = OmegaConf.to_object(composed)
-            resolved = OmegaConf.to_yaml(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:  # OmegaConf asserts on a.b=1 where a is null
-        raise UserError(_explain(error, schema, overrides)) from error
-    return config, resolved  # type: ignore[return-value]
-
-
-def field_paths(schema: type, prefix: str = "") -> dict[str, tuple[dataclasses.Field, str]]:
-    """Every key of a schema, dotted, with its field and docstring."""
-    paths: dict[str, tuple[dataclasses.Field, str]] = {}
-    docs = _field_docs(schema)
-    hints = inspect.get_annotations(schema, eval_str=True)
-    for base in schema.__mro__[1:-1]:
-        hints = inspect.get_annotations(base, eval_str=True) | hints
-    for field in dataclasses.fields(schema):
-        path = f"{prefix}{field.name}"
-        paths[path] = (field, docs.get(field.name, ""))
-        nested = next((t for t in _alternatives(hints[field.name]) if dataclasses.is_dataclass(t)), None)
-        if isinstance(nested, type):
-            paths |= field_paths(nested, f"{path}.")
-    return paths
-
-
-def help_text(stage: str, schema: type) -> str:
-    """`--help`: what the stage does, every key with its meaning and default, and a few commands."""
-    lines = [
-        inspect.cleandoc(schema.__doc__ or ""),
-        "",
-        f"usage: python examples/... [key=value ...]     settings start from conf/{stage}.yaml",
-        "       --cfg prints the resolved configuration and stops; recipe=NAME and model=NAME choose files of conf/",
-        "",
-    ]
-    for path, (field, doc) in field_paths(schema).items():
-        default = field.default
-        if isinstance(default, Enum):
-            default = default.value
-        shown = "" if default is dataclasses.MISSING else f" = {default}"
-        lines.append(f"{path}{shown}")
-        lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
-
-
-def _field_docs(schema: type) -> dict[str, str]:
-    """The string under each field, read from the source: dataclasses do not keep them."""
-    docs: dict[str, str] = {}
-    for base in reversed(schema.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, doc in zip(body, body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(doc, ast.Expr)
-                and isinstance(doc.value, ast.Constant)
-            ):
-                docs[field.target.id] = " ".join(str(doc.value.value).split())
-    return docs
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__args__", None) or (hint,)
-
-
-def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
-    """What is wrong, in one sentence: the key, its value, and what would be right."""
-    paths = field_paths(schema)
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if key not in paths and key not in groups and not key.startswith("data.columns."):
-            near = difflib.get_close_matches(key, [*paths, *groups], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
-            return f"{override}: there is no key {key}; {hint}"
-    chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
-    cause = next((c for c in chain if isinstance(c, OmegaConfBaseException) and c.full_key), error)
-    key = getattr(cause, "full_key", None) or ""
-    meaning = f" ({paths[key][1]})" if key in paths else ""
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{key} is not given{meaning}"
-    if isinstance(error, AssertionError):
-        return f"{' '.join(overrides)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
-    message = (str(cause) if key else " ".join(str(cause).split())).splitlines()[0]
-    given = next((override for override in overrides if override.lstrip("+").startswith(f"{key}=")), key) if key else ""
-    return f"{given}: {message}{meaning}" if given else message
 
 
 def _leave(code: int) -> None:

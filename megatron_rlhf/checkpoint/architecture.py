@@ -125,6 +125,16 @@ def tensor_shapes(model: ModelConfig, scalar: bool) -> dict[str, tuple[int, ...]
     return shapes
 
 
+class Head(Enum):
+    """What stands on the last hidden state, by the end of the class's name."""
+
+    language = "ForCausalLM"
+    score = "ForSequenceClassification"
+    """One number a text, read at its last token: a reward model."""
+    token = "ForTokenClassification"
+    """One number a token: a value model."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A Hugging Face model type: its configuration and its tensors, beside ours."""
@@ -155,20 +165,25 @@ class Architecture:
     unused: tuple[str, ...] = ()
     """Patterns of tensors that old files hold and no model reads (masks, rotary tables)."""
 
-    def head_names(self) -> dict[str, str | None]:
-        """Class name -> name of its scalar head, None for the language model."""
-        names: dict[str, str | None] = {
-            f"{self.classes}{self.language_class}": None,
-            f"{self.classes}ForSequenceClassification": "score",
-        }
-        if self.token_head is not None:
-            names[f"{self.classes}ForTokenClassification"] = self.token_head
-        return names
+    @property
+    def layer_prefix(self) -> str:
+        """Name of the list of layers: 'model.layers'."""
+        return next(theirs.names[0] for key, theirs in self.tensors.items() if is_layer(key)).split(".{}")[0]
 
-    def theirs(self, key: str, scalar_head: str | None = None) -> Theirs:
-        """Where one of our tensors is; `scalar_head` names the module that stands for our scalar head."""
-        if scalar_head is not None and key in (HEAD, HEAD_BIAS):
-            return same(f"{scalar_head}.{key.rpartition('.')[2]}")
+    def class_name(self, head: Head) -> str:
+        """The class of transformers that has this head."""
+        return self.classes + (self.language_class if head is Head.language else head.value)
+
+    def head_module(self, head: Head) -> str | None:
+        """Name of the head's module; None where the architecture has no class with this head."""
+        if head is Head.language:
+            return self.tensors[HEAD].names[0].removesuffix(".weight")
+        return "score" if head is Head.score else self.token_head
+
+    def theirs(self, key: str, head: Head) -> Theirs:
+        """Where one of our tensors is."""
+        if key in (HEAD, HEAD_BIAS):
+            return same(f"{self.head_module(head)}.{key.rpartition('.')[2]}")
         return self.tensors[key]
 
 

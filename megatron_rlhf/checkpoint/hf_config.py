@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_rlhf.checkpoint import key_maps
-from megatron_rlhf.checkpoint.architecture import Architecture, attention_shape
+from megatron_rlhf.checkpoint.architecture import Architecture, Head, attention_shape
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling
 
@@ -29,15 +29,16 @@ def find_architecture(content: Mapping[str, Any], where: str) -> Architecture:
     raise UserError(f"{where}: model_type={model_type} cannot be converted{because}; these can: {known}")
 
 
-def scalar_head(content: Mapping[str, Any], architecture: Architecture, where: str) -> str | None:
-    """Name of the scalar head that the class in config.json has; None for a language model."""
-    classes = content.get("architectures") or []
-    heads = architecture.head_names()
-    head = next((heads[name] for name in classes if name in heads), None)
-    if classes and not any(name in heads or name == f"{architecture.classes}Model" for name in classes):
-        raise UserError(f"{where}: architectures={classes} is none of {', '.join(heads)}")
-    labels = len(content.get("id2label") or {}) or content.get("num_labels", 2)
-    if head is not None and labels != 1:
+def read_head(content: Mapping[str, Any], architecture: Architecture, where: str) -> Head:
+    """The head of the class that config.json names; the base model alone counts as a language model."""
+    classes = content.get("architectures") or [architecture.class_name(Head.language)]
+    by_name = {architecture.class_name(head): head for head in Head if architecture.head_module(head) is not None}
+    by_name[f"{architecture.classes}Model"] = Head.language
+    head = next((by_name[name] for name in classes if name in by_name), None)
+    if head is None:
+        raise UserError(f"{where}: architectures={classes} is none of {', '.join(by_name)}")
+    labels = len(content["id2label"]) if "id2label" in content else content.get("num_labels", 2)
+    if head is not Head.language and labels != 1:
         raise UserError(f"{where}: {classes[0]} has {labels} labels; a reward or value model has num_labels=1")
     return head
 

@@ -1,6 +1,8 @@
 """A Hugging Face folder on disk: config.json, and its tensors, read slice by slice."""
 
+import functools
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from megatron_rlhf.config.errors import UserError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+PICKLED = "pytorch_model.bin"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,48 +35,74 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of a folder: where each is, and its shape. No weight stays in memory between reads."""
+    """The tensors of a folder: where each is, its shape and type. No weight stays in memory between reads."""
 
     folder: Path
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
 
     @classmethod
-    def open(cls, folder: Path) -> "TensorFiles":
+    def open(cls, folder: Path, allow_pickle: bool = False) -> "TensorFiles":
         """Read the headers of all files; UserError for a missing, broken or contradictory one."""
-        index = folder / f"{WEIGHTS}.index.json"
-        if index.is_file():
-            listed = read_json(index).get("weight_map", {})
-            paths = sorted({folder / name for name in listed.values()})
-        elif (folder / WEIGHTS).is_file():
-            listed, paths = None, [folder / WEIGHTS]
-        else:
-            raise UserError(f"{folder}: no weights: neither {WEIGHTS} nor {index.name}{_pickled(folder)}")
+        paths, index, listed = _find_files(folder, allow_pickle)
         files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for path in paths:
-            for name, shape in _header(path).items():
+            for name, (shape, dtype) in _header(path).items():
                 if name in files:
                     raise UserError(f"{path}: tensor {name} is also in {files[name].name}")
-                files[name], shapes[name] = path, shape
+                files[name], shapes[name], dtypes[name] = path, shape, dtype
         if listed is not None:
             _require_as_listed(index, listed, files)
-        return cls(folder, files, shapes)
+        return cls(folder, files, shapes, dtypes)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """A part of a tensor: rows, and columns where it has two dimensions."""
-        index = (rows, columns)[: len(self.shapes[name])]
+        part = (rows, columns)[: len(self.shapes[name])]
+        if self.files[name].suffix != ".safetensors":
+            return unpickle(self.files[name])[name][part].clone()
         # Opened anew each time: a file kept open would keep the pages read from it in memory.
         with safe_open(str(self.files[name]), framework="pt") as file:
-            return file.get_slice(name)[index]
+            return file.get_slice(name)[part]
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=1)
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped into memory: only tensors and plain containers are let through."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: this file of the model is missing") from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not a whole file of pickled tensors: {reason}") from error
+
+
+def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dict[str, str] | None]:
+    """The files that hold weights, and the index with what it lists, if there is one."""
+    for name in (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            listed = read_json(index).get("weight_map") or {}
+            return sorted({folder / file for file in listed.values()}), index, listed
+        if (folder / name).is_file():
+            return [folder / name], index, None
+    pickled = any(folder.glob("*.bin"))
+    hint = f"; {PICKLED} is pickled: convert it with --allow-pickle if you trust where it comes from" if pickled else ""
+    raise UserError(f"{folder}: no weights: neither {WEIGHTS} nor {INDEX}{hint}")
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    if path.suffix != ".safetensors":
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in unpickle(path).items()}
     if not path.is_file():
         raise UserError(f"{path}: this file of the model is missing")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part[:0].dtype) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}") from error
 
@@ -86,12 +116,8 @@ def _require_as_listed(index: Path, listed: Mapping[str, str], files: Mapping[st
             raise UserError(f"{files[name]}: holds {name}, which {index.name} does not list")
 
 
-def _pickled(folder: Path) -> str:
-    return " (pytorch_model.bin is pickled: convert it with --allow-pickle)" if list(folder.glob("*.bin")) else ""
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal type, shape and every value; NaN equals NaN."""
+    """Equal type, shape and every bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return bool(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)))

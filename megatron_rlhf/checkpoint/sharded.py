@@ -85,12 +85,19 @@ def save_role(folder: Path, saved: SavedRole) -> None:
 
 def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
     """`meta.json`, last: shapes of the roles, layouts, and the trainer's state (JSON)."""
+    write_description(
+        folder, {name: (role.model, role.scalar, layout_signature(role)) for name, role in roles.items()}, state
+    )
+
+
+def write_description(folder: Path, roles: Mapping[str, tuple[ModelConfig, bool, str]], state: Mapping[str, Any]) -> None:
+    """`write_meta` for roles that are not in memory: shape, whether it has a scalar head, and layout of each. Collective."""
     if dist.get_rank() == 0:
         content = {
             "format": FORMAT,
             "roles": {
-                name: {"model": model_to_json(role.model), "scalar": role.scalar, "layout": layout_signature(role)}
-                for name, role in roles.items()
+                name: {"model": model_to_json(model), "scalar": scalar, "layout": layout}
+                for name, (model, scalar, layout) in roles.items()
             },
             "state": dict(state),
         }
@@ -116,10 +123,10 @@ def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = Fal
     """Fill a role's weights from another role's, saved at any layout; `keep_head` leaves its scalar head alone. Collective."""
     with role.layout:
         state = _sharded_state(SavedRole(role), is_loading=True)
-        heads = [] if not keep_head else [name for part in state.values() for name in part if _is_head(name)]
+        # Extra state is the scaling history of fp8, not weights, and an imported model has none.
         for part in state.values():
-            for name in heads:
-                part.pop(name, None)
+            for name in [n for n in part if n.endswith("_extra_state") or (keep_head and _is_head(n))]:
+                del part[name]
         loaded = _load(state, folder / from_role)
         for key, chunk in _keyed(role).items():
             missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)

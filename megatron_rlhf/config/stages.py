@@ -247,7 +247,7 @@ class EvaluateAlgorithmConfig:
     ema: bool = False
     """Use the moving average of the policy's weights."""
     few_shot: str | None = None
-    """A text put before every prompt (the paper's few-shot baseline)."""
+    """A text file put before every prompt (the paper's few-shot baseline)."""
     output: str = "evaluation.jsonl"
     """File in run.dir that gets one line a response."""
 

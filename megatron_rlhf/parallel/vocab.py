@@ -11,7 +11,7 @@ Group = dist.ProcessGroup | None
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `tokens`, fp32, same shape as `tokens`, on every rank of `group`.
+    """log softmax(logits / temperature) at `tokens`, fp32 (fp64 for fp64 logits), same shape as `tokens`, on every rank of `group`.
 
     Differentiable with respect to this rank's logits: d logprob / d logit_j = ([j = token] - softmax_j) / temperature.
     No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group.
@@ -32,25 +32,31 @@ def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist
     return tensor
 
 
-def _log_normalizer(scaled: Tensor, group: Group) -> Tensor:
-    """log sum exp over the whole vocabulary, [..., 1]; `scaled` is fp32."""
-    largest = _all_reduce(scaled.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
-    return _all_reduce((scaled - largest).exp().sum(dim=-1, keepdim=True), group).log() + largest
+def _full_precision(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def _log_softmax(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """(logits less the largest of the whole vocabulary, log sum exp of those): their difference is log softmax.
+
+    They stay apart until a logit is chosen, so that no digit is spent on the level that all logits share.
+    """
+    shifted = logits - _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
+    return shifted, _all_reduce(shifted.exp().sum(dim=-1, keepdim=True), group).log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, group: Group, temperature: float) -> Tensor:
-        scaled = logits.float() / temperature
-        width = scaled.shape[-1]
+        shifted, normalizer = _log_softmax(_full_precision(logits) / temperature, group)
+        width = shifted.shape[-1]
         first = 0 if group is None else group.rank() * width
         local = tokens - first
         here = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1).unsqueeze(-1)
-        chosen = scaled.gather(-1, local).squeeze(-1)
+        chosen = shifted.gather(-1, local).squeeze(-1)
         chosen = _all_reduce(torch.where(here, chosen, 0.0), group)
-        normalizer = _log_normalizer(scaled, group)
-        ctx.save_for_backward((scaled - normalizer).exp_(), local, here)
+        ctx.save_for_backward((shifted - normalizer).exp_(), local, here)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         return chosen - normalizer.squeeze(-1)
 
@@ -66,8 +72,8 @@ class _TokenLogprobs(torch.autograd.Function):
 class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, group: Group) -> Tensor:
-        logprobs = logits.float()
-        logprobs = logprobs - _log_normalizer(logprobs, group)
+        shifted, normalizer = _log_softmax(_full_precision(logits), group)
+        logprobs = shifted - normalizer
         probabilities = logprobs.exp()
         # A logit of -inf has p = 0 and adds nothing; 0 * -inf would add NaN.
         logprobs = torch.where(probabilities > 0, logprobs, 0.0)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.attention import KeyValueCache
-from megatron_rlhf.models.gpt import PADDED_LOGIT
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
@@ -117,9 +116,8 @@ class Decoder:
 
     def _sample(self, logits_b1v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits_bv = logits_b1v[:, -1, : self.role.model.vocab_size]
-        if self.step < self.config.min_response_tokens - 1:
-            logits_bv = logits_bv.index_fill(-1, self.stops, PADDED_LOGIT)
-        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b, torch.full_like(self.keys_b, self.step))
+        too_early = self.stops if self.step < self.config.min_response_tokens - 1 else None
+        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b, torch.full_like(self.keys_b, self.step), too_early)
         self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])
         return logits_b1v.new_zeros(()), {}
 

@@ -24,18 +24,23 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
 
-    def __call__(self, logits_bv: Tensor, keys_b: Tensor, positions_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature), before top-k and top-p.
+    def __call__(
+        self, logits_bv: Tensor, keys_b: Tensor, positions_b: Tensor, banned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [b], none of them `banned`, and their log-probabilities [b] under softmax(logits / temperature).
 
-        The unfiltered log-probability is the one that training recomputes. temperature 0 takes the likeliest token.
+        That is the log-probability before tokens are banned and before top-k and top-p, the one that training
+        recomputes. temperature 0 takes the likeliest token.
         """
         logprobs_bv = torch.log_softmax(logits_bv.float() / (self.temperature or 1.0), dim=-1)
+        candidates_bv = logprobs_bv if banned is None else logprobs_bv.index_fill(-1, banned, -torch.inf)
         if self.temperature == 0:
-            tokens_b = logprobs_bv.argmax(dim=-1)
+            tokens_b = candidates_bv.argmax(dim=-1)
         else:
-            candidates_bv = filter_top_p(filter_top_k(logprobs_bv, self.top_k), self.top_p)
+            candidates_bv = filter_top_p(filter_top_k(candidates_bv, self.top_k), self.top_p)
             uniform_bv = uniform_numbers(mix(keys_b, positions_b), logits_bv.shape[-1])
-            tokens_b = (candidates_bv - uniform_bv.log_().neg_().log_()).argmax(dim=-1)
+            exponential_bv = uniform_bv.neg_().log1p_().neg_()  # -log(1 - u): finest where it is small, and small wins
+            tokens_b = (candidates_bv - exponential_bv.log_()).argmax(dim=-1)
         return tokens_b, logprobs_bv.gather(-1, tokens_b.unsqueeze(-1)).squeeze(-1)
 
 
@@ -73,8 +78,8 @@ def uniform_numbers(keys_b: Tensor, count: int) -> Tensor:
     """[b, count] numbers in (0, 1), fp32, from keys [b]: number j hashes (key, j)."""
     counters = torch.arange(1, count + 1, device=keys_b.device) * 0x9E3779B1
     bits = _scramble((keys_b.unsqueeze(-1) + counters) & _MASK)
-    # 24 bits fit an fp32 mantissa; the half keeps 0 and 1 out.
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    # The half keeps 0 out. Numbers next to 1 round to 1 in fp32, and are held at the largest number below it.
+    return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def _scramble(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Evaluator:
     held_out: TokenSequences | None
     policy: Role
     reward: Role | None
+    few_shot: str | None = None
 
     def run(self) -> dict[str, float]:
         """Write `evaluate.output` in the run folder, a line a response, and log the means."""
@@ -80,10 +81,9 @@ class Evaluator:
         return metrics
 
     def _with_examples(self, prompt: Prompt) -> list[int]:
-        few_shot = self.config.evaluate.few_shot
-        if few_shot is None:
+        if self.few_shot is None:
             return prompt.tokens.tolist()
-        return self.tokenizer.encode(few_shot + prompt.text, bos=True)
+        return self.tokenizer.encode(self.few_shot + prompt.text, bos=True)
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None

@@ -109,14 +109,15 @@ class RewardModelTrainer:
             "step_flops": 6.0 * tokens * self.reward.role.num_parameters,
         }
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, comparisons: Sequence[Comparison] | None = None) -> dict[str, float]:
         """Accuracy over held-out pairs, over all and by the number of completions K; a tie of scores counts half."""
-        if not self.validation:
+        comparisons = self.validation if comparisons is None else comparisons
+        if not comparisons:
             return {}
         by_k: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
         loss, prompts = 0.0, 0
-        for start in range(0, len(self.validation), VALIDATION_PROMPTS):
-            part = self.validation[start : start + VALIDATION_PROMPTS]
+        for start in range(0, len(comparisons), VALIDATION_PROMPTS):
+            part = comparisons[start : start + VALIDATION_PROMPTS]
             batch = RankedBatch.pack(part)
             scores_n = self._scores(batch)
             for index, comparison in enumerate(part):

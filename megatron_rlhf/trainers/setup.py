@@ -161,6 +161,9 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     checks.check_model(model, config.parallel, "parallel")
     tokenizer = _tokenizer(config.data.tokenizer, model)
     prompts = load_prompts(config.data.prompts, tokenizer, config.data.max_prompt_tokens)
+    few_shot = None
+    if config.evaluate.few_shot is not None:
+        few_shot = _read_text(config.evaluate.few_shot, "evaluate.few_shot")
     held_out = None
     if config.data.pretraining.source is not None:
         held_out = _pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
@@ -173,7 +176,7 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
         critic_layout = ParallelLayout.create(config.critic_parallel)
         checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
         reward = _role("reward", reward_model, critic_layout, config, reward_source, scalar=True).frozen()
-    return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward)
+    return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward, few_shot)
 
 
 def hold_out(items: list[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -210,6 +213,13 @@ def _role(
         source.load_into(role)
     log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, f", from {source.path}" if source else "")
     return role
+
+
+def _read_text(path: str, key: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
 
 
 def _tokenizer(path: str, model: ModelConfig) -> Tokenizer:

@@ -1,0 +1,81 @@
+"""The closing table: what each model's answers are worth to the labelers, and what it still knows of its pretraining."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from world import TRAINING_TASTE, utility
+
+from megatron_rlhf.monitoring.metrics import read_metrics
+from megatron_rlhf.monitoring.report import write_comparison
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to the test prompts, one each, in the order of the prompts."""
+
+    rows: list[dict[str, Any]]
+    pretraining_loss: float
+    kl: float | None
+    """Divergence from the SFT model over the last iterations of its training, in nats an answer; None without PPO."""
+
+    @classmethod
+    def read(cls, evaluation: Path, run: Path) -> "Answers":
+        rows = [json.loads(line) for line in (evaluation / "evaluation.jsonl").read_text().splitlines()]
+        trained = [line["kl/mean"] for line in read_metrics(run / "metrics.jsonl") if "kl/mean" in line]
+        loss = read_metrics(evaluation / "metrics.jsonl")[-1]["tax/pretraining_loss"]
+        return cls(rows, loss, mean(trained[-5:]) if trained else None)
+
+    @property
+    def gold(self) -> list[float]:
+        """The labelers' utility of each answer, without their noise."""
+        return [utility(row["response"], row["stopped"], TRAINING_TASTE) for row in self.rows]
+
+
+def closing_table(answers: dict[str, Answers]) -> list[dict[str, Any]]:
+    """One row a model: gold score, win rate against SFT on the same prompts (a tie counts half), KL, held-out text loss."""
+    sft = answers["SFT"].gold
+    rows = []
+    for name, result in answers.items():
+        wins = [0.5 if a == b else float(a > b) for a, b in zip(result.gold, sft, strict=True)]
+        rows.append(
+            {
+                "model": name,
+                "gold score": with_error(result.gold),
+                "win rate against SFT, %": "-" if name == "SFT" else with_error([100 * win for win in wins]),
+                "KL from SFT, nats": "-" if result.kl is None else f"{result.kl:.2f}",
+                "loss on held-out text": f"{result.pretraining_loss:.3f}",
+            }
+        )
+    return rows
+
+
+def with_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return mean(values), stdev(values) / math.sqrt(len(values))
+
+
+def write_results(output: Path, rows: list[dict[str, Any]], accuracy: dict[str, float]) -> None:
+    """results.json, report.html, and the table on the terminal."""
+    (output / "results.json").write_text(json.dumps({"models": rows, "reward_model_accuracy": accuracy}, indent=1))
+    text = "Reward model: " + ", ".join(f"{100 * value:.1f}% of the pairs of {name}" for name, value in accuracy.items())
+    report = write_comparison(
+        rows,
+        {"PPO": output / "ppo", "PPO-ptx": output / "ppo_ptx"},
+        output / "report.html",
+        title="InstructGPT in miniature",
+        text=text,
+    )
+    shown = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    widths = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
+    print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
+    for row in shown:
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()))
+    print(f"\n{text}\n\nreport: {report}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value[0]:.2f} +- {value[1]:.2f}" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,177 @@
+"""InstructGPT in miniature: pretraining, SFT, reward model, PPO and PPO-ptx in minutes, measured against the truth.
+
+torchrun --nproc-per-node 2 examples/miniature/run.py [output folder] [key=value for every stage ...]
+
+The stages are those of examples/train_*.py, with settings from conf/recipe/miniature; examples/quickstart.sh runs this.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from measure import Answers, closing_table, write_results
+from world import HELD_OUT_TASTE, TRAINING_TASTE, Entry, corpus, demonstration, entries, rank, utility
+
+from megatron_rlhf.cli import exit_code_on_failure, prepare
+from megatron_rlhf.config import checks
+from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.data.comparisons import load_comparisons
+from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_rlhf.parallel import runtime
+from megatron_rlhf.trainers import setup
+
+STAGES = {
+    "sft": (SFTConfig, checks.check_sft, setup.build_sft),
+    "reward_model": (RewardModelConfig, checks.check_reward_model, setup.build_reward_model),
+    "ppo": (PPOConfig, checks.check_ppo, setup.build_ppo),
+    "evaluate": (EvaluateConfig, checks.check_evaluate, setup.build_evaluate),
+}
+SEED = 7
+VOCABULARY = 1024
+SETTINGS = {
+ "sft": "sft.epochs=6 sft.batch_size=32 sft.micro_batch_size=16 sft.dropout=0.1 policy.optimizer.lr=1e-3 data.pretraining.sequence_length=128 run.save_every=0".split(),
+ "reward_model": "reward_model.batch_size=16 reward_model.micro_batch_size=4 reward_model.epochs=1 reward.optimizer.lr=3e-4 run.save_every=0 reward_model.validate_every=10".split(),
+ "ppo": "ppo.iterations=40 ppo.batch_size=64 ppo.minibatch_size=32 ppo.micro_batch_size=32 ppo.ptx_micro_batch_size=16 ppo.ptx_ratio=1 ppo.ptx_coef=2 ppo.warmup_iterations=3 policy.optimizer.lr=3e-4 value.optimizer.lr=3e-4 ppo.ema_decay=0.9 data.max_prompt_tokens=40 rollout.max_response_tokens=64 data.pretraining.sequence_length=128 run.save_every=0 ppo.tax_every=5".split(),
+ "evaluate": "sampling.max_response_tokens=64 evaluate.samples=200 sampling.batch_size=256 data.max_prompt_tokens=40 data.pretraining.sequence_length=128".split(),
+}
+
+
+class Miniature:
+    """All stages, one after the other, in one job."""
+
+    def __init__(self, output: Path, overrides: Sequence[str]) -> None:
+        self.output = output
+        self.data = output / "data"
+        self.overrides = [f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
+        documented = entries(SEED)
+        self.shown, self.asked, self.tested = documented[:700], documented[700:1200], documented[1200:1400]
+        self.documented = documented
+
+    def run(self) -> None:
+        on_first_rank(self.write_data)
+        self.stage("sft", "pretrain", "model=miniature", "data.pretraining_mix=1", *self.text(), *PRETRAIN)
+        self.stage("sft", "sft", f"policy.init_from={self.output / 'pretrain'}", "data.pretraining_mix=0.25", *self.text(), *self.demonstrations())
+        self.collect_rankings()
+        reward_model = self.stage(
+            "reward_model",
+            "reward_model",
+            f"reward.init_from={self.output / 'sft'}",
+            f"data.comparisons={self.data / 'comparisons.jsonl'}",
+            f"data.validation={self.data / 'comparisons_validation.jsonl'}",
+        )
+        accuracy = {
+            labeler: reward_model.validate(self.comparisons(f"comparisons_{name}.jsonl"))["rm/validation_accuracy"]
+            for labeler, name in (("training labelers", "validation"), ("held-out labeler", "held_out_labeler"))
+        }
+        for name, coefficient in (("ppo", "ppo.ptx_coef=0"), ("ppo_ptx", None)):
+            self.stage("ppo", name, *self.text(), *self.ppo(), *([coefficient] if coefficient else []))
+        answers = {
+            "base": self.answers("pretrain"),
+            "base, few-shot prompt": self.answers("pretrain", "few_shot", f"evaluate.few_shot={self.data / 'few_shot.txt'}"),
+            "SFT": self.answers("sft"),
+            "PPO": self.answers("ppo"),
+            "PPO-ptx": self.answers("ppo_ptx"),
+        }
+        on_first_rank(lambda: write_results(self.output, closing_table(answers), accuracy))
+
+    def stage(self, stage: str, name: str, *overrides: str):
+        """Run one stage in `output/name`; returns its trainer."""
+        if dist.is_initialized() and dist.get_rank() == 0:
+            print(f"\n== {name}: examples/{'evaluate' if stage == 'evaluate' else f'train_{stage}'}.py", flush=True)
+        schema, check, build = STAGES[stage]
+        trainer = prepare(stage, schema, check, build, [*self.overrides, *SETTINGS[stage], f"run.dir={self.output / name}", *overrides])
+        trainer.run()
+        return trainer
+
+    def write_data(self) -> None:
+        """Corpus, tokenizer, demonstrations and prompts."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        texts = list(corpus(self.documented[:1200]))  # the documentation of tested names stays unread
+        (self.data / "corpus.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+        rng = random.Random(SEED)
+        shown = [(entry.prompt, demonstration(entry, rng)) for entry in self.shown for _ in range(2)]
+        train_tokenizer([*texts, *(prompt + answer for prompt, answer in shown)], VOCABULARY, self.data / "tokenizer")
+        write_lines(self.data / "demonstrations.jsonl", [{"prompt": p, "response": r} for p, r in shown[:1200]])
+        write_lines(self.data / "demonstrations_validation.jsonl", [{"prompt": p, "response": r} for p, r in shown[1200:]])
+        write_lines(self.data / "prompts.jsonl", [{"prompt": entry.prompt} for entry in self.asked])
+        write_lines(self.data / "prompts_test.jsonl", [{"prompt": entry.prompt} for entry in self.tested])
+        good = sorted(shown, key=lambda pair: -utility(pair[1], True, TRAINING_TASTE))[:3]
+        (self.data / "few_shot.txt").write_text("".join(f"{prompt}{answer}\n\n" for prompt, answer in good))
+
+    def collect_rankings(self) -> None:
+        """K = 4..9 completions a prompt from the SFT model, ranked by the labelers."""
+        rng = random.Random(SEED + 1)
+        asked = [(entry, rng.randint(4, 9)) for entry in self.asked]
+        repeated = [{"prompt": entry.prompt} for entry, k in asked for _ in range(k)]
+        on_first_rank(lambda: write_lines(self.data / "prompts_repeated.jsonl", repeated))
+        rows = self.answers("sft", "completions", f"evaluate.samples={len(repeated)}", prompts="prompts_repeated.jsonl").rows
+        on_first_rank(lambda: self.write_rankings(asked, rows, rng))
+
+    def write_rankings(self, asked: Sequence[tuple[Entry, int]], rows: list[dict], rng: random.Random) -> None:
+        training, validation, held_out = [], [], []
+        for index, (entry, k) in enumerate(asked):
+            completions, rows = [(row["response"], row["stopped"]) for row in rows[:k]], rows[k:]
+            completions = [(text, stopped) for text, stopped in completions if text.strip()]
+            if len(completions) < 2:
+                continue
+            record = {"prompt": entry.prompt, "responses": [text for text, _ in completions]}
+            ranked = record | {"ranks": rank(completions, TRAINING_TASTE, rng)}
+            (validation if index % 5 == 0 else training).append(ranked)
+            if index % 5 == 0:
+                held_out.append(record | {"ranks": rank(completions, HELD_OUT_TASTE, rng)})
+        write_lines(self.data / "comparisons.jsonl", training)
+        write_lines(self.data / "comparisons_validation.jsonl", validation)
+        write_lines(self.data / "comparisons_held_out_labeler.jsonl", held_out)
+
+    def answers(self, model: str, name: str | None = None, *overrides: str, prompts: str = "prompts_test.jsonl") -> Answers:
+        """Sample answers of a model; its loss on held-out text comes along."""
+        folder = f"answers_{name or model}"
+        source = [f"policy.init_from={self.output / model}", f"data.prompts={self.data / prompts}"]
+        self.stage("evaluate", folder, *source, *self.text(), *overrides)
+        return Answers.read(self.output / folder, self.output / model)
+
+    def comparisons(self, file: str):
+        return load_comparisons(self.data / file, load_tokenizer(self.data / "tokenizer"), 64, 64, 256)
+
+    def text(self) -> list[str]:
+        return [f"data.pretraining.source={self.data / 'corpus.txt'}"]
+
+    def demonstrations(self) -> list[str]:
+        return [
+            f"data.demonstrations={self.data / 'demonstrations.jsonl'}",
+            f"data.validation={self.data / 'demonstrations_validation.jsonl'}",
+        ]
+
+    def ppo(self) -> list[str]:
+        return [
+            f"policy.init_from={self.output / 'sft'}",
+            f"reward.init_from={self.output / 'reward_model'}",
+            f"data.prompts={self.data / 'prompts.jsonl'}",
+        ]
+
+
+# Where pretraining differs from fine-tuning, which shares its trainer.
+PRETRAIN = ("sft.max_steps=400", "sft.batch_size=32", "policy.optimizer.lr=3e-3", "sft.warmup_steps=20", "sft.dropout=0")
+
+
+def write_lines(path: Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def on_first_rank(function) -> None:
+    """Run it on one rank while the others wait."""
+    if dist.get_rank() == 0:
+        function()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    folder = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else Path("runs/miniature")
+    with exit_code_on_failure():
+        runtime.initialize()
+        Miniature(folder, arguments).run()
+    runtime.shutdown()

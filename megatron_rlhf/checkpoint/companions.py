@@ -1,0 +1,133 @@
+"""What travels with a Hugging Face model's weights: tokenizer, chat template, generation settings, its own config.json."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rlhf.checkpoint import hf_config
+from megatron_rlhf.checkpoint.architecture import Head
+from megatron_rlhf.checkpoint.hf_folder import CONFIG, read_json
+from megatron_rlhf.checkpoint.hf_weights import Described
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import model_differences
+
+KEPT = "huggingface"
+"""Folder inside a checkpoint with the companions of the model that it was imported from."""
+GENERATION = "generation_config.json"
+REWARD_CODE = "modeling_reward.py"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_REWARD_CODE = '''"""A reward model whose score has a bias, which {base} has no place for."""
+
+import torch
+from transformers import {base}
+
+
+class RewardModel({base}):
+    """Load it by AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+'''
+
+
+@dataclass
+class Companions:
+    """Where the companions of an export are, and the tokenizer's special tokens."""
+
+    config: Path | None = None
+    """Folder with the config.json and generation settings of the model that this one descends from."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer's files."""
+    special_tokens: dict[str, int | None] = field(default_factory=dict)
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, for a config.json written anew."""
+
+    @classmethod
+    def find(cls, checkpoint: Path, like: Path | None) -> "Companions":
+        """Look in the folder that the user names, else inside the checkpoint, else where its run's config.yaml points."""
+        folders = [like] if like is not None else [checkpoint / KEPT, *_of_run(checkpoint.parent.parent)]
+        for folder in folders:
+            if like is not None and not folder.is_dir():
+                raise UserError(f"--like {folder}: no such folder")
+        return cls(
+            config=next((folder for folder in folders if (folder / CONFIG).is_file()), None),
+            tokenizer=next((f for f in folders if any((f / name).is_file() for name in _TOKENIZER_FILES)), None),
+        )
+
+    def copy_to(self, folder: Path, generation: bool = True) -> None:
+        """Copy tokenizer, chat template and generation settings."""
+        for name in _TOKENIZER_FILES:
+            if self.tokenizer is not None and (self.tokenizer / name).is_file():
+                shutil.copyfile(self.tokenizer / name, folder / name)
+        if generation and self.config is not None and (self.config / GENERATION).is_file():
+            shutil.copyfile(self.config / GENERATION, folder / GENERATION)
+
+
+def keep(source: Path, checkpoint: Path) -> None:
+    """Put the companions of a Hugging Face folder into a checkpoint that is imported from it."""
+    target = checkpoint / KEPT
+    target.mkdir()
+    Companions(source, source).copy_to(target)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+
+
+def write_config(
+    folder: Path, described: Described, dtype: torch.dtype, companions: Companions, needs_code: bool = False
+) -> None:
+    """Write config.json, last of all: a folder without it does not pass for a model."""
+    content = _own_config(described, companions)
+    content["architectures"] = [described.architecture.class_name(described.head)]
+    content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    for key in ("id2label", "label2id", "num_labels", "auto_map"):
+        content.pop(key, None)
+    if described.scalar:
+        content |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        if content.get("pad_token_id") == content.get("eos_token_id"):
+            # transformers reads the score at the last token that is not padding, so the end of text must not be padding.
+            # Without a padding token it refuses batches of several texts instead of scoring them wrongly.
+            content["pad_token_id"] = None
+    if needs_code:
+        content["auto_map"] = {"AutoModelForSequenceClassification": f"{Path(REWARD_CODE).stem}.RewardModel"}
+        base = described.architecture.class_name(Head.score)
+        (folder / REWARD_CODE).write_text(_REWARD_CODE.format(base=base), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_config(described: Described, companions: Companions) -> dict[str, Any]:
+    """The config.json that came along, where it still describes the model; else a new one."""
+    if companions.config is not None:
+        content = read_json(companions.config / CONFIG)
+        if content.get("model_type") == described.architecture.model_type:
+            theirs = hf_config.to_model_config(content, described.architecture, str(companions.config / CONFIG))
+            if not model_differences(described.model, theirs):
+                return content
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **companions.special_tokens}
+    return hf_config.from_model_config(described.model, described.architecture) | ids
+
+
+def _of_run(run: Path) -> list[Path]:
+    """The tokenizer and the first weights that a run's config.yaml names, where they are folders."""
+    if not (run / "config.yaml").is_file():
+        return []
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    named = [config.get("data", {}).get("tokenizer"), config.get("init_from")]
+    named += [config.get(role, {}).get("init_from") for role in ("policy", "reward", "value")]
+    return [Path(name) for name in named if isinstance(name, str) and Path(name).is_dir()]

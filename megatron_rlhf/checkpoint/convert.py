@@ -1,0 +1,160 @@
+"""Whole conversions: read, write aside, check, and only then put the result in its place."""
+
+import contextlib
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.checkpoint import companions as along, hf_export, sharded
+from megatron_rlhf.checkpoint.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
+from megatron_rlhf.checkpoint.companions import Companions
+from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, test_rows
+from megatron_rlhf.checkpoint.hf_export import AsType, Exported, choose_architecture, write_weights
+from megatron_rlhf.checkpoint.hf_weights import Described, Weights
+from megatron_rlhf.checkpoint.whole import CheckpointReader, TensorSource, write_checkpoint
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "value"}
+"""What users call a role -> its folder in a checkpoint."""
+_HEADS = {"policy": Head.language, "policy_ema": Head.language, "reward": Head.score, "value": Head.token}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    architecture: str
+    head: Head
+    tensors: int
+    """Tensors of Hugging Face's, each of which was compared bit by bit."""
+    largest_difference: float
+    """Of outputs, in fp32, over all test tokens."""
+    peak_bytes: int
+    """Most memory that this process held."""
+    peak_bytes_converting: int
+    """The same, before the check began."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.architecture} ({self.head.value}): {self.tensors} tensors bit-identical, outputs within "
+            f"{self.largest_difference:.3g}; peak memory {self.peak_bytes_converting / 1e9:.2f} GB converting, "
+            f"{self.peak_bytes / 1e9:.2f} GB with the check"
+        )
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What the two models are run on."""
+
+    text_tokens: Sequence[int] = ()
+    """A text, by the model's own tokenizer."""
+    length: int = 2048
+    """Longest row, in tokens; the model's context where that is shorter."""
+
+
+def import_huggingface(source: Path, output: Path, role: str | None, check: CheckOptions) -> Report:
+    """Write a Hugging Face folder as a checkpoint of ours with one role. Collective.
+
+    Raises:
+        UserError: for an input that cannot be converted.
+        CheckFailed: when the result is not the same model; the output is removed.
+    """
+    described = Described.read(source)
+    name = _role_for(described, role, source)
+    weights = Weights.open(source, described)
+    with _into(output) as folder:
+        write_checkpoint(folder / name, weights)
+        if dist.get_rank() == 0:
+            along.keep(source, folder)
+        sharded.write_description(folder, {name: (described.model, described.scalar, "")}, {"imported_from": str(source)})
+        reader = CheckpointReader(folder / name, described.shapes, described.model.num_layers)
+        return _checked(reader, reader, weights, check)
+
+
+def export_huggingface(
+    checkpoint: Path,
+    output: Path,
+    role: str,
+    architecture: str | None,
+    dtype: torch.dtype | None,
+    companions: Companions,
+    check: CheckOptions,
+    shard_bytes: int = hf_export.SHARD_BYTES,
+) -> Report:
+    """Write one role of a checkpoint of ours as a Hugging Face folder. Collective.
+
+    Raises:
+        UserError: for a role or a shape that cannot be converted.
+        CheckFailed: when the result is not the same model; the output is removed.
+    """
+    model, scalar = _role_shape(checkpoint, role)
+    described = Described(choose_architecture(model, architecture), model, _HEADS[role])
+    if described.architecture.head_module(described.head) is None:
+        name = described.architecture.class_name(described.head)
+        raise UserError(f"--role {role}: transformers has no {name}, which a value model would become")
+    reader = AsType(CheckpointReader(checkpoint / role, tensor_shapes(model, scalar), model.num_layers), dtype)
+    exported = Exported.of(described, reader)
+    with _into(output) as folder:
+        write_weights(folder, exported, shard_bytes)
+        if dist.get_rank() == 0:
+            companions.copy_to(folder, generation=not scalar)
+            along.write_config(folder, described, exported.dtype(WORD_EMBEDDINGS), companions, exported.needs_code)
+        dist.barrier()
+        weights = Weights.open(folder, Described.read(folder))
+        return _checked(reader, exported, weights, check)
+
+
+def _role_for(described: Described, role: str | None, source: Path) -> str:
+    """The folder of the checkpoint that an import fills."""
+    name = ROLES[role] if role else {Head.language: "policy", Head.score: "reward", Head.token: "value"}[described.head]
+    if described.scalar != (_HEADS[name] is not Head.language):
+        has = "a scalar head" if described.scalar else "no scalar head (init_from of a reward model starts a new one)"
+        raise UserError(f"--role {role}: {source} has {has}")
+    return name
+
+
+def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool]:
+    roles = sharded.read_meta(checkpoint)["roles"]
+    if role not in roles:
+        raise UserError(f"{checkpoint} holds {', '.join(roles)}, not {role}")
+    return sharded.model_from_json(roles[role]["model"]), roles[role]["scalar"]
+
+
+@contextlib.contextmanager
+def _into(output: Path) -> Iterator[Path]:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists and is not empty; name a new folder")
+    dist.barrier()  # all ranks have looked before one writes
+    with sharded.writing(output) as folder:
+        yield folder
+
+
+def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions) -> Report:
+    """Compare on rank 0; every rank raises what it found."""
+    layout = ParallelLayout.create(ParallelConfig(), range(1))
+    converting = _peak_bytes()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        rows = test_rows(theirs.described.model, check.text_tokens, check.length)
+        try:
+            tensors = compare_tensors(exported, theirs)
+            difference = compare_outputs(ours, theirs, layout, rows)
+            described = theirs.described
+            outcome = [Report(described.architecture.model_type, described.head, tensors, difference, _peak_bytes(), converting)]
+        except CheckFailed as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], CheckFailed):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

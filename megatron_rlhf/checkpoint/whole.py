@@ -1,0 +1,166 @@
+"""Tensors of a distributed checkpoint, one at a time and whole: no model is built, no layout chosen.
+
+Loading a role asks each rank for its part of every tensor; a converter wants the opposite, every part of one tensor, and
+memory for little more than that one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_rlhf.checkpoint.architecture import is_layer
+from megatron_rlhf.config.errors import UserError
+
+COMMON = "common.pt"  # Megatron-Core's file for what is no tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of a model's tensors: its name and, inside the layers, which layer's."""
+
+    key: str
+    layer: int | None
+
+    def __str__(self) -> str:
+        return self.key if self.layer is None else self.key.replace("layers.", f"layers.{self.layer}.")
+
+
+def places(keys: Mapping[str, Any], num_layers: int) -> list[Place]:
+    """Every tensor of a model, layer by layer, the tensors before the layers first."""
+    outside = [Place(key, None) for key in keys if not is_layer(key)]
+    return outside + [Place(key, layer) for layer in range(num_layers) for key in keys if is_layer(key)]
+
+
+class TensorSource(Protocol):
+    """Anything that our tensors can be read from, one at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Our tensors, whole; those of a layer once."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of the stored tensor."""
+
+    def read(self, place: Place) -> Tensor:
+        """One tensor, whole."""
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """Reads whole tensors of one role of a checkpoint."""
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    num_layers: int
+
+    @cached_property
+    def _storage(self) -> dcp.FileSystemReader:
+        return dcp.FileSystemReader(self.folder)
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        metadata = self._storage.read_metadata()
+        self._storage.set_up_storage_reader(metadata, is_coordinator=True)
+        return metadata
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of the stored tensor."""
+        return self._stored(key).properties.dtype
+
+    def read(self, place: Place) -> Tensor:
+        """One tensor, whole. What is stored beyond its shape is padding of the vocabulary, and stays behind."""
+        shape, stored = self.shapes[place.key], self._stored(place.key)
+        inside = () if place.layer is None else (place.layer,)
+        fits = len(stored.size) == len(inside) + len(shape)
+        if not fits or any(a < b for a, b in zip(stored.size[len(inside) :], shape, strict=True)):
+            raise UserError(f"{self.folder}: {place.key} is {list(stored.size)}; meta.json calls for {list(shape)}")
+        result = torch.empty((1,) * len(inside) + shape, dtype=stored.properties.dtype)
+        wanted = ChunkStorageMetadata(offsets=torch.Size(inside + (0,) * len(shape)), sizes=result.shape)
+        items = create_read_items_for_chunk_list(place.key, stored, [wanted])
+        self._storage.read_data(LoadPlan(items), _Into(result)).wait()
+        return result.reshape(shape)
+
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise UserError(f"{self.folder}: the checkpoint has no tensor {key}")
+        return stored
+
+
+class _Into(dcp.DefaultLoadPlanner):
+    """Copies what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = (self.target if axis == 0 else target).narrow(axis, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def write_checkpoint(folder: Path, source: TensorSource) -> None:
+    """Write a role's tensors as Megatron-Core's distributed checkpoint, reading one at a time. Collective.
+
+    Ranks share the tensors out among themselves. Any layout can load the result.
+    """
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+        torch.save({}, folder / COMMON)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    dist.barrier()
+    writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=False)
+    dcp.save({}, storage_writer=writer, planner=_Streamed(source))
+
+
+class _Streamed(dcp.DefaultSavePlanner):
+    """Plans every tensor, without having any; the storage asks for each when it writes it."""
+
+    def __init__(self, source: TensorSource) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.source = source
+
+    def create_local_plan(self) -> SavePlan:
+        mine = places(self.source.shapes, self.source.num_layers)[dist.get_rank() :: dist.get_world_size()]
+        self.plan = SavePlan([self._item(place) for place in mine])
+        return self.plan
+
+    def _item(self, place: Place) -> WriteItem:
+        shape = self.source.shapes[place.key]
+        inside = () if place.layer is None else (place.layer,)
+        offset = torch.Size(inside + (0,) * len(shape))
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=torch.Size((1,) * len(inside) + shape)),
+            properties=TensorProperties(dtype=self.source.dtype(place.key)),
+            size=torch.Size((self.source.num_layers,) * len(inside) + shape),
+        )
+        return WriteItem(MetadataIndex(place.key, offset), WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        data, index = write_item.tensor_data, write_item.index
+        assert data is not None and index.offset is not None, index  # noqa: PT018
+        tensor = self.source.read(Place(index.fqn, index.offset[0] if is_layer(index.fqn) else None))
+        return tensor.to(data.properties.dtype).contiguous().view(data.chunk.sizes)
