@@ -5,9 +5,6 @@ python examples/evaluate.py run.dir=runs/eval policy.init_from=runs/ppo reward.i
 """
 
 from megatron_rlhf.cli import launch
-from megatron_rlhf.config.checks import check_evaluate
-from megatron_rlhf.config.stages import EvaluateConfig
-from megatron_rlhf.trainers.setup import build_evaluate
 
 if __name__ == "__main__":
-    launch("evaluate", EvaluateConfig, check_evaluate, build_evaluate)
+    launch("evaluate")

@@ -5,9 +5,6 @@ torchrun --nproc-per-node 4 examples/train_ppo.py run.dir=runs/ppo policy.init_f
 """
 
 from megatron_rlhf.cli import launch
-from megatron_rlhf.config.checks import check_ppo
-from megatron_rlhf.config.stages import PPOConfig
-from megatron_rlhf.trainers.setup import build_ppo
 
 if __name__ == "__main__":
-    launch("ppo", PPOConfig, check_ppo, build_ppo)
+    launch("ppo")

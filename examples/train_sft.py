@@ -5,9 +5,6 @@ torchrun --nproc-per-node 4 examples/train_sft.py recipe=miniature parallel.tens
 """
 
 from megatron_rlhf.cli import launch
-from megatron_rlhf.config.checks import check_sft
-from megatron_rlhf.config.stages import SFTConfig
-from megatron_rlhf.trainers.setup import build_sft
 
 if __name__ == "__main__":
-    launch("sft", SFTConfig, check_sft, build_sft)
+    launch("sft")

@@ -4,38 +4,53 @@ Only `examples/` and `tools/` import this module; below it, configurations are p
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_rlhf.compose import Config, compose_config, help_text
+from megatron_rlhf.compose import compose_config, help_text
+from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.parallel import runtime
+from megatron_rlhf.trainers import setup
+from megatron_rlhf.trainers.interruption import Interrupted
 from megatron_rlhf.trainers.session import Session
-from megatron_rlhf.trainers.setup import check_machine
 
-Trainer = TypeVar("Trainer")
 USER_ERROR = 2
+INTERRUPTED = 75
+# Launchers kill all ranks when one exits with a code: the first rank, which has it, waits for the others to have left.
+SECONDS_TO_LEAVE = 2.0
 
 
-def launch(
-    stage: str,
-    schema: type[Config],
-    check: Callable[[Config], None],
-    build: Callable[[Config, Session], Any],
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Compose, check, build and run one stage; the exit code is 2 for a user's mistake, named in one message on one rank.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What an entry point runs. Settings start from `conf/<name>.yaml`."""
 
-    Args:
-        stage: name of `conf/<stage>.yaml`.
-        check: raises UserError for contradictions in the configuration; runs before anything is built.
-        build: makes a trainer with `run()`.
-    """
+    schema: type
+    check: Callable[[Any], None]
+    """Raises UserError for contradictions in the configuration; runs before anything is built."""
+    build: Callable[[Any, Session], Any]
+    """Makes a trainer with `run()`."""
+
+
+STAGES = {
+    "sft": Stage(SFTConfig, checks.check_sft, setup.build_sft),
+    "reward_model": Stage(RewardModelConfig, checks.check_reward_model, setup.build_reward_model),
+    "ppo": Stage(PPOConfig, checks.check_ppo, setup.build_ppo),
+    "evaluate": Stage(EvaluateConfig, checks.check_evaluate, setup.build_evaluate),
+}
+
+
+def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
+    """Run one stage as a command; the exit code is 2 for a user's mistake, named in one message on one rank."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    schema = STAGES[stage].schema
     if {"-h", "--help"} & set(arguments):
         print(help_text(stage, schema))
         return
@@ -43,31 +58,37 @@ def launch(
         if "--cfg" in arguments:
             print(compose_config(stage, schema, [a for a in arguments if a != "--cfg"])[1], end="")
             return
-        prepare(stage, schema, check, build, arguments).run()
+        run_stage(stage, arguments)
     runtime.shutdown()
 
 
-def prepare(
-    stage: str,
-    schema: type[Config],
-    check: Callable[[Config], None],
-    build: Callable[[Config, Session], Trainer],
-    overrides: Sequence[str],
-) -> Trainer:
-    """Compose, check and build one stage inside this process; the caller runs it."""
-    config, resolved = compose_config(stage, schema, overrides)
-    check(config)
-    check_machine(config, runtime.detect_launch().world_size)  # type: ignore[arg-type]
+def run_stage(stage: str, overrides: Sequence[str]) -> Any:
+    """Compose, check, build and run one stage inside this process; returns its trainer."""
+    entry = STAGES[stage]
+    config, resolved = compose_config(stage, entry.schema, overrides)
+    entry.check(config)
+    setup.check_machine(config, runtime.detect_launch().world_size)
     runtime.initialize()
-    return build(config, Session.open(config.run, resolved))  # type: ignore[attr-defined]
+    trainer = entry.build(config, Session.open(config.run, resolved))
+    trainer.run()
+    return trainer
 
 
 @contextlib.contextmanager
 def exit_code_on_failure() -> Iterator[None]:
-    """A user's mistake becomes one message on one rank and exit code 2; anything else its traceback and exit code 1."""
+    """A user's mistake becomes one message on one rank and exit code 2; other failures a traceback and exit code 1.
+
+    A run that was asked to stop, and has saved, exits with code 75 (EX_TEMPFAIL): slurm/common.sh queues it again.
+    """
     rank = runtime.detect_launch().rank
     try:
         yield
+    except Interrupted as reason:
+        logging.getLogger(__name__).info("%s", reason)
+        if rank > 0:
+            _leave(0)
+        time.sleep(SECONDS_TO_LEAVE)
+        _leave(INTERRUPTED)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

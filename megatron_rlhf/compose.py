@@ -149,6 +149,6 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
         return f"{key} is not given{meaning}"
     if isinstance(error, AssertionError):
         return f"{' '.join(overrides)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
-    message = (str(cause) if key else " ".join(str(cause).split())).splitlines()[0]
+    message = str(cause).splitlines()[0] if key else " ".join(str(cause).split("Config search path")[0].split())
     given = next((override for override in overrides if override.lstrip("+").startswith(f"{key}=")), key) if key else ""
     return f"{given}: {message}{meaning}" if given else message

@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from ranks import run_ranks
+from recipe import Recipe, make_data, run_stage
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,13 @@ def world() -> Iterator[None]:
     runtime.initialize()
     yield
     runtime.shutdown()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Data of the toy recipe and one checkpoint each that stages start from: `sft` and `reward_model`, made on one rank."""
+    made = make_data(tmp_path_factory.mktemp("recipe"))
+    longer = ("sft.epochs=10", "sft.dropout=0", "policy.optimizer.lr=4e-3")  # until some responses stop
+    run_ranks(1, run_stage, "sft", made.sft("sft", *longer), timeout=120)
+    run_ranks(1, run_stage, "reward_model", made.reward_model("reward_model", made.root / "sft"), timeout=120)
+    return made

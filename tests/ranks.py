@@ -16,7 +16,9 @@ from typing import Any
 
 # Ranks are forked from a server that has imported the package once: a rank starts in milliseconds, not in seconds.
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "megatron_rlhf.trainers.setup"])
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "megatron_rlhf.cli", "matplotlib.pyplot", "torch.utils.tensorboard", "torch.distributed.checkpoint"]
+)
 _DIE_WITH_PARENT = 1  # prctl(PR_SET_PDEATHSIG, ...)
 
 

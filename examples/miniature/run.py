@@ -15,28 +15,13 @@ import torch.distributed as dist
 from measure import Answers, closing_table, write_results
 from world import HELD_OUT_TASTE, TRAINING_TASTE, Entry, corpus, demonstration, entries, rank, utility
 
-from megatron_rlhf.cli import exit_code_on_failure, prepare
-from megatron_rlhf.config import checks
-from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.cli import exit_code_on_failure, run_stage
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_rlhf.parallel import runtime
-from megatron_rlhf.trainers import setup
 
-STAGES = {
-    "sft": (SFTConfig, checks.check_sft, setup.build_sft),
-    "reward_model": (RewardModelConfig, checks.check_reward_model, setup.build_reward_model),
-    "ppo": (PPOConfig, checks.check_ppo, setup.build_ppo),
-    "evaluate": (EvaluateConfig, checks.check_evaluate, setup.build_evaluate),
-}
 SEED = 7
 VOCABULARY = 1024
-SETTINGS = {
- "sft": "sft.epochs=6 sft.batch_size=32 sft.micro_batch_size=16 sft.dropout=0.1 policy.optimizer.lr=1e-3 data.pretraining.sequence_length=128 run.save_every=0".split(),
- "reward_model": "reward_model.batch_size=16 reward_model.micro_batch_size=4 reward_model.epochs=1 reward.optimizer.lr=3e-4 run.save_every=0 reward_model.validate_every=10".split(),
- "ppo": "ppo.iterations=40 ppo.batch_size=64 ppo.minibatch_size=32 ppo.micro_batch_size=32 ppo.ptx_micro_batch_size=16 ppo.ptx_ratio=1 ppo.ptx_coef=2 ppo.warmup_iterations=3 policy.optimizer.lr=3e-4 value.optimizer.lr=3e-4 ppo.ema_decay=0.9 data.max_prompt_tokens=40 rollout.max_response_tokens=64 data.pretraining.sequence_length=128 run.save_every=0 ppo.tax_every=5".split(),
- "evaluate": "sampling.max_response_tokens=64 evaluate.samples=200 sampling.batch_size=256 data.max_prompt_tokens=40 data.pretraining.sequence_length=128".split(),
-}
 
 
 class Miniature:
@@ -52,8 +37,8 @@ class Miniature:
 
     def run(self) -> None:
         on_first_rank(self.write_data)
-        self.stage("sft", "pretrain", "model=miniature", "data.pretraining_mix=1", *self.text(), *PRETRAIN)
-        self.stage("sft", "sft", f"policy.init_from={self.output / 'pretrain'}", "data.pretraining_mix=0.25", *self.text(), *self.demonstrations())
+        self.stage("sft", "pretrain", "model=miniature", "recipe=miniature/pretrain", *self.text())
+        self.stage("sft", "sft", f"policy.init_from={self.output / 'pretrain'}", *self.text(), *self.demonstrations())
         self.collect_rankings()
         reward_model = self.stage(
             "reward_model",
@@ -81,10 +66,8 @@ class Miniature:
         """Run one stage in `output/name`; returns its trainer."""
         if dist.is_initialized() and dist.get_rank() == 0:
             print(f"\n== {name}: examples/{'evaluate' if stage == 'evaluate' else f'train_{stage}'}.py", flush=True)
-        schema, check, build = STAGES[stage]
-        trainer = prepare(stage, schema, check, build, [*self.overrides, *SETTINGS[stage], f"run.dir={self.output / name}", *overrides])
-        trainer.run()
-        return trainer
+        recipe = [] if any(override.startswith("recipe=") for override in overrides) else ["recipe=miniature"]
+        return run_stage(stage, [*recipe, f"run.dir={self.output / name}", *overrides, *self.overrides])
 
     def write_data(self) -> None:
         """Corpus, tokenizer, demonstrations and prompts."""
@@ -151,10 +134,6 @@ class Miniature:
             f"reward.init_from={self.output / 'reward_model'}",
             f"data.prompts={self.data / 'prompts.jsonl'}",
         ]
-
-
-# Where pretraining differs from fine-tuning, which shares its trainer.
-PRETRAIN = ("sft.max_steps=400", "sft.batch_size=32", "policy.optimizer.lr=3e-3", "sft.warmup_steps=20", "sft.dropout=0")
 
 
 def write_lines(path: Path, rows: Sequence[dict]) -> None:

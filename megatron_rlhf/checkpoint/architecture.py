@@ -1,7 +1,7 @@
 """What a Hugging Face architecture is to us: one table of names, read when importing and when exporting.
 
-Our side of a table is the names of Megatron-Core's distributed checkpoints, where each tensor is whole (no layout in it)
-and a layer's tensor is known by its name and the layer's number.
+Our side of a table is the names of Megatron-Core's distributed checkpoints, where each tensor is whole (no layout in
+it) and a layer's tensor is known by its name and the layer's number.
 """
 
 from collections.abc import Mapping
@@ -157,7 +157,7 @@ class Architecture:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Key of config.json -> the values that we can carry, the one to write first; others are refused by name."""
     rope_keys: tuple[str, str | None] = ("rope_theta", None)
-    """Keys of the rotary base and of the share of a head that is rotated, where both stand outside of rope_parameters."""
+    """Keys of the rotary base and of the rotated share of a head, where they stand outside of rope_parameters."""
     language_class: str = "ForCausalLM"
     """What the language model's class ends with."""
     token_head: str | None = "score"

@@ -1,4 +1,4 @@
-"""What travels with a Hugging Face model's weights: tokenizer, chat template, generation settings, its own config.json."""
+"""What travels with a Hugging Face model's weights: tokenizer, chat template, generation settings, config.json."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ class Companions:
 
     @classmethod
     def find(cls, checkpoint: Path, like: Path | None) -> "Companions":
-        """Look in the folder that the user names, else inside the checkpoint, else where its run's config.yaml points."""
+        """Look in the folder that the user names; without one inside the checkpoint, then where its run found its own."""
         folders = [like] if like is not None else [checkpoint / KEPT, *_of_run(checkpoint.parent.parent)]
         for folder in folders:
             if like is not None and not folder.is_dir():
@@ -99,8 +99,8 @@ def write_config(
     if described.scalar:
         content |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
         if content.get("pad_token_id") == content.get("eos_token_id"):
-            # transformers reads the score at the last token that is not padding, so the end of text must not be padding.
-            # Without a padding token it refuses batches of several texts instead of scoring them wrongly.
+            # transformers reads the score at the last token that is not padding: the end of text must not be padding.
+            # Without a padding token it refuses batches of several texts, rather than scoring them wrongly.
             content["pad_token_id"] = None
     if needs_code:
         content["auto_map"] = {"AutoModelForSequenceClassification": f"{Path(REWARD_CODE).stem}.RewardModel"}

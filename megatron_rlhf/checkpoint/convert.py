@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rlhf.checkpoint import companions as along, hf_export, sharded
+from megatron_rlhf.checkpoint import companions as along
+from megatron_rlhf.checkpoint import hf_export, nemo, sharded
 from megatron_rlhf.checkpoint.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
 from megatron_rlhf.checkpoint.companions import Companions
 from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, test_rows
 from megatron_rlhf.checkpoint.hf_export import AsType, Exported, choose_architecture, write_weights
+from megatron_rlhf.checkpoint.hf_folder import same_bits
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
-from megatron_rlhf.checkpoint.whole import CheckpointReader, TensorSource, write_checkpoint
+from megatron_rlhf.checkpoint.whole import CheckpointReader, TensorSource, places, write_checkpoint
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -59,7 +61,9 @@ class CheckOptions:
     """Longest row, in tokens; the model's context where that is shorter."""
 
 
-def import_huggingface(source: Path, output: Path, role: str | None, check: CheckOptions) -> Report:
+def import_huggingface(
+    source: Path, output: Path, role: str | None, check: CheckOptions, allow_pickle: bool = False
+) -> Report:
     """Write a Hugging Face folder as a checkpoint of ours with one role. Collective.
 
     Raises:
@@ -68,14 +72,32 @@ def import_huggingface(source: Path, output: Path, role: str | None, check: Chec
     """
     described = Described.read(source)
     name = _role_for(described, role, source)
-    weights = Weights.open(source, described)
+    weights = Weights.open(source, described, allow_pickle=allow_pickle)
     with _into(output) as folder:
         write_checkpoint(folder / name, weights)
         if dist.get_rank() == 0:
             along.keep(source, folder)
-        sharded.write_description(folder, {name: (described.model, described.scalar, "")}, {"imported_from": str(source)})
+        sharded.write_description(
+            folder, {name: (described.model, described.scalar, "")}, {"imported_from": str(source)}
+        )
         reader = CheckpointReader(folder / name, described.shapes, described.model.num_layers)
         return _checked(reader, reader, weights, check)
+
+
+def import_nemo(archive: Path, output: Path) -> int:
+    """Write a `.nemo` archive of a GPT as a checkpoint of ours with a policy; returns how many tensors were compared.
+
+    transformers cannot run such a model: the check is of tensors alone, read back and compared bit by bit. Collective.
+    """
+    with _into(output) as folder, nemo.opened(archive, folder.parent) as (model, source):
+        write_checkpoint(folder / "policy", source)
+        sharded.write_description(folder, {"policy": (model, False, "")}, {"imported_from": str(archive)})
+        reader = CheckpointReader(folder / "policy", tensor_shapes(model, scalar=False), model.num_layers)
+        every = places(reader.shapes, reader.num_layers)
+        for place in every:
+            if not same_bits(reader.read(place), source.read(place)):
+                raise CheckFailed(f"tensor {place} differs from the archive's")
+        return len(every)
 
 
 def export_huggingface(
@@ -147,7 +169,11 @@ def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check:
             tensors = compare_tensors(exported, theirs)
             difference = compare_outputs(ours, theirs, layout, rows)
             described = theirs.described
-            outcome = [Report(described.architecture.model_type, described.head, tensors, difference, _peak_bytes(), converting)]
+            outcome = [
+                Report(
+                    described.architecture.model_type, described.head, tensors, difference, _peak_bytes(), converting
+                )
+            ]
         except CheckFailed as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)

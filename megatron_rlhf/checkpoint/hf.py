@@ -1,11 +1,12 @@
 """Hugging Face folders as a source of weights for any role at any layout."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rlhf.checkpoint.hf_folder import CONFIG
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
@@ -13,6 +14,7 @@ from megatron_rlhf.checkpoint.sharded import META
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.layout import ParallelLayout
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ def load_into(role: Role, folder: str | Path) -> None:
     weights = Weights.open(Path(folder), described, with_head=described.scalar or not role.scalar)
     if role.scalar and not described.scalar:
         log.info("%s: the scalar head is new, the rest comes from the language model in %s", role.name, folder)
-    with role.layout, torch.no_grad():
-        for tensor in sharded_tensors(role.modules):
+    with torch.no_grad():
+        for tensor in sharded_tensors(role.modules, role.layout):
             if tensor.key in weights.shapes:
                 layers = tensor.prepend_axis_num
                 layer = tensor.global_offset[0] if layers else None
@@ -55,11 +57,14 @@ def load_into(role: Role, folder: str | Path) -> None:
                 tensor.data.copy_(weights.block(tensor.key, layer, offset, shape))
 
 
-def sharded_tensors(chunks: list) -> Iterator[ShardedTensor]:
-    """This rank's weights as blocks of whole tensors, each with its name and place; their data is the chunks' own."""
-    for chunk in chunks:
-        for entry in chunk.sharded_state_dict().values():
-            if isinstance(entry, ShardedTensorFactory):  # the gate and up halves of SwiGLU
-                yield from entry.build()
-            elif isinstance(entry, ShardedTensor):
-                yield entry
+def sharded_tensors(chunks: Sequence[GPTModel], layout: ParallelLayout) -> list[ShardedTensor]:
+    """This rank's weights as blocks of whole tensors, each with its name and place; their data are the chunks' own."""
+    found: list[ShardedTensor] = []
+    with layout:
+        for chunk in chunks:
+            for entry in chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp}).values():
+                if isinstance(entry, ShardedTensorFactory):  # the gate and up halves of SwiGLU
+                    found += entry.build()
+                elif isinstance(entry, ShardedTensor):
+                    found.append(entry)
+    return found

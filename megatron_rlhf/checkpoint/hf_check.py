@@ -1,12 +1,12 @@
 """Proof of a conversion: every tensor compared bit by bit, and both models run on the same tokens.
 
-Neither model is ever whole in memory: each side runs with one transformer layer, which takes the weights of layer 0, then
-of layer 1, and so on. Arithmetic is fp32 on both sides, whatever the type of the stored weights.
+Neither model is ever whole in memory: each side runs with one transformer layer, which takes the weights of layer 0,
+then of layer 1, and so on. Arithmetic is fp32 on both sides, whatever the type of the stored weights.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def compare_tensors(ours: TensorSource, theirs: Weights) -> int:
 def compare_outputs(
     ours: TensorSource, theirs: Weights, layout: ParallelLayout, rows: Sequence[Sequence[int]]
 ) -> float:
-    """Run both models on the same tokens, padded on the right and on the left; returns the largest difference of outputs.
+    """Run both models on the same tokens, padded on the right and on the left; the largest difference of outputs.
 
     Args:
         layout: of one rank.
@@ -104,7 +104,7 @@ def compare_outputs(
             if not difference <= TOLERANCE * max(largest, 1.0):
                 where = _first_layer_that_differs(a.trace, b.trace, batch.real_bs)
                 raise CheckFailed(
-                    f"outputs differ by {difference:.3g} (largest output {largest:.3g}, tolerance {TOLERANCE:g} of it) with "
+                    f"outputs differ by {difference:.3g} (largest output {largest:.3g}, tolerance {TOLERANCE:g} of it), "
                     f"padding on the {'left' if left else 'right'}; the first to differ is {where}"
                 )
             worst = max(worst, difference)
@@ -170,8 +170,7 @@ class OurSide:
         (self.chunk,) = build_chunks(one_layer, layout, Precision.fp32, described.scalar)
         self.chunk.eval()
         self.layout, self.source = layout, source
-        with layout:
-            self.tensors = list(sharded_tensors([self.chunk]))
+        self.tensors = sharded_tensors([self.chunk], layout)
         self._load(None)
         self.layers = _EveryLayer(self.chunk.decoder.layers[0], source.num_layers, self._load, batch_first=False)
         self.chunk.decoder.layers[0] = self.layers
@@ -180,7 +179,8 @@ class OurSide:
     def _load(self, layer: int | None) -> None:
         for tensor in self.tensors:
             if bool(tensor.prepend_axis_num) == (layer is not None):
-                block = tuple(slice(o, o + n) for o, n in zip(tensor.global_offset[-tensor.data.dim() :], tensor.data.shape))
+                offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.data.shape
+                block = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
                 tensor.data.copy_(self.source.read(Place(tensor.key, layer))[block])
 
     @property
@@ -188,7 +188,7 @@ class OurSide:
         return self.layers.trace
 
     def hidden(self, batch: Batch, left: bool) -> Tensor:
-        """Last hidden states [b, s, h]: with padding on the right as in training, on the left as the sampler runs it."""
+        """Last hidden states [b, s, h]: padded on the right as training runs it, on the left as sampling does."""
         arguments: dict[str, Any] = {"position_ids": batch.positions_bs, "attention_mask": None}
         if left:
             width = batch.tokens_bs.shape[1]
@@ -196,7 +196,11 @@ class OurSide:
             cache.position_ids_bs = batch.positions_bs
             causal = torch.ones(width, width, dtype=torch.bool).tril()
             visible = causal & batch.real_bs.unsqueeze(1) | torch.eye(width, dtype=torch.bool)
-            arguments |= {"attention_mask": visible.unsqueeze(1), "inference_context": cache, "runtime_gather_output": True}
+            arguments |= {
+                "attention_mask": visible.unsqueeze(1),
+                "inference_context": cache,
+                "runtime_gather_output": True,
+            }
         with self.layout:
             return self.chunk(batch.tokens_bs, **arguments).transpose(0, 1)
 
@@ -238,7 +242,7 @@ class TheirSide:
         stack[0] = self.layers = _EveryLayer(stack[0], weights.num_layers, self._load, batch_first=True)
 
     def _load(self, layer: int | None) -> None:
-        """Every parameter of one layer, or of none, from the tensor of its name: transformers' own names, not our table."""
+        """Every parameter of one layer, or of none, from the tensor of its own name: our table has no part in it."""
         for name, parameter in self.own.items():
             inside = name.startswith(f"{self.prefix}.0.")
             if inside == (layer is not None):

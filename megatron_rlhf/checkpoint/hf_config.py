@@ -72,7 +72,7 @@ def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[st
     """config.json of a model; the opposite of `to_model_config`."""
     content: dict[str, Any] = {"model_type": architecture.model_type}
     content |= {key: allowed[0] for key, allowed in architecture.only.items()}
-    heads, groups, width = attention_shape(model)
+    _, groups, width = attention_shape(model)
     filled = {
         "num_query_groups": groups,
         "head_dim": width,
@@ -122,7 +122,7 @@ def _with_defaults_left_out(model: ModelConfig) -> ModelConfig:
 def _read_rope(full: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:
     # transformers 5 gathers all in rope_parameters; 4 has rope_theta beside rope_scaling.
     base_key, fraction_key = architecture.rope_keys
-    rope = {"rope_theta": full.get(base_key), "partial_rotary_factor": full.get(fraction_key or "")}
+    rope: dict[str, Any] = {"rope_theta": full.get(base_key), "partial_rotary_factor": full.get(fraction_key or "")}
     rope |= full.get("rope_scaling") or {}
     rope |= full.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,8 +75,8 @@ class AsType:
 class Exported:
     """Our tensors as they go out: those that the Hugging Face class has a place for.
 
-    A sequence classifier's head has no bias. Added to the final norm's bias along the head it does the same; a model whose
-    final norm has no bias keeps it as a tensor of its own, which takes `modeling_reward.py` beside the weights to read.
+    A sequence classifier's head has no bias. Added to the final norm's bias, along the head, it does the same; a model
+    whose final norm has none keeps it as a tensor of its own, which takes `modeling_reward.py` beside the weights to read.
     """
 
     described: Described
@@ -116,7 +116,7 @@ class Exported:
 
 
 def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the safetensors files, one shard in memory at a time, and their index. Collective: ranks share the shards."""
+    """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files."""
     shards = _plan_shards(exported, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     for i in range(dist.get_rank(), len(shards), dist.get_world_size()):

@@ -75,9 +75,10 @@ def unpickle(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: this file of the model is missing") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not a whole file of pickled tensors: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds pickled objects other than tensors, which are never loaded") from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a whole file of pickled tensors: {str(error).splitlines()[0]}") from error
 
 
 def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dict[str, str] | None]:

@@ -97,9 +97,9 @@ class Weights:
     """What names in the files lack: the base model's prefix, where it was saved without a head."""
 
     @classmethod
-    def open(cls, folder: Path, described: Described, with_head: bool = True) -> "Weights":
+    def open(cls, folder: Path, described: Described, with_head: bool = True, allow_pickle: bool = False) -> "Weights":
         """Check that the files hold exactly the tensors that config.json describes; read none of them yet."""
-        files, prefix = TensorFiles.open(folder), described.architecture.prefix
+        files, prefix = TensorFiles.open(folder, allow_pickle), described.architecture.prefix
         bare = not any(name.startswith(prefix) for name in files.shapes)
         shapes = dict(described.shapes)
         if not with_head:
@@ -139,7 +139,9 @@ class Weights:
             if first < last:
                 rows = slice(run.start + first, run.start + last)
                 name = self.stored(run.name)
-                parts.append(self.files.read(name, columns, rows).T if transposed else self.files.read(name, rows, columns))
+                parts.append(
+                    self.files.read(name, columns, rows).T if transposed else self.files.read(name, rows, columns)
+                )
             position += run.count
         padding = stop - max(start, position)
         if padding > 0:

@@ -1,9 +1,10 @@
 """GPT checkpoints of NeMo (`.nemo` archives) as a source of our tensors.
 
-Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it. What is
-split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
+Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it. What
+is split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
 """
 
+import dataclasses
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,26 @@ import yaml
 from torch import Tensor
 
 from megatron_rlhf.checkpoint import architecture as ours
-from megatron_rlhf.checkpoint.architecture import FC1, FC2, HEAD, PROJECTION, QKV, WORD_EMBEDDINGS, is_layer, tensor_shapes
+from megatron_rlhf.checkpoint.architecture import (
+    FC1,
+    FC2,
+    HEAD,
+    PROJECTION,
+    QKV,
+    WORD_EMBEDDINGS,
+    is_layer,
+    tensor_shapes,
+)
 from megatron_rlhf.checkpoint.hf_folder import unpickle
-from megatron_rlhf.checkpoint.whole import Place
+from megatron_rlhf.checkpoint.whole import CheckpointReader, Place, TensorSource
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions
 
 CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
+_DISTRIBUTED = "model_weights"
 
-# Axis along which tensor-parallel ranks split a tensor; biases of row-parallel matrices and norms are whole on every rank.
+# Axis along which tensor-parallel ranks split a tensor; norms and biases of row-parallel matrices are whole on each.
 _SPLIT = {
     WORD_EMBEDDINGS: 0,
     HEAD: 0,
@@ -149,7 +160,9 @@ class NemoWeights:
         axis, parts = _SPLIT.get(place.key), self._parts(place)
         if axis is None or len(parts) == 1:
             whole = parts[0]
-        elif place.key.startswith(f"{FC1}.") and self.model.activation is Activation.swiglu:  # each rank: its gate, its up
+        elif (
+            place.key.startswith(f"{FC1}.") and self.model.activation is Activation.swiglu
+        ):  # each rank: its gate, its up
             halves = [part.chunk(2) for part in parts]
             whole = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
         else:
@@ -199,13 +212,15 @@ def _find(tensors: Mapping[str, Tensor], place: Place, path: Path) -> Tensor:
     names = [prefix + name for prefix in ("model.", "") for name in _names(place)]
     found = next((name for name in names if name in tensors), None)
     if found is None:
-        raise UserError(f"{path.name}: no tensor {place} under any of its names ({', '.join(names[: len(names) // 2])})")
+        raise UserError(
+            f"{path.name}: no tensor {place} under any of its names ({', '.join(names[: len(names) // 2])})"
+        )
     return tensors[found]
 
 
 @contextmanager
-def opened(archive: Path, aside: Path) -> Iterator[NemoWeights]:
-    """Extract an archive into a folder beside `aside` while it is read.
+def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSource]]:
+    """Shape and tensors of an archive, which is extracted into a folder inside `aside` while it is read.
 
     Raises:
         UserError: for a file that is no `.nemo` archive of a GPT, or one that cannot be carried.
@@ -222,12 +237,21 @@ def opened(archive: Path, aside: Path) -> Iterator[NemoWeights]:
         if not (folder / CONFIG).is_file():
             raise UserError(f"--nemo {archive}: holds no {CONFIG}; it is not a model that NeMo saved")
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        ranks = _ranks(folder, archive)
-        embeddings = [_find(unpickle(path), Place(WORD_EMBEDDINGS, None), path) for path in ranks[0]]
-        model = read_shape(config, sum(map(len, embeddings)), f"{archive}: {CONFIG}")
-        weights = NemoWeights(folder, model, ranks)
-        weights.require_no_other_tensors()
-        yield weights
+        yield _open(folder, config, archive)
+
+
+def _open(folder: Path, config: Mapping[str, Any], archive: Path) -> tuple[ModelConfig, TensorSource]:
+    where = f"--nemo {archive}: {CONFIG}"
+    if (folder / _DISTRIBUTED / ".metadata").is_file():
+        reader = CheckpointReader(folder / _DISTRIBUTED, {}, config["num_layers"], prefix="model.")
+        model = read_shape(config, reader.stored_rows(WORD_EMBEDDINGS), where)
+        return model, dataclasses.replace(reader, shapes=tensor_shapes(model, scalar=False))
+    ranks = _ranks(folder, archive)
+    embeddings = [_find(unpickle(path), Place(WORD_EMBEDDINGS, None), path) for path in ranks[0]]
+    model = read_shape(config, sum(map(len, embeddings)), where)
+    weights = NemoWeights(folder, model, ranks)
+    weights.require_no_other_tensors()
+    return model, weights
 
 
 def _ranks(folder: Path, archive: Path) -> tuple[tuple[Path, ...], ...]:
@@ -239,8 +263,10 @@ def _ranks(folder: Path, archive: Path) -> tuple[tuple[Path, ...], ...]:
         if match:
             found[int(match[2] or 0), int(match[1])] = path
     if not found:
-        what = "a distributed checkpoint" if (folder / "model_weights").is_dir() else "no weights known to us"
-        raise UserError(f"--nemo {archive}: holds {what}; needed is {_WEIGHTS}, at the top or one a rank")
+        what = f"{_DISTRIBUTED}/ in zarr format" if (folder / _DISTRIBUTED).is_dir() else "no weights known to us"
+        raise UserError(
+            f"--nemo {archive}: holds {what}; needed is {_WEIGHTS}, one or one a rank, or torch_dist format"
+        )
     stages, size = max(stage for stage, _ in found) + 1, max(rank for _, rank in found) + 1
     missing = [(p, t) for p in range(stages) for t in range(size) if (p, t) not in found]
     if missing:

@@ -90,7 +90,9 @@ def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]
     )
 
 
-def write_description(folder: Path, roles: Mapping[str, tuple[ModelConfig, bool, str]], state: Mapping[str, Any]) -> None:
+def write_description(
+    folder: Path, roles: Mapping[str, tuple[ModelConfig, bool, str]], state: Mapping[str, Any]
+) -> None:
     """`write_meta` for roles that are not in memory: shape, whether it has a scalar head, and layout of each. Collective."""
     if dist.get_rank() == 0:
         content = {

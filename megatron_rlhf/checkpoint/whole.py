@@ -1,7 +1,7 @@
 """Tensors of a distributed checkpoint, one at a time and whole: no model is built, no layout chosen.
 
-Loading a role asks each rank for its part of every tensor; a converter wants the opposite, every part of one tensor, and
-memory for little more than that one.
+Loading a role asks each rank for its part of every tensor; a converter wants the opposite, every part of one tensor,
+and memory for little more than that one.
 """
 
 from collections.abc import Mapping
@@ -72,6 +72,8 @@ class CheckpointReader:
     folder: Path
     shapes: Mapping[str, tuple[int, ...]]
     num_layers: int
+    prefix: str = ""
+    """Put before our names by who wrote the checkpoint."""
 
     @cached_property
     def _storage(self) -> dcp.FileSystemReader:
@@ -93,15 +95,19 @@ class CheckpointReader:
         inside = () if place.layer is None else (place.layer,)
         fits = len(stored.size) == len(inside) + len(shape)
         if not fits or any(a < b for a, b in zip(stored.size[len(inside) :], shape, strict=True)):
-            raise UserError(f"{self.folder}: {place.key} is {list(stored.size)}; meta.json calls for {list(shape)}")
+            raise UserError(f"{self.folder}: {place.key} is {list(stored.size)}; the model's shape wants {list(shape)}")
         result = torch.empty((1,) * len(inside) + shape, dtype=stored.properties.dtype)
         wanted = ChunkStorageMetadata(offsets=torch.Size(inside + (0,) * len(shape)), sizes=result.shape)
-        items = create_read_items_for_chunk_list(place.key, stored, [wanted])
+        items = create_read_items_for_chunk_list(self.prefix + place.key, stored, [wanted])
         self._storage.read_data(LoadPlan(items), _Into(result)).wait()
         return result.reshape(shape)
 
+    def stored_rows(self, key: str) -> int:
+        """Rows of a stored tensor outside the layers, with their padding."""
+        return self._stored(key).size[0]
+
     def _stored(self, key: str) -> TensorStorageMetadata:
-        stored = self._metadata.state_dict_metadata.get(key)
+        stored = self._metadata.state_dict_metadata.get(self.prefix + key)
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(f"{self.folder}: the checkpoint has no tensor {key}")
         return stored
@@ -115,11 +121,13 @@ class _Into(dcp.DefaultLoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = (self.target if axis == 0 else target).narrow(axis, start, length)
-        return target
+        return self.target[tuple(map(_span, read_item.dest_offsets, read_item.lengths))]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def _span(start: int, length: int) -> slice:
+    return slice(start, start + length)
 
 
 def write_checkpoint(folder: Path, source: TensorSource) -> None:
@@ -133,7 +141,11 @@ def write_checkpoint(folder: Path, source: TensorSource) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     dist.barrier()
     writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=False)
-    dcp.save({}, storage_writer=writer, planner=_Streamed(source))
+    try:
+        dcp.save({}, storage_writer=writer, planner=_Streamed(source))
+    except dcp.CheckpointException as exception:  # on every rank, with the failures of all
+        mistakes = [error for error, _ in exception.failures.values() if isinstance(error, UserError)]
+        raise mistakes[0] if mistakes else exception from None
 
 
 class _Streamed(dcp.DefaultSavePlanner):

@@ -1,6 +1,6 @@
 """The machines that a plan is made for, and how much text there is: what no training configuration says."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_rlhf.config.model import Precision
 
@@ -11,8 +11,8 @@ class ClusterConfig:
 
     name: str
     """What the GPUs are, for the report."""
-    nodes: int = 1
-    """Nodes of the job."""
+    nodes: int | None = None
+    """Nodes of the job; without it, those that the recipe's layout is made for, else 1."""
     gpus_per_node: int = 8
     """GPUs (on a CPU cluster: ranks) of a node, one rank each."""
     memory_gib: float
@@ -43,7 +43,7 @@ class ClusterConfig:
     @property
     def gpus(self) -> int:
         """GPUs, and so ranks, of the whole job."""
-        return self.nodes * self.gpus_per_node
+        return (self.nodes or 1) * self.gpus_per_node
 
     def flops_per_s(self, precision: Precision) -> float:
         """Sustained FLOP/s of one GPU in large matrix products."""
@@ -53,7 +53,7 @@ class ClusterConfig:
 
 @dataclass(kw_only=True)
 class WorkloadConfig:
-    """How many examples and how long. The counts are InstructGPT's (table 6); it prints no mean lengths: those are ours."""
+    """How many examples and how long. Counts are InstructGPT's; the mean lengths are ours."""
 
     demonstrations: int = 13_000
     """Prompts with a demonstration (SFT)."""
@@ -77,3 +77,9 @@ class PlanConfig:
     """Machines and rates."""
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     """How much text, how long."""
+    recipe_nodes: dict[str, int] = field(default_factory=dict)
+    """Stage -> nodes that a recipe's layout is made for: conf/recipe/NAME/plan.yaml."""
+
+    def cluster_for(self, stage: str) -> ClusterConfig:
+        """The cluster with the stage's number of nodes."""
+        return replace(self.cluster, nodes=self.cluster.nodes or self.recipe_nodes.get(stage, 1))

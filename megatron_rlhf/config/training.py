@@ -12,6 +12,8 @@ class RunConfig:
     """Folder of this run: config.yaml, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/, report.html, log.txt."""
     resume: bool = False
     """Go on from the newest whole checkpoint in `dir`, at this layout or another."""
+    auto_resume: bool = False
+    """The same where `dir` holds one, a new run where it does not: for jobs that are stopped and queued again."""
     seed: int = 1234
     """Seeds initial weights, dropout, data order and sampling."""
     save_every: int = 100

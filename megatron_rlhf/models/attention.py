@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -70,6 +69,7 @@ class KeyValueCache(BaseInferenceContext):
     position_ids_bs: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     length: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cos_sin: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__init__(materialize_only_last_token_logits=True)
@@ -81,6 +81,17 @@ class KeyValueCache(BaseInferenceContext):
 
     def is_decode_only(self) -> bool:
         return self.length > 0
+
+    def start(self, position_ids_bs: Tensor) -> None:
+        """Before each forward pass: the positions of its tokens."""
+        self.position_ids_bs, self.cos_sin = position_ids_bs, None
+
+    def rotation(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all."""
+        if self.cos_sin is None:
+            angles_sb1d = frequencies[:, 0, 0][self.position_ids_bs].transpose(0, 1).unsqueeze(2)
+            self.cos_sin = angles_sb1d.cos(), angles_sb1d.sin()
+        return self.cos_sin
 
     def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values at the current length; returns all of them so far, as [s, b, groups, d] views."""
@@ -105,16 +116,20 @@ class KeyValueCache(BaseInferenceContext):
 class CachedSelfAttention(SelfAttention):
     """SelfAttention that decodes from a `KeyValueCache`: each key is rotated once, not again for every token."""
 
-    def _adjust_key_value_for_inference(
-        self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-    ):
+    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:
             return query, key, value, rotary_pos_emb, self.attn_mask_type, None
         if rotary_pos_emb is not None:
-            frequencies = rotary_pos_emb[0][:, 0, 0][inference_context.position_ids_bs]  # [b, s, d]
-            frequencies = frequencies.transpose(0, 1).unsqueeze(2)  # [s, b, 1, d]
-            rotate = {"config": self.config, "cp_group": self.pg_collection.cp}
-            query = apply_rotary_pos_emb(query, frequencies, **rotate)
-            key = apply_rotary_pos_emb(key, frequencies, **rotate)
+            cos, sin = inference_context.rotation(rotary_pos_emb[0])
+            heads = [query.shape[2], key.shape[2]]
+            query, key = _rotate(torch.cat([query, key], dim=2), cos, sin).split(heads, dim=2)
         key, value = inference_context.append(self.layer_number, key, value)
         return query, key, value, None, AttnMaskType.no_mask, None
+
+
+def _rotate(x_sbnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in Megatron-Core's (and Llama's) convention: the two halves of a head are the two coordinates."""
+    x, rest = x_sbnd[..., : cos.shape[-1]], x_sbnd[..., cos.shape[-1] :]  # a model may rotate a part of each head
+    first, second = x.chunk(2, dim=-1)
+    rotated = x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

@@ -87,36 +87,39 @@ class Role:
     def values(self, tokens_bs: Tensor, micro_batch_size: int) -> Tensor:
         """The scalar head at every token, [b, s] fp32. `tokens_bs` is the whole batch, and so is the result, on every rank."""
         assert self.scalar, f"{self.name} has no scalar head"
-        return self._read(tokens_bs, lambda output, tokens: output.squeeze(-1), tokens_bs.shape[1], micro_batch_size)
+        return self._read(tokens_bs, lambda output, rows: output.squeeze(-1), micro_batch_size)
 
     def logprobs(self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
         """Log-probability of each token but the first given those before it, [b, s - 1] fp32, of the whole batch, on every rank."""
 
-        def read(logits: Tensor, tokens: Tensor) -> Tensor:
-            return token_logprobs(logits[:, :-1], tokens[:, 1:], self.layout.groups.tp, temperature)
+        def read(logits: Tensor, rows: Tensor) -> Tensor:
+            return token_logprobs(logits, tokens_bs[rows, 1:], self.layout.groups.tp, temperature)
 
-        return self._read(tokens_bs, read, tokens_bs.shape[1] - 1, micro_batch_size)
+        return self._read(tokens_bs[:, :-1], read, micro_batch_size)
 
     def entropy(self, logits: Tensor) -> Tensor:
         """Entropy of vocabulary-parallel logits [..., vocab / tp], [...]."""
         return entropy(logits, self.layout.groups.tp)
 
     def _read(
-        self, tokens_bs: Tensor, read: Callable[[Tensor, Tensor], Tensor], result_width: int, micro_batch_size: int
+        self, inputs_bs: Tensor, read: Callable[[Tensor, Tensor], Tensor], micro_batch_size: int
     ) -> Tensor:
-        """Each data-parallel rank passes its rows forward; `read(output, tokens)` runs on the last stage; all get all rows."""
-        result = torch.zeros(len(tokens_bs), result_width, device=tokens_bs.device)
-        width = tokens_bs.shape[1]
-        padded = torch.nn.functional.pad(tokens_bs, (0, self.pad_length(width) - width))
+        """One number an input token, [b, s] fp32: `read(output, rows)` of the model's output for some rows of the batch.
+
+        Each data-parallel rank passes its rows forward, `read` runs on the last stage, and all get all rows.
+        """
+        result = torch.zeros(inputs_bs.shape, device=inputs_bs.device)
+        width = inputs_bs.shape[1]
+        padded = torch.nn.functional.pad(inputs_bs, (0, self.pad_length(width) - width))
 
         def microbatch(rows: Tensor) -> Microbatch:
             def keep(output: Tensor):
-                result[rows] = read(output[:, :width], tokens_bs[rows])
+                result[rows] = read(output[:, :width], rows)
                 return output.new_zeros(()), {}
 
             return Microbatch(padded[rows], keep)
 
-        mine = torch.arange(self.layout.dp_rank, len(tokens_bs), self.layout.dp_size, device=tokens_bs.device)
+        mine = torch.arange(self.layout.dp_rank, len(inputs_bs), self.layout.dp_size, device=inputs_bs.device)
         with self.evaluating():
             if len(mine):
                 microbatches = [microbatch(rows) for rows in mine.split(micro_batch_size)]

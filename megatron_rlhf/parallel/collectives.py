@@ -24,7 +24,8 @@ def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:
 def reduce_statistics(statistics: list[Mapping[str, Tensor]], layout: ParallelLayout) -> dict[str, float]:
     """Statistics of all microbatches on all data-parallel ranks: names ending in `_max` or `_max_gap` by maximum, others by sum.
 
-    Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result.
+    Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result. A data-parallel rank
+    without work brings zeros under the same names: ranks that differ in names would wait for each other for ever.
     """
     merged: dict[str, float] = {}
     for entry in statistics:

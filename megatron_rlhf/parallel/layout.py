@@ -1,5 +1,6 @@
 """Parallel layouts as objects: which rank does what for one model, and the process groups for it."""
 
+import functools
 import types
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_rlhf.config.model import ParallelConfig
@@ -106,20 +108,29 @@ class ParallelLayout:
         return cls(config=config, ranks=ranks, groups=collection, every_group=groups)
 
     def __enter__(self) -> "ParallelLayout":
-        values: dict[str, Any] = {name: self.every_group[group] for name, group in _GLOBALS.items()}
-        for name, group in _GLOBAL_RANKS.items():
-            members = self.every_group[group]
-            values[name] = None if members is None else dist.get_process_group_ranks(members)
-        virtual = self.virtual_stages
-        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = virtual
-        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = 0 if virtual else None
-        values["_GLOBAL_MEMORY_BUFFER"] = parallel_state._GLOBAL_MEMORY_BUFFER or GlobalMemoryBuffer()
-        self._saved.append({name: getattr(parallel_state, name) for name in values})
-        _install(parallel_state, values)
+        parallel_state._GLOBAL_MEMORY_BUFFER = parallel_state._GLOBAL_MEMORY_BUFFER or GlobalMemoryBuffer()
+        self._saved.append({name: getattr(parallel_state, name) for name in self._globals})
+        _install(parallel_state, self._globals)
         return self
 
     def __exit__(self, *exception: object) -> None:
         _install(parallel_state, self._saved.pop())
+
+    def seed(self, seed: int) -> None:
+        """Seed weights and dropout: alike on tensor-parallel ranks where they must be, different elsewhere."""
+        with self:
+            model_parallel_cuda_manual_seed(seed + 100 * self.pp_rank + 10_000 * self.dp_rank, force_reset_rng=True)
+
+    @functools.cached_property
+    def _globals(self) -> dict[str, Any]:
+        """What `megatron.core.parallel_state` holds inside this layout."""
+        values: dict[str, Any] = {name: self.every_group[group] for name, group in _GLOBALS.items()}
+        for name, group in _GLOBAL_RANKS.items():
+            members = self.every_group[group]
+            values[name] = None if members is None else dist.get_process_group_ranks(members)
+        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = self.virtual_stages
+        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = 0 if self.virtual_stages else None
+        return values
 
     @property
     def virtual_stages(self) -> int | None:

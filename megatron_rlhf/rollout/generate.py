@@ -37,7 +37,7 @@ def generate(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     completions: dict[int, Completion] = {}
     in_flight = role.layout.config.pipeline
-    with role.evaluating(decoding=True):
+    with role.evaluating(decoding=True), torch.inference_mode():
         for start in range(0, len(batches), in_flight):
             decoders = [
                 Decoder(role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids))
@@ -97,7 +97,7 @@ class Decoder:
         start, count = self.cache.length, self.next_tokens.shape[1]
         query = self.slots[start : start + count]
         positions = (query - self.pads_b.unsqueeze(-1)).clamp(min=0)
-        self.cache.position_ids_bs = positions
+        self.cache.start(positions)
         inference = {
             "position_ids": positions,
             "attention_mask": self._attention_mask(query, start + count),

@@ -54,7 +54,7 @@ def language_model_microbatches(
             loss, _ = language_model_loss(logprobs, target[:, 1:width], normalizer=normalizer)
             return weight * loss, {metric: loss.detach()}
 
-        return Microbatch(pad_to_layout(tokens, role), loss_of)
+        return Microbatch(pad_to_layout(tokens[:, :-1], role), loss_of)  # the last token is predicted, never read
 
     return [microbatch(rows, counts) for rows, counts in local_rows(len(batch.tokens_bs), role, micro_batch_size)]
 

@@ -188,10 +188,9 @@ def ranking_microbatches(
 
         def loss_of(values_ns1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             scores_n = values_ns1.squeeze(-1).gather(1, batch.last_n.unsqueeze(-1)).squeeze(-1)
-            if not counts:
-                return scores_n.sum() * 0.0, {}
             loss, statistics = ranking_loss(scores_n, batch.ranks_n, batch.prompt_index_n, normalizer)
-            counted = {f"rm/{name}": statistics[name] for name in ("correct_pairs", "pairs")}
+            loss = loss * counts
+            counted = {f"rm/{name}": statistics[name] * counts for name in ("correct_pairs", "pairs")}
             return loss, {"rm/loss": loss.detach(), **counted}
 
         return Microbatch(pad_to_layout(batch.tokens_ns, reward.role), loss_of)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.checkpoint.sharded import SavedRole
@@ -21,7 +20,7 @@ from megatron_rlhf.monitoring.logs import setup_logging
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
-from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.trainers.interruption import Interrupted, Interruption
 from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,8 @@ class Session:
     samples: SamplesLogger
     resume_from: Path | None
     timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize))
+    interruption: Interruption = field(default_factory=Interruption)
+    _stops: bool = False
 
     @classmethod
     def open(cls, config: RunConfig, resolved_config: str) -> "Session":
@@ -46,10 +47,10 @@ class Session:
         """
         folder = Path(config.dir)
         first = dist.get_rank() == 0
-        resume_from = sharded.latest(folder / "checkpoints") if config.resume else None
+        resume_from = sharded.latest(folder / "checkpoints") if config.resume or config.auto_resume else None
         if config.resume and resume_from is None:
             raise UserError(f"run.resume=true, but {folder / 'checkpoints'} holds no checkpoint to go on from")
-        if not config.resume and (folder / "checkpoints" / "latest").exists():
+        if resume_from is None and (folder / "checkpoints" / "latest").exists():
             raise UserError(f"run.dir={folder} holds another run: choose a new folder, or go on with run.resume=true")
         _require_writable(folder)
         dist.barrier()
@@ -62,6 +63,7 @@ class Session:
             samples=SamplesLogger(folder, enabled=first),
             resume_from=resume_from,
         )
+        session.interruption.listen()
         log.info("run folder %s, %d ranks%s", folder, dist.get_world_size(), " (resumed)" if resume_from else "")
         return session
 
@@ -72,12 +74,6 @@ class Session:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
-
-    def seed(self, layout: ParallelLayout) -> None:
-        """Seed weights and dropout: alike on tensor-parallel ranks where they must be, different elsewhere."""
-        seed = self.config.seed + 100 * layout.pp_rank + 10_000 * layout.dp_rank
-        with layout:
-            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
     def restore(self, roles: Sequence[TrainedRole]) -> dict[str, Any]:
         """Fill the roles from the checkpoint to resume; returns the trainer's state, {} for a fresh run."""
@@ -99,7 +95,11 @@ class Session:
     def save(
         self, name: str, roles: Sequence[TrainedRole], state: Mapping[str, Any], with_optimizer: bool = True
     ) -> None:
-        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state."""
+        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state.
+
+        Raises:
+            Interrupted: after it is written, when the run was asked to stop.
+        """
         shapes: dict[str, Role] = {}
         with sharded.writing(self.checkpoints / name, self.config.keep_last) as folder:
             for trained in roles:
@@ -111,11 +111,17 @@ class Session:
                         sharded.save_role(folder, SavedRole(averaged))
                         shapes[averaged.name] = averaged
             sharded.write_meta(folder, shapes, state)
+        if self._stops:
+            self.close()
+            raise Interrupted(f"asked to stop: saved {self.checkpoints / name}; go on with run.auto_resume=true")
 
     def save_is_due(self, step: int, last_step: int) -> bool:
-        """After this step a checkpoint should be written."""
+        """After this step a checkpoint should be written: it is time, or the run was asked to stop. Collective."""
+        if step == last_step:
+            return True
         every = self.config.save_every
-        return step == last_step or (every > 0 and step % every == 0)
+        self._stops = self.interruption.agreed()
+        return self._stops or (every > 0 and step % every == 0)
 
     def last_step(self, scheduled: int) -> int:
         """Where this process stops: the end of the schedule, or run.stop_at_step before it."""
@@ -137,6 +143,8 @@ class Session:
 
     def close(self) -> None:
         """Close the files and write the report."""
+        if not self._stops:  # a job that is being stopped may be signalled again
+            self.interruption.ignore()
         self.metrics.close()
         self.samples.close()
         if dist.get_rank() == 0:

@@ -71,7 +71,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
         )
         pretraining = _pretraining(data.pretraining, tokenizer, model, steps * per_step, session)
     layout = ParallelLayout.create(config.parallel)
-    session.seed(layout)
+    layout.seed(config.run.seed)
     policy = _role("policy", model, layout, config, source, dropout=config.sft.dropout)
     trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, config.run.max_skipped_steps)
     reward = None
@@ -101,7 +101,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
             [*c.prompt_tokens.tolist(), *c.responses_tokens[c.ranks.index(min(c.ranks))].tolist()] for c in training
         ]
     layout = ParallelLayout.create(config.parallel)
-    session.seed(layout)
+    layout.seed(config.run.seed)
     role = _role("reward", model, layout, config, source, scalar=True)
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
     return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
@@ -136,7 +136,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         pretraining = _pretraining(config.data.pretraining, tokenizer, model, examples, session)
     layout = ParallelLayout.create(config.parallel)
     critic_layout = ParallelLayout.create(config.critic_parallel)
-    session.seed(layout)
+    layout.seed(config.run.seed)
     policy = _role("policy", model, layout, config, policy_source)
     reference = _role("reference", model, layout, config, policy_source).frozen()
     reward = _role("reward", critic_model, critic_layout, config, reward_source, scalar=True).frozen()
@@ -168,7 +168,7 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     if config.data.pretraining.source is not None:
         held_out = _pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
     layout = ParallelLayout.create(config.parallel)
-    session.seed(layout)
+    layout.seed(config.run.seed)
     policy = _role("policy", model, layout, config, source).frozen()
     reward = None
     if config.reward.init_from is not None:

@@ -98,8 +98,11 @@ class TrainedRole:
     @torch.no_grad()
     def _apply_gradients(self, lr: float) -> tuple[float, bool]:
         optimizer = self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for part in optimizer.chained_optimizers:
+            for group in part.param_groups:
+                group["lr"] = lr
+                # Megatron-Core leaves it to its scheduler to spare biases and norms.
+                group["weight_decay"] = part.config.weight_decay * group["wd_mult"]
         overflow = optimizer.prepare_grads()
         grad_norm = float("inf") if overflow else float(optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -195,7 +198,7 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
     return get_megatron_optimizer(
         megatron_config,
         list(role.chunks),
-        config_overrides=get_standard_config_overrides(megatron_config),  # no weight decay on biases and norms
+        config_overrides=get_standard_config_overrides(megatron_config),  # a wd_mult of 0 for biases and norms
         use_gloo_process_groups=False,
         pg_collection=role.layout.groups,
     )

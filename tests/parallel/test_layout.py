@@ -18,7 +18,6 @@ LAYOUTS = [
 ]
 # Not set by Megatron-Core unless asked for, or of no use without several optimizer instances and without experts.
 NOT_OURS = {"_EXPERT_MODEL_PARALLEL_RANKS", "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS", "_GLOBAL_PROCESS_GROUP_LIST", "_HYBRID_DP_CP_GROUPS"}
-EMBEDDING_RANKS = {"_EMBEDDING_GLOBAL_RANKS", "_POSITION_EMBEDDING_GLOBAL_RANKS"}
 
 
 def installed() -> dict[str, object]:
@@ -59,6 +58,8 @@ def compare_with_megatron():
         )
         results.append((ours, installed()))
         parallel_state.destroy_model_parallel()
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None  # forgotten there: stages in between keep those of the last layout
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     return results
 
 

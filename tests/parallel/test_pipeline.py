@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from toys import GPT2_LIKE, LLAMA_LIKE, assemble, assert_close, gradient_blocks, make_role, train
+from toys import GPT2_LIKE, LLAMA_LIKE, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
 
 from megatron_rlhf.config.model import ParallelConfig, Recompute
 from megatron_rlhf.parallel import collectives
@@ -83,9 +83,7 @@ def plain_autograd(model, count):
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.copy_(parameter.grad)
-    from toys import weight_blocks
-
-    return assemble([weight_blocks(role)], MODELS[model]), losses
+    return assemble([weight_blocks(role)], vocab_size=67), losses
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -97,14 +95,14 @@ def test_losses_and_gradients_equal_plain_autograd(layout, model, one_rank):
         assert statistics["loss"] == pytest.approx(loss, rel=1e-6), "on every rank"
         assert statistics["length_max"] == 12.0, "by maximum, not by sum"
     # fp32 sums in another order, over tensors whose largest entry is some 10^3 times the typical rounding error.
-    assert_close(assemble([blocks for blocks, _ in results], MODELS[model]), expected, relative=5e-6)
+    assert_close(assemble([blocks for blocks, _ in results], vocab_size=67), expected, relative=5e-6)
 
 
 def test_virtual_stages_take_a_number_of_microbatches_that_does_not_fill_the_pipeline(one_rank):
     expected, loss = one_rank("gpt2", 5)
     results = run_ranks(2, losses_and_gradients, "gpt2", LAYOUTS["pp2_virtual2"], 5)
     assert all(statistics["loss"] == pytest.approx(loss, rel=1e-6) for _, statistics in results)
-    assert_close(assemble([blocks for blocks, _ in results], GPT2_LIKE), expected, relative=5e-6)
+    assert_close(assemble([blocks for blocks, _ in results], vocab_size=67), expected, relative=5e-6)
 
 
 def ticks(parallel):
@@ -121,22 +119,13 @@ def test_each_microbatch_passes_each_stage_once():
     assert run_ranks(2, ticks, ParallelConfig(pipeline=2)) == [6, 6]
 
 
-def statistics_of_one_rank_only():
-    role = make_role(GPT2_LIKE)
-    mine = [{"loss": torch.tensor(2.0), "gap_max": torch.tensor(-3.0)}] if dist.get_rank() == 0 else []
-    return collectives.reduce_statistics(mine, role.layout)
-
-
-def test_statistics_that_only_some_data_parallel_ranks_have_are_reduced():
-    assert run_ranks(2, statistics_of_one_rank_only, timeout=30) == [{"loss": 2.0, "gap_max": -3.0}] * 2
-
-
 def rows_of_ranks(count):
     role = make_role(GPT2_LIKE)
     layout = role.layout
     mine = [f"row {i}" for i in range(layout.dp_rank, count, layout.dp_size)]
     rows = torch.zeros(count)
-    rows[layout.dp_rank :: layout.dp_size] = torch.arange(layout.dp_rank, count, layout.dp_size) + 1.0
+    for i in range(layout.dp_rank, count, layout.dp_size):
+        rows[i] = i + 1.0
     total = collectives.sum_over(layout.dp_rank + 1, layout.groups.dp)
     return collectives.gather_rows(mine, layout), collectives.share_rows(rows, layout).tolist(), float(total)
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: queries, keys and values of a head stand together, as in Megatron; part of each head is rotated."""
+"""GPT-NeoX and Pythia: a head's query, key and value stand together, as in Megatron; part of each head is rotated."""
 
 from megatron_rlhf.checkpoint import architecture as ours
 from megatron_rlhf.checkpoint.architecture import Architecture, layer_norms, same

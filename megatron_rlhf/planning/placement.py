@@ -1,0 +1,60 @@
+"""A model in its layout on a number of GPUs: what memory and time are reckoned from."""
+
+from dataclasses import dataclass, replace
+
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision, Recompute
+from megatron_rlhf.planning import parameters
+
+FP32 = 4
+GIB = 2**30
+
+
+def element_bytes(precision: Precision) -> int:
+    """Bytes of a weight or an activation; fp8 keeps both in bf16."""
+    return FP32 if precision is Precision.fp32 else 2
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """One model over `gpus` ranks, tensor x context x data x pipeline (neighbours first)."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: Precision
+    gpus: int
+    scalar: bool = False
+
+    @property
+    def data(self) -> int:
+        """Data-parallel copies."""
+        return self.gpus // self.parallel.model_ranks
+
+    @property
+    def element(self) -> int:
+        return element_bytes(self.precision)
+
+    @property
+    def sequence_parts(self) -> int:
+        """Ranks among which norms and the residual stream are split."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
+    def stage_layers(self) -> int:
+        """Layers on one rank, over all its virtual stages."""
+        return self.model.num_layers // self.parallel.pipeline
+
+    @property
+    def recomputes(self) -> bool:
+        """Layers run forward again in the backward pass; `selective` drops only what fused attention never keeps."""
+        return self.parallel.recompute is Recompute.full
+
+    def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a rank."""
+        return rank // (self.gpus // self.parallel.pipeline)
+
+    def parameters(self, stage: int) -> int:
+        """Weights on one rank of a stage."""
+        return parameters.stage_parameters(self.model, self.parallel, stage, self.scalar)
+
+    def with_parallel(self, **changes) -> "PlacedModel":
+        return replace(self, parallel=replace(self.parallel, **changes))

@@ -1,0 +1,146 @@
+"""A plan: what the fullest GPU holds in each phase of a training step, how long the phases take, what the run costs."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_rlhf.config.cluster import ClusterConfig
+from megatron_rlhf.planning.placement import GIB, PlacedModel
+from megatron_rlhf.planning.state import Bytes, frozen_bytes, trained_bytes
+
+
+@dataclass(frozen=True)
+class PlannedRole:
+    """A model that stays in memory."""
+
+    name: str
+    placed: PlacedModel
+    trained: bool
+    average: bool = False
+
+    def bytes_on(self, rank: int) -> Bytes:
+        stage = self.placed.stage_of(rank)
+        return trained_bytes(self.placed, stage, self.average) if self.trained else frozen_bytes(self.placed, stage)
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A part of a training step."""
+
+    name: str
+    seconds: float
+    flops: float
+    """Model FLOPs over all GPUs."""
+    placed: PlacedModel
+    memory: Callable[[int], Mapping[str, float]]
+    """Pipeline stage of `placed` -> bytes that only this phase holds, by kind."""
+    bubble: float | None = None
+    """Share of the phase in which a pipeline stage waits; None where there is no pipeline schedule."""
+
+    def bytes_on(self, rank: int) -> Mapping[str, float]:
+        return self.memory(self.placed.stage_of(rank))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage of the recipe on a cluster."""
+
+    stage: str
+    cluster: ClusterConfig
+    roles: Sequence[PlannedRole]
+    phases: Sequence[PlannedPhase]
+    steps: int
+    microbatch: str
+    """The settings besides the layouts that decide memory, for the report."""
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """Role -> its layout in words."""
+        return {role.name: describe_layout(role.placed) for role in self.roles}
+
+    @functools.cached_property
+    def fullest(self) -> tuple[int, PlannedPhase, float]:
+        """The rank and the phase in which most memory is held, and how many bytes."""
+        found = []
+        for rank in self._distinct_ranks():
+            state = sum(sum(role.bytes_on(rank).values()) for role in self.roles)
+            found += [(rank, phase, state + sum(phase.bytes_on(rank).values())) for phase in self.phases]
+        return max(found, key=lambda entry: entry[2])
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.fullest[2]
+
+    @property
+    def capacity_bytes(self) -> float:
+        """What training tensors may use of a GPU."""
+        return (self.cluster.memory_gib - self.cluster.reserved_gib) * GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.capacity_bytes
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_seconds / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.cluster.gpus
+
+    @property
+    def price(self) -> float:
+        return self.gpu_hours * self.cluster.price_per_gpu_hour
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of the whole run."""
+        return self.steps * sum(phase.flops for phase in self.phases)
+
+    def memory(self) -> dict[str, Bytes]:
+        """Bytes on the fullest GPU: role -> kind -> bytes, and last what the fullest phase adds."""
+        rank, phase, _ = self.fullest
+        held = {role.name: role.bytes_on(rank) for role in self.roles}
+        return {**held, f"{phase.name} phase": {kind: size for kind, size in phase.bytes_on(rank).items() if size}}
+
+    def arithmetic(self) -> str:
+        """The sum that decides whether it fits, in GiB."""
+        terms = [
+            f"{name} {kind} {size / GIB:.1f}"
+            for name, kinds in self.memory().items()
+            for kind, size in kinds.items()
+            if size / GIB >= 0.05
+        ]
+        cluster = self.cluster
+        comparison = "fits" if self.fits else "is more than"
+        return (
+            f"{' + '.join(terms)} = {self.peak_bytes / GIB:.1f} GiB, which {comparison} the {cluster.memory_gib:g} - "
+            f"{cluster.reserved_gib:g} reserved = {self.capacity_bytes / GIB:.1f} GiB of a GPU ({cluster.name})"
+        )
+
+    def _distinct_ranks(self) -> list[int]:
+        """One rank for each combination of pipeline stages of the roles."""
+        found: dict[tuple[int, ...], int] = {}
+        sizes = {role.placed.gpus // role.placed.parallel.pipeline for role in self.roles}
+        gpus = self.cluster.gpus
+        for rank in sorted({start for size in sizes for start in range(0, gpus, size)}):
+            found.setdefault(tuple(role.placed.stage_of(rank) for role in self.roles), rank)
+        return list(found.values())
+
+
+def describe_layout(placed: PlacedModel) -> str:
+    """For tables: 'tensor 8 x pipeline 8 x data 4, recompute full'."""
+    parallel = placed.parallel
+    text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    if parallel.virtual_stages > 1:
+        text += f" x virtual {parallel.virtual_stages}"
+    if parallel.context > 1:
+        text += f" x context {parallel.context}"
+    text += f" x data {placed.data}"
+    marks = [name for name in ("sequence", "distributed_optimizer") if getattr(parallel, name)]
+    marks += [] if parallel.recompute.value == "none" else [f"recompute {parallel.recompute.value}"]
+    return ", ".join([text, *marks]).replace("_", " ")

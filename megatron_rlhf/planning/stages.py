@@ -1,0 +1,250 @@
+"""Plans of the three training stages, from the very configurations that would run."""
+
+import math
+
+from megatron_rlhf.config.checks import check_layout, check_model
+from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
+from megatron_rlhf.planning.placement import PlacedModel
+from megatron_rlhf.planning.plan import Plan, PlannedPhase, PlannedRole
+from megatron_rlhf.planning.timing import (
+    Batch,
+    bubble,
+    decode_seconds,
+    forward_flops,
+    schedule_seconds,
+    update_seconds,
+)
+
+STAGES: dict[type[BaseConfig], str] = {SFTConfig: "sft", RewardModelConfig: "reward_model", PPOConfig: "ppo"}
+
+_BACKWARD_TOO = 3  # forward and backward together take three times the FLOPs of the forward pass
+
+
+def plan_stage(config: BaseConfig, plan: PlanConfig) -> Plan:
+    """The plan of a stage's configuration.
+
+    Raises:
+        UserError: no model shape, or a layout that does not divide the GPUs or the model.
+    """
+    cluster = plan.cluster_for(stage_name(config))
+    if isinstance(config, PPOConfig):
+        return plan_ppo(config, cluster, plan.workload)
+    if isinstance(config, RewardModelConfig):
+        return plan_reward_model(config, cluster, plan.workload)
+    assert isinstance(config, SFTConfig)
+    return plan_sft(config, cluster, plan.workload)
+
+
+def stage_name(config: BaseConfig) -> str:
+    """As in `conf/<stage>.yaml`."""
+    return STAGES[type(config)]
+
+
+def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
+    """Supervised fine-tuning; validation and the choice of the best epoch are left out."""
+    sft, data = config.sft, config.data
+    placed = _place(config.model, config.parallel, config, cluster, "model", "parallel")
+    from_text = round(sft.batch_size * data.pretraining_mix)
+    longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
+    mean = workload.prompt_tokens + workload.response_tokens
+    if from_text:
+        longest = max(longest, data.pretraining.sequence_length)
+        mean += (data.pretraining.sequence_length - mean) * from_text / sft.batch_size
+    rows, count = _microbatches(sft.batch_size, sft.micro_batch_size, placed)
+    steps = sft.max_steps or sft.epochs * math.ceil(workload.demonstrations / max(sft.batch_size - from_text, 1))
+    phase = _training_phase(
+        "update",
+        placed,
+        cluster,
+        Shape(rows, longest),
+        count,
+        Batch(count, rows * mean, mean),
+        sft.batch_size,
+        sft.dropout,
+    )
+    role = PlannedRole("policy", placed, trained=True)
+    return Plan("sft", cluster, [role], [phase], steps, f"micro batch {rows}")
+
+
+def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
+    """The reward model; all completions of a prompt share a microbatch, so the largest K decides its memory."""
+    algorithm, data = config.reward_model, config.data
+    placed = _place(config.model, config.parallel, config, cluster, "model", "parallel", scalar=True)
+    longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
+    mean = workload.prompt_tokens + workload.response_tokens
+    prompts, count = _microbatches(algorithm.batch_size, algorithm.micro_batch_size, placed)
+    steps = algorithm.epochs * math.ceil(workload.rankings / algorithm.batch_size)
+    shape = Shape(prompts * workload.max_completions, longest)
+    batch = Batch(count, prompts * workload.completions * mean, mean)
+    phase = _training_phase("update", placed, cluster, shape, count, batch, algorithm.batch_size * workload.completions)
+    role = PlannedRole("reward", placed, trained=True)
+    return Plan("reward_model", cluster, [role], [phase], steps, f"micro batch {prompts} prompts")
+
+
+def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
+    """PPO-ptx: the four roles together on all GPUs; the alignment tax's forward passes are left out."""
+    policy = _place(config.model, config.parallel, config, cluster, "model", "parallel")
+    critic = _place(
+        config.critic_model, config.critic_parallel, config, cluster, "critic_model", "critic_parallel", scalar=True
+    )
+    roles = [
+        PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0),
+        PlannedRole("reference", policy, trained=False),
+        PlannedRole("reward", critic, trained=False),
+        PlannedRole("value", critic, trained=True),
+    ]
+    phases = [
+        _rollout_phase(config, policy, cluster, workload),
+        *_scoring_phases(config, policy, critic, cluster, workload),
+        *_policy_phases(config, policy, cluster, workload),
+        _value_phase(config, critic, cluster, workload),
+    ]
+    ppo = config.ppo
+    microbatch = (
+        f"micro batch {ppo.micro_batch_size}, ptx {ppo.ptx_micro_batch_size}, decoding {config.rollout.batch_size}"
+    )
+    return Plan("ppo", cluster, roles, phases, ppo.iterations, microbatch)
+
+
+def _rollout_phase(
+    config: PPOConfig, policy: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    episodes, sampling = config.ppo.batch_size, config.rollout
+    rows = math.ceil(episodes / policy.data)
+    together = min(sampling.batch_size, rows)
+    in_flight = min(rows, together * policy.parallel.pipeline)
+    length = config.data.max_prompt_tokens + sampling.max_response_tokens
+    mean = workload.prompt_tokens + workload.response_tokens
+
+    def memory(stage: int) -> dict[str, float]:
+        return {
+            "kv cache": cache_bytes(policy, in_flight, length, together),
+            "buffers": forward_working(policy, Shape(together, config.data.max_prompt_tokens)),
+        }
+
+    # Some response nearly always runs to the limit, so decoding takes that many steps.
+    seconds = decode_seconds(policy, cluster, rows, together, workload.prompt_tokens, sampling.max_response_tokens)
+    return PlannedPhase("rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory)
+
+
+def _scoring_phases(
+    config: PPOConfig, policy: PlacedModel, critic: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> list[PlannedPhase]:
+    """Policy and reference read the episodes, then reward and value model."""
+    episodes, length = config.ppo.batch_size, config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    mean = workload.prompt_tokens + workload.response_tokens
+    phases = []
+    for name, placed in (("scoring by policy and reference", policy), ("scoring by reward and value", critic)):
+        rows, count = _microbatches(episodes, config.ppo.micro_batch_size, placed)
+        peak = scoring_peak(placed, Shape(rows, length))
+        seconds = 2 * sum(schedule_seconds(placed, cluster, [Batch(count, rows * mean, mean)], backward=False))
+        flops = 2 * forward_flops(placed, episodes * mean, mean)
+        phases.append(PlannedPhase(name, seconds, flops, placed, lambda stage, peak=peak: peak, bubble(placed, count)))
+    return phases
+
+
+def _policy_phases(
+    config: PPOConfig, policy: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> list[PlannedPhase]:
+    """PPO's and pretraining's microbatches, which share one schedule: their time is told apart by their share of it."""
+    ppo, text = config.ppo, config.data.pretraining.sequence_length
+    mean = workload.prompt_tokens + workload.response_tokens
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    rows, count = _microbatches(ppo.minibatch_size, ppo.micro_batch_size, policy)
+    shapes = [Shape(rows, length, config.rollout.max_response_tokens)]
+    batches = [Batch(count, rows * mean, mean)]
+    names, sequences, tokens = ["policy"], [ppo.minibatch_size], [mean]
+    if ppo.ptx_coef > 0:
+        examples = ppo.minibatch_size * ppo.ptx_ratio
+        text_rows, text_count = _microbatches(examples, ppo.ptx_micro_batch_size, policy)
+        shapes.append(Shape(text_rows, text))
+        batches.append(Batch(text_count, text_rows * text, text))
+        names, sequences, tokens = [*names, "ptx"], [*sequences, examples], [*tokens, text]
+    total = sum(batch.microbatches for batch in batches)
+    updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
+    seconds = schedule_seconds(policy, cluster, batches, backward=True)
+    seconds[0] += update_seconds(policy, cluster, ppo.ema_decay > 0)
+
+    def memory(stage: int) -> dict[str, float]:
+        peaks = [training_peak(policy, stage, shape, total) for shape in shapes]
+        return max(peaks, key=lambda peak: sum(peak.values()))
+
+    return [
+        PlannedPhase(
+            name,
+            updates * seconds[i],
+            updates * _BACKWARD_TOO * forward_flops(policy, sequences[i] * tokens[i], tokens[i]),
+            policy,
+            memory,
+            bubble(policy, total),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _value_phase(
+    config: PPOConfig, critic: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    ppo, mean = config.ppo, workload.prompt_tokens + workload.response_tokens
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    rows, count = _microbatches(ppo.minibatch_size, ppo.micro_batch_size, critic)
+    updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
+    phase = _training_phase(
+        "value", critic, cluster, Shape(rows, length), count, Batch(count, rows * mean, mean), ppo.minibatch_size
+    )
+    return PlannedPhase("value", updates * phase.seconds, updates * phase.flops, critic, phase.memory, phase.bubble)
+
+
+def _training_phase(
+    name: str,
+    placed: PlacedModel,
+    cluster: ClusterConfig,
+    shape: Shape,
+    microbatches: int,
+    batch: Batch,
+    sequences: float,
+    dropout: float = 0.0,
+) -> PlannedPhase:
+    """One update on `sequences` sequences of the batch's mean length."""
+    return PlannedPhase(
+        name,
+        sum(schedule_seconds(placed, cluster, [batch], backward=True)) + update_seconds(placed, cluster),
+        _BACKWARD_TOO * forward_flops(placed, sequences * batch.length, batch.length),
+        placed,
+        lambda stage: training_peak(placed, stage, shape, microbatches, dropout),
+        bubble(placed, microbatches),
+    )
+
+
+def _place(
+    model: ModelConfig | None,
+    parallel: ParallelConfig,
+    config: BaseConfig,
+    cluster: ClusterConfig,
+    key: str,
+    parallel_key: str,
+    scalar: bool = False,
+) -> PlacedModel:
+    if model is None:
+        choice = key if key == "model" else f"model@{key}"
+        raise UserError(
+            f"{key} is not given: a plan needs its shape, as in {choice}=gpt3_1_3b or a checkpoint to start from"
+        )
+    check_layout(parallel, cluster.gpus, parallel_key)
+    check_model(model, parallel, parallel_key)
+    return PlacedModel(model, parallel, config.precision, cluster.gpus, scalar)
+
+
+def _microbatches(sequences: int, micro_batch_size: int, placed: PlacedModel) -> tuple[int, int]:
+    """Rows of a microbatch and microbatches of the fullest data-parallel copy."""
+    mine = math.ceil(sequences / placed.data)
+    rows = min(micro_batch_size, mine)
+    return rows, math.ceil(mine / rows)
+
+
+def _longest(tokens: int, model: ModelConfig) -> int:
+    return min(tokens, model.max_sequence_length)

@@ -1,0 +1,30 @@
+"""Bytes that stay on a GPU for the whole run: weights, gradients, optimizer state, moving average."""
+
+from megatron_rlhf.config.model import Precision
+from megatron_rlhf.planning.placement import FP32, PlacedModel
+
+Bytes = dict[str, float]
+
+
+def frozen_bytes(placed: PlacedModel, stage: int) -> Bytes:
+    """A model that is only read."""
+    return {"weights": placed.parameters(stage) * placed.element}
+
+
+def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Bytes:
+    """A model that learns: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
+
+    The distributed optimizer shards moments and master weights over data and context parallelism. `average`: a moving
+    average of the weights, in fp32.
+    """
+    count = placed.parameters(stage)
+    shards = placed.data * placed.parallel.context if placed.parallel.distributed_optimizer else 1
+    copies = 2 if placed.precision is Precision.fp32 else 3
+    state: Bytes = {
+        "weights": count * placed.element,
+        "gradients": count * FP32,
+        "optimizer": count * copies * FP32 / shards,
+    }
+    if average:
+        state["ema"] = count * FP32
+    return state

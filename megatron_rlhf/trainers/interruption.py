@@ -1,0 +1,49 @@
+"""Stopping between two steps when the cluster asks for it: a signal becomes a checkpoint and an exit code."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.parallel import collectives
+
+log = logging.getLogger(__name__)
+
+# Slurm sends SIGTERM before a requeue, a preemption or the time limit; slurm/common.sh asks for SIGUSR1 earlier still.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and can go on from there with run.auto_resume=true."""
+
+
+class Interruption:
+    """Notes a signal, and lets all ranks agree on the step after which they stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """From now on the signals are noted instead of ending the process."""
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def ignore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective: signals reach ranks at different times, the answer is one."""
+        asked = torch.tensor(int(self._asked), device=collectives.device())
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True

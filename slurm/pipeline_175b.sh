@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# InstructGPT at 175B as a chain of jobs: the SFT run that PPO starts from, the 6B reward model, PPO-ptx. Run it on a
+# login node. Each job starts when the one before has succeeded; when one fails, the rest is cancelled by Slurm.
+#
+#   RUNS=/shared/runs TOKENIZER=/shared/gpt2 POLICY=/shared/gpt3_175b REWARD=/shared/gpt3_6b \
+#   DEMONSTRATIONS=/shared/demonstrations.jsonl COMPARISONS=/shared/comparisons.jsonl \
+#   PROMPTS=/shared/prompts.jsonl PRETRAINING=/shared/pretraining bash slurm/pipeline_175b.sh
+#
+# REWARD is what the reward model starts from; without it, the SFT run (then of the same size). Hydra overrides of one
+# stage go into SFT_OVERRIDES, REWARD_OVERRIDES and PPO_OVERRIDES, sbatch's flags for all jobs into SBATCH_FLAGS.
+# Prints the job ids.
+set -euo pipefail
+
+: "${RUNS:?a folder that all nodes share, for the three run folders}"
+: "${TOKENIZER:?the tokenizer folder}"
+: "${POLICY:?what the policy starts from: a checkpoint or a Hugging Face folder}"
+: "${DEMONSTRATIONS:?demonstrations}" "${COMPARISONS:?rankings}" "${PROMPTS:?prompts}" "${PRETRAINING:?pretraining text}"
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Strings of words, split at blanks.
+read -ra flags <<<"${SBATCH_FLAGS:-}"
+read -ra sft <<<"${SFT_OVERRIDES:-}"
+read -ra reward <<<"${REWARD_OVERRIDES:-}"
+read -ra ppo <<<"${PPO_OVERRIDES:-}"
+
+submit() {
+    sbatch --parsable --kill-on-invalid-dep=yes "${flags[@]}" "$@"
+}
+
+sft_job=$(RECIPE=${SFT_RECIPE:-instructgpt_175b/ppo_initialization} submit "$here/sft_175b.sh" \
+    "run.dir=$RUNS/sft" "data.tokenizer=$TOKENIZER" "policy.init_from=$POLICY" \
+    "data.demonstrations=$DEMONSTRATIONS" "data.pretraining.source=$PRETRAINING" "${sft[@]}")
+echo "SFT           job $sft_job"
+reward_job=$(submit --dependency="afterok:$sft_job" "$here/reward_model_6b.sh" \
+    "run.dir=$RUNS/reward" "data.tokenizer=$TOKENIZER" "reward.init_from=${REWARD:-$RUNS/sft}" \
+    "data.comparisons=$COMPARISONS" "${reward[@]}")
+echo "reward model  job $reward_job, after $sft_job"
+ppo_job=$(submit --dependency="afterok:$reward_job" "$here/ppo_175b.sh" \
+    "run.dir=$RUNS/ppo" "data.tokenizer=$TOKENIZER" "policy.init_from=$RUNS/sft" "reward.init_from=$RUNS/reward" \
+    "data.prompts=$PROMPTS" "data.pretraining.source=$PRETRAINING" "${ppo[@]}")
+echo "PPO           job $ppo_job, after $reward_job"

@@ -1,0 +1,102 @@
+"""The command line of tools/convert_checkpoint.py: what it writes, prints and answers to a mistake."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_rlhf.checkpoint import convert
+from megatron_rlhf.checkpoint.hf_check import CheckFailed
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_there_and_back_with_the_tokenizer(world, run, tmp_path, shared_data, capsys):
+    source = shared_data / "tinystories_260k"
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours") == 0
+    assert "llama (ForCausalLM): 47 tensors bit-identical" in capsys.readouterr().out
+    assert run("megatron-to-hf", "--checkpoint", tmp_path / "ours", "--output", tmp_path / "theirs") == 0
+    assert "no tokenizer" not in capsys.readouterr().out
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "theirs" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_type_and_shards_can_be_chosen(world, run, tmp_path, capsys):
+    source = hf_models.save(tmp_path / "source", "pythia")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours") == 0
+    options = ("--dtype", "bf16", "--shard-gb", "0.0001", "--role", "policy")
+    assert run("megatron-to-hf", "--checkpoint", tmp_path / "ours", "--output", tmp_path / "theirs", *options) == 0
+    assert "no tokenizer came along" in capsys.readouterr().out
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
+    whole = load_file(source / "model.safetensors")
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "theirs" / file)[name], whole[name].bfloat16()), name
+
+
+def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    assert run("hf-to-megatron", "--hf", tmp_path / "nothing", "--output", tmp_path / "ours") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing' / 'config.json'}: no such file\n"
+    assert run("hf-to-megatron", "--hf", source, "--role", "reward", "--output", tmp_path / "ours") == 2
+    assert "--role reward" in capsys.readouterr().err
+    assert run("megatron-to-hf", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "x") == 2
+    assert "--checkpoint" in capsys.readouterr().err
+    (tmp_path / "source" / "model.safetensors").write_bytes(b"torn")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours") == 2
+    assert "model.safetensors: not a whole safetensors file (4 bytes)" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_failed_check_exits_with_1_and_removes_the_output(world, run, tmp_path, monkeypatch, capsys):
+    source = hf_models.save(tmp_path / "source", "gpt2")
+
+    def differ(*args):
+        raise CheckFailed("tensor transformer.wte.weight differs")
+
+    monkeypatch.setattr(convert, "compare_tensors", differ)
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours") == 1
+    assert "check failed" in (message := capsys.readouterr().err)
+    assert "transformer.wte.weight" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_help_says_what_becomes_of_each_role():
+    shown = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "...ForSequenceClassification with one label" in shown
+    assert "Exit code: 0" in shown
+
+
+@pytest.mark.slow
+def test_many_processes_by_torchrun(tmp_path):
+    source = hf_models.save(tmp_path / "source", "llama")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TOOL]
+    there = ["hf-to-megatron", "--hf", source, "--output", tmp_path / "ours"]
+    back = ["megatron-to-hf", "--checkpoint", tmp_path / "ours", "--output", tmp_path / "theirs", "--shard-gb", "0.0001"]
+    for arguments in (there, back):
+        subprocess.run([*map(str, command + arguments)], check=True, timeout=300, cwd=ROOT)
+    theirs = {}
+    for path in (tmp_path / "theirs").glob("*.safetensors"):
+        theirs |= load_file(path)
+    before = load_file(source / "model.safetensors")
+    assert before.keys() == theirs.keys()
+    assert all(torch.equal(before[name], theirs[name]) for name in before)

@@ -1,0 +1,116 @@
+"""Which column is which: prompts and responses of different lengths, worked out by hand."""
+
+import torch
+from torch.testing import assert_close
+
+from megatron_rlhf.rollout.types import Completion, Experience, Responses, Rollout
+
+PAD = 9
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+COMPLETIONS = [
+    Completion([7, 8], [-0.1, -0.2], True),
+    Completion([1, 2, 3, 4], [-0.3] * 4, False),
+    Completion([3], [-0.5], True),
+]
+
+
+def responses():
+    return Responses.pack(PROMPTS, COMPLETIONS, PAD, torch.device("cpu"))
+
+
+def test_pack():
+    packed = responses()
+    assert packed.tokens_bs.tolist() == [[1, 2, 3, 7, 8], [4, 1, 2, 3, 4], [5, 6, 3, PAD, PAD]]
+    assert packed.prompt_lengths_b.tolist() == [3, 1, 2]
+    assert packed.response_lengths_b.tolist() == [2, 4, 1]
+    assert packed.stopped_b.tolist() == [True, False, True]
+
+
+def test_masks_and_positions():
+    packed = responses()
+    assert packed.mask_bt.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    # Response token t is predicted at prompt_length - 1 + t; what is masked stays inside the sequence.
+    assert packed.positions_bt.tolist() == [[2, 3, 3, 3], [0, 1, 2, 3], [1, 2, 3, 3]]
+    assert packed.last_b.tolist() == [4, 4, 2]
+    targets = packed.tokens_bs.gather(1, packed.positions_bt + 1)
+    assert targets[packed.mask_bt].tolist() == [7, 8, 1, 2, 3, 4, 3]
+
+
+def test_at_response_takes_whole_sequences_and_next_token_columns():
+    packed = responses()
+    values = torch.arange(15.0).reshape(3, 5)
+    expected = torch.tensor([[2.0, 3, 0, 0], [5, 6, 7, 8], [11, 0, 0, 0]])
+    assert_close(packed.at_response(values), expected)
+    assert_close(packed.at_response(values[:, :-1]), expected)
+
+
+def test_nan_after_the_end_does_not_reach_a_response():
+    values = torch.zeros(3, 5)
+    values[2, 3:] = torch.nan
+    assert not packed_has_nan(values)
+
+
+def packed_has_nan(values):
+    return bool(responses().at_response(values).isnan().any())
+
+
+def experience():
+    packed = responses()
+    table = torch.arange(12.0).reshape(3, 4)
+    rollout = Rollout(packed, table, table + 1, table + 2, table + 3, torch.zeros(3))
+    return Experience.of(rollout, table + 4, table + 5)
+
+
+def test_experience_takes_the_old_logprobs_and_values_of_the_rollout():
+    whole = experience()
+    assert len(whole) == 3
+    assert whole.tokens_bs.tolist() == responses().tokens_bs.tolist()
+    assert whole.mask_bt.tolist() == responses().mask_bt.tolist()
+    for name, first in (("logprobs_bt", 1.0), ("values_bt", 3.0), ("advantages_bt", 4.0), ("returns_bt", 5.0)):
+        assert float(getattr(whole, name)[0, 0]) == first, name
+
+
+def test_trimmed_drops_the_columns_that_are_padding_in_every_row():
+    part = experience().rows(torch.tensor([2])).trimmed()
+    assert part.mask_bt.tolist() == [[True]]
+    assert part.positions_bt.tolist() == [[1]]
+    assert part.tokens_bs.tolist() == [[5, 6, 3]]
+    assert part.logprobs_bt.tolist() == [[9.0]]
+    both = experience().rows(torch.tensor([2, 0])).trimmed()
+    assert both.mask_bt.int().tolist() == [[1, 0], [1, 1]]
+    assert both.tokens_bs.shape == (2, 5)
+    whole = experience().trimmed()
+    assert whole.tokens_bs.shape == (3, 5)
+
+
+def test_trimmed_keeps_every_target():
+    for rows in ([0], [1], [2], [0, 2], [0, 1, 2]):
+        part = experience().rows(torch.tensor(rows)).trimmed()
+        targets = part.tokens_bs.gather(1, part.positions_bt + 1)
+        expected = [token for row in rows for token in COMPLETIONS[row].tokens]
+        assert targets[part.mask_bt].tolist() == expected
+
+
+def test_uncounted_keeps_everything_but_the_mask():
+    part = experience().uncounted()
+    assert not part.mask_bt.any()
+    assert part.tokens_bs.tolist() == experience().tokens_bs.tolist()
+
+
+def test_minibatches_are_shuffled_complete_and_the_same_for_the_same_seed():
+    whole = experience()
+
+    def order(seed, size=2):
+        return [batch.tokens_bs[:, 0].tolist() for batch in whole.minibatches(size, seed)]
+
+    assert [len(batch) for batch in order((1, 2, 0))] == [2, 1]
+    assert sorted(sum(order((1, 2, 0)), [])) == [1, 4, 5]
+    assert order((1, 2, 0)) == order((1, 2, 0))
+    assert len({str(order((1, 2, epoch), 3)) for epoch in range(8)}) > 2
+
+
+def test_rows_of_a_minibatch_belong_together():
+    for batch in experience().minibatches(1, (0,)):
+        row = [1, 4, 5].index(int(batch.tokens_bs[0, 0]))
+        assert batch.logprobs_bt[0, 0] == 4 * row + 1
+        assert batch.returns_bt[0, 0] == 4 * row + 5

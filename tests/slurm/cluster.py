@@ -1,0 +1,208 @@
+"""A real Slurm on this machine: munged, slurmctld and several slurmd of Debian's packages, as root, without systemd."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+CredType=cred/munge
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
+ReturnToService=2
+MailProg=/bin/true
+KillWait=30
+GresTypes=gpu
+{nodes}
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 State=UP
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no Slurm here, or None."""
+    lacking = [program for program in PROGRAMS if shutil.which(program) is None]
+    if lacking:
+        return f"{', '.join(lacking)} not installed: apt-get install slurmctld slurmd slurm-client munge"
+    return None if os.geteuid() == 0 else "Slurm's daemons are started as root"
+
+
+@dataclass
+class Job:
+    """What `scontrol show job` says."""
+
+    id: int
+    fields: dict[str, str]
+
+    @property
+    def state(self) -> str:
+        return self.fields["JobState"]
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.fields["ExitCode"].split(":")[0])
+
+    @property
+    def restarts(self) -> int:
+        return int(self.fields["Restarts"])
+
+
+@dataclass
+class Cluster:
+    """Daemons below `folder`, whose path must be short: it holds a socket."""
+
+    folder: Path
+    nodes: int = 2
+    _processes: list[subprocess.Popen] = field(default_factory=list)
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in reversed(self._processes):
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For clients; a job must not inherit the test's own virtual environment by accident."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        return {
+            **kept,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "CLUSTER": "laptop",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def client(self, *command: str, check: bool = True, **environment: str) -> str:
+        """Run a client of Slurm, or a script that calls some; returns what it prints."""
+        done = subprocess.run(
+            command, env={**self.environment, **environment}, cwd=self.folder, capture_output=True, text=True, timeout=30
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submit(self, script: Path, *overrides: str, flags: Sequence[str] = (), **environment: str) -> int:
+        """sbatch; returns the job's id. Its log is `log(id)`."""
+        return int(self.client("sbatch", "--parsable", *flags, str(script), *overrides, **environment))
+
+    def job(self, number: int) -> Job:
+        shown = self.client("scontrol", "show", "job", str(number)).split()
+        return Job(number, dict(pair.split("=", 1) for pair in shown if "=" in pair))
+
+    def wait(self, number: int, timeout: float, until: Sequence[str] = FINISHED) -> Job:
+        """Until the job is in one of these states."""
+        deadline = time.monotonic() + timeout
+        while (job := self.job(number)).state not in until:
+            assert time.monotonic() < deadline, f"job {number} {job.state} after {timeout} s\n{self.log(number)}"
+            time.sleep(0.3)
+        return job
+
+    def wait_for_file(self, path: Path, number: int, timeout: float) -> None:
+        """Until the job has written something into a file."""
+        deadline = time.monotonic() + timeout
+        while not path.exists() or not path.stat().st_size:
+            assert self.job(number).state not in FINISHED, self.log(number)
+            assert time.monotonic() < deadline, f"no {path} after {timeout} s\n{self.log(number)}"
+            time.sleep(0.1)
+
+    def log(self, number: int) -> str:
+        """What the job printed."""
+        return "\n".join(path.read_text() for path in self.folder.glob(f"*_{number}.log"))
+
+    def _start(self) -> None:
+        for name in ("state", "munge"):
+            (self.folder / name).mkdir(mode=0o700)
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        (self.folder / "munge.key").chmod(0o400)
+        self._configure()
+        self._spawn(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={self.folder}/munge.key",
+            f"--socket={self.folder}/munge.sock",
+            f"--pid-file={self.folder}/munge/pid",
+            f"--log-file={self.folder}/munge/log",
+            f"--seed-file={self.folder}/munge/seed",
+        )
+        _wait_for(lambda: (self.folder / "munge.sock").exists(), "munged")
+        self._spawn("slurmctld", "-D", "-f", f"{self.folder}/slurm.conf")
+        for index in range(self.nodes):
+            self._spawn("slurmd", "-D", "-f", f"{self.folder}/slurm.conf", "-N", f"n{index + 1}")
+        _wait_for(self._all_idle, "nodes that are idle")
+
+    def _configure(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        ports = _free_ports(self.nodes + 1)
+        nodes = [
+            f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs=8 Gres=gpu:8 State=UNKNOWN"
+            for i in range(self.nodes)
+        ]
+        for index in range(8):  # Slurm counts only GPUs that are character devices
+            subprocess.run(["mknod", f"{self.folder}/gpu{index}", "c", "195", str(index)], check=True)
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
+        text = CONFIGURATION.format(host=host, port=ports[-1], folder=self.folder, nodes="\n".join(nodes))
+        (self.folder / "slurm.conf").write_text(text)
+
+    def _all_idle(self) -> bool:
+        shown = self.client("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+        return shown == ["idle"] * self.nodes
+
+    def _spawn(self, *command: str) -> None:
+        with (self.folder / "daemons.log").open("a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=self.folder)
+        self._processes.append(process)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def _wait_for(ready, what: str, timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, f"no {what} within {timeout:.0f} s"
+        time.sleep(0.1)

@@ -1,0 +1,311 @@
+"""The accumulated gradient of an update, for every parameter, against formulas written out here and plain autograd."""
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import run_ranks
+from toys import GPT2_LIKE, Block, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
+
+from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.stages import PPOAlgorithmConfig, PPOConfig
+from megatron_rlhf.config.training import PretrainingDataConfig, RunConfig, SamplingConfig
+from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.pipeline import forward_backward
+from megatron_rlhf.rollout.types import Completion, Experience, Responses
+from megatron_rlhf.trainers.microbatches import TokenBatch, interleave, language_model_microbatches
+from megatron_rlhf.trainers.ppo import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.reward_model import ranking_microbatches
+
+VOCAB, GAMMA, TEMPERATURE = 67, 27.8, 0.8
+EPISODES = [(3, 5), (7, 2), (1, 6), (4, 4), (6, 1)]  # lengths of prompt and response
+TEXTS = [12, 12, 9, 12]
+COMPLETIONS = [[4, 6], [3, 5, 2, 7], [5, 4, 6]]  # lengths of the responses to three prompts
+RANKS = [[0, 1], [1, 0, 2, 1], [0, 0, 1]]
+LAYOUTS = {
+    "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "dp2": (2, ParallelConfig()),
+    "dp2_pp2": (4, ParallelConfig(pipeline=2)),
+}
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def config(micro_batch_size=2):
+    from megatron_rlhf.config.stages import PromptDataConfig
+
+    return PPOConfig(
+        run=RunConfig(dir="unused"),
+        data=PromptDataConfig(tokenizer="unused", prompts="unused", pretraining=PretrainingDataConfig()),
+        rollout=SamplingConfig(temperature=TEMPERATURE),
+        ppo=PPOAlgorithmConfig(micro_batch_size=micro_batch_size),
+    )
+
+
+def experience(rows=len(EPISODES)):
+    """Old log-probabilities far from the new ones, so that some ratios are clipped, and likewise for values."""
+    random = generator(0)
+    prompts = [torch.randint(0, VOCAB, (n,), generator=random).tolist() for n, _ in EPISODES[:rows]]
+    answers = [torch.randint(0, VOCAB, (n,), generator=random).tolist() for _, n in EPISODES[:rows]]
+    done = [Completion(tokens, [0.0] * len(tokens), False) for tokens in answers]
+    packed = Responses.pack(prompts, done, 0, torch.device("cpu"))
+    mask = packed.mask_bt
+
+    def noise():
+        return torch.where(mask, torch.randn(mask.shape, generator=random), torch.nan)
+
+    logprobs = noise() * 0.3 - 4.2  # near -log 67
+    return Experience(packed.tokens_bs, packed.positions_bt, mask, logprobs, noise() * 0.3, noise(), noise())
+
+
+def texts(rows=len(TEXTS)):
+    random = generator(1)
+    return TokenBatch.pack([torch.randint(0, VOCAB, (n,), generator=random) for n in TEXTS[:rows]], [1, 1, 4, 1][:rows])
+
+
+def comparisons(count=len(RANKS)):
+    random = generator(2)
+
+    def tokens(n):
+        return torch.randint(0, VOCAB, (n,), generator=random).numpy()
+
+    made = [
+        Comparison(tokens(3), tuple(map(tokens, lengths)), tuple(ranks))
+        for lengths, ranks in zip(COMPLETIONS, RANKS, strict=True)
+    ]
+    return made[:count]
+
+
+# --- by plain autograd: one sequence after the other, the formulas of the papers -------------------------------------
+
+
+def plain_policy_loss(forward, batch):
+    total = 0.0
+    for row in range(len(batch)):
+        length = int(batch.mask_bt[row].sum())
+        start = int(batch.positions_bt[row, 0])
+        logits = forward(batch.tokens_bs[row, : start + length + 1])
+        logprobs = (logits[start : start + length] / TEMPERATURE).log_softmax(-1)
+        chosen = logprobs.gather(-1, batch.tokens_bs[row, start + 1 : start + length + 1, None]).squeeze(-1)
+        ratio = (chosen - batch.logprobs_bt[row, :length]).exp()
+        advantage = batch.advantages_bt[row, :length]
+        total = total - torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+    return total / batch.mask_bt.sum()
+
+
+def plain_text_loss(forward, batch):
+    total = 0.0
+    for tokens, target in zip(batch.tokens_bs, batch.target_bs, strict=True):
+        places = target.nonzero().flatten()
+        logprobs = forward(tokens[: int(places[-1]) + 1]).log_softmax(-1)
+        total = total - logprobs[places - 1, tokens[places]].sum()
+    return total / batch.num_targets
+
+
+def plain_value_loss(forward, batch):
+    total = 0.0
+    for row in range(len(batch)):
+        length, start = int(batch.mask_bt[row].sum()), int(batch.positions_bt[row, 0])
+        values = forward(batch.tokens_bs[row, : start + length + 1])[start : start + length, 0]
+        old, returns = batch.values_bt[row, :length], batch.returns_bt[row, :length]
+        clipped = old + (values - old).clamp(-0.2, 0.2)
+        total = total + 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).sum()
+    return total / batch.mask_bt.sum()
+
+
+def plain_ranking_loss(forward, batch):
+    total = 0.0
+    for one in batch:
+        scores = [forward(torch.tensor([*one.prompt_tokens, *r]))[-1, 0] for r in one.responses_tokens]
+        pairs = [(i, j) for i, a in enumerate(one.ranks) for j, b in enumerate(one.ranks) if a < b]
+        total = total - sum(torch.sigmoid(scores[i] - scores[j]).log() for i, j in pairs) / len(pairs)
+    return total / len(batch)
+
+
+PLAIN = {"policy": plain_policy_loss, "text": plain_text_loss, "value": plain_value_loss, "ranking": plain_ranking_loss}
+BATCHES = {"policy": experience, "text": texts, "value": experience, "ranking": comparisons}
+
+
+def is_scalar(kind):
+    return kind in ("value", "ranking")
+
+
+def plain_gradients(kind, rows):
+    """(loss, gradients) of one kind of loss."""
+    role = make_role(GPT2_LIKE, scalar=is_scalar(kind))
+    (chunk,) = role.modules
+
+    def forward(tokens):
+        return chunk(tokens.unsqueeze(0), torch.arange(len(tokens)).unsqueeze(0), None)[0]
+
+    with role.layout:
+        loss = PLAIN[kind](forward, BATCHES[kind](rows))
+        loss.backward()
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.grad if parameter.grad is not None else torch.zeros_like(parameter))
+    return float(loss), assemble([weight_blocks(role)], VOCAB)
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    cache = {}
+
+    def result(kind, rows):
+        if (kind, rows) not in cache:
+            cache[kind, rows] = plain_gradients(kind, rows)
+        return cache[kind, rows]
+
+    return result
+
+
+# --- by the trainers' microbatches -----------------------------------------------------------------------------------
+
+
+def microbatches(kind, trained, rows, micro_batch_size):
+    batch = BATCHES[kind](rows)
+    if kind == "policy":
+        return policy_microbatches(batch, trained, config(micro_batch_size))
+    if kind == "value":
+        return value_microbatches(batch, trained, config(micro_batch_size))
+    if kind == "ranking":
+        return ranking_microbatches(batch, trained, micro_batch_size)
+    return language_model_microbatches(batch, trained.role, micro_batch_size, "ptx/loss")
+
+
+LOSSES = {"policy": "policy/loss", "text": "ptx/loss", "value": "value/loss", "ranking": "rm/loss"}
+
+
+def trained_gradients(kind, parallel, rows, micro_batch_size) -> tuple[float, list[Block]]:
+    """(loss, this rank's gradients) of one kind of loss."""
+    trained = train(make_role(GPT2_LIKE, parallel, scalar=is_scalar(kind)))
+    blocks = gradient_blocks(trained, microbatches(kind, trained, rows, micro_batch_size))
+    with trained.role.evaluating():
+        again = microbatches(kind, trained, rows, micro_batch_size)
+        statistics = forward_backward(trained.role.chunks, again, trained.role.layout, forward_only=True)
+    return collectives.reduce_statistics(statistics, trained.role.layout)[LOSSES[kind]], blocks
+
+
+def interleaved_gradients(parallel, rows, text_rows, micro_batch_size=2) -> list[Block]:
+    """PPO and pretraining in one schedule, as `PPOTrainer` runs them."""
+    trained = train(make_role(GPT2_LIKE, parallel))
+    ppo = policy_microbatches(experience(rows), trained, config(micro_batch_size))
+    text = language_model_microbatches(texts(text_rows), trained.role, 1, "ptx/loss", weight=GAMMA)
+    return gradient_blocks(trained, interleave(ppo, text))
+
+
+def check(results, expected_loss, expected):
+    for loss, _ in results:
+        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-7), "on every rank"
+    # fp32: sums in another order, against the largest entry of each tensor.
+    assert_close(assemble([blocks for _, blocks in results], VOCAB), expected, relative=1e-5)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_each_loss_has_the_gradient_of_its_formula(kind, plain):
+    rows = len(BATCHES[kind]()) if kind != "text" else len(TEXTS)
+    check([trained_gradients(kind, ParallelConfig(), rows, 2)], *plain(kind, rows))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_loss_at_every_layout_with_uneven_batches(layout, kind, plain):
+    rows = 3
+    ranks, parallel = LAYOUTS[layout]
+    check(run_ranks(ranks, trained_gradients, kind, parallel, rows, 2), *plain(kind, rows))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_rank_with_nothing_to_do(kind, plain):
+    """One row for two data-parallel ranks: the other adds nothing, and nobody waits for ever."""
+    check(run_ranks(2, trained_gradients, kind, ParallelConfig(), 1, 2, timeout=30), *plain(kind, 1))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 64])
+def test_the_micro_batch_size_changes_nothing(micro_batch_size, kind, plain):
+    rows = 3
+    check([trained_gradients(kind, ParallelConfig(), rows, micro_batch_size)], *plain(kind, rows))
+
+
+def sum_of(plain, rows, text_rows):
+    _, ppo = plain("policy", rows)
+    _, text = plain("text", text_rows)
+    return {name: ppo[name] + GAMMA * text[name] for name in ppo}
+
+
+def test_interleaved_gradient_is_ppo_plus_gamma_times_pretraining(plain):
+    blocks = interleaved_gradients(ParallelConfig(), len(EPISODES), len(TEXTS))
+    assert_close(assemble([blocks], VOCAB), sum_of(plain, len(EPISODES), len(TEXTS)), relative=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_interleaved_gradient_at_every_layout(layout, plain):
+    ranks, parallel = LAYOUTS[layout]
+    results = run_ranks(ranks, interleaved_gradients, parallel, len(EPISODES), 3)
+    assert_close(assemble(results, VOCAB), sum_of(plain, len(EPISODES), 3), relative=1e-5)
+
+
+def test_neither_part_of_an_interleaved_gradient_is_lost_in_the_other(plain):
+    """Were PPO's part smaller than the tolerance, the tests above would not see it."""
+    _, ppo = plain("policy", len(EPISODES))
+    _, text = plain("text", len(TEXTS))
+    for name in ppo:
+        assert abs(ppo[name]).max() > 1e-3 * GAMMA * abs(text[name]).max(), name
+
+
+def test_clipped_ratios_and_values_are_part_of_the_test(world):
+    for kind, name in (("policy", "policy/clip_fraction"), ("value", "value/clip_fraction")):
+        trained = train(make_role(GPT2_LIKE, scalar=is_scalar(kind)))
+        with trained.role.evaluating():
+            batches = microbatches(kind, trained, len(EPISODES), 2)
+            statistics = forward_backward(trained.role.chunks, batches, trained.role.layout, forward_only=True)
+        share = collectives.reduce_statistics(statistics, trained.role.layout)[name]
+        assert 0.1 < share < 0.9
+
+
+def test_interleave_spreads_the_few_among_the_many():
+    order = interleave(list("ab"), list("123456"))
+    assert sorted(order) == sorted("ab123456")
+    assert [x for x in order if x in "ab"] == ["a", "b"]
+    assert [x for x in order if x not in "ab"] == list("123456")
+    assert 1 <= order.index("a") <= 2
+    assert 5 <= order.index("b") <= 6
+    assert interleave(list("abc"), []) == list("abc")
+
+
+def completions_read(part):
+    """Rows that passed through the reward model in one update."""
+    trained = train(make_role(GPT2_LIKE, scalar=True))
+    rows = []
+    trained.role.modules[0].register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part))
+    return rows
+
+
+@pytest.mark.parametrize(("part", "rows"), [(1, [2, 4, 3]), (2, [6, 3]), (3, [9])])
+def test_one_forward_pass_a_completion_and_no_prompt_is_split(part, rows, world):
+    assert completions_read(part) == rows
+
+
+def test_an_episode_counts_by_its_tokens_not_by_its_microbatch(world):
+    """Means of microbatch means would give every microbatch one vote."""
+    trained = train(make_role(GPT2_LIKE))
+    whole = experience()
+    parts = policy_microbatches(whole, trained, config(1))
+    assert len(parts) == len(EPISODES)
+    flat = dataclasses.replace(whole, advantages_bt=torch.where(whole.mask_bt, 1.0, 0.0))
+    with trained.role.evaluating():
+        old = trained.role.logprobs(whole.tokens_bs, 2, TEMPERATURE).gather(1, whole.positions_bt)
+        flat = dataclasses.replace(flat, logprobs_bt=torch.where(whole.mask_bt, old, 0.0))
+        statistics = forward_backward(
+            trained.role.chunks, policy_microbatches(flat, trained, config(1)), trained.role.layout, forward_only=True
+        )
+    tokens = [n for _, n in EPISODES]
+    shares = [float(s["policy/loss"]) for s in statistics]
+    assert shares == pytest.approx([-n / sum(tokens) for n in tokens], rel=1e-5)
+    assert sum(float(s["policy/ratio_mean"]) for s in statistics) == pytest.approx(1.0, rel=1e-5)

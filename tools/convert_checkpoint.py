@@ -1,0 +1,160 @@
+"""Convert models between Hugging Face folders and checkpoints of megatron_rlhf.
+
+    python tools/convert_checkpoint.py hf-to-megatron --hf pythia-160m --output checkpoints/pythia
+    python tools/convert_checkpoint.py hf-to-megatron --nemo gpt_2b.nemo --output checkpoints/gpt_2b
+    python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/ppo --output assistant --dtype bf16
+    python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/rm --role reward --output judge
+    torchrun --nproc-per-node 8 tools/convert_checkpoint.py megatron-to-hf ...     # shares the work among 8 processes
+
+Training takes a Hugging Face folder as it is (policy.init_from=DIR): import one only to check it or to load it faster.
+
+Nothing is trusted: when a conversion is written, every tensor is compared bit by bit, and both models run on the same
+tokens in fp32, padded on the right as in training and on the left as in sampling. A result that differs is deleted.
+Tensors are streamed, so memory is needed for one layer and one output file, not for the model.
+
+A policy becomes ...ForCausalLM, a reward model ...ForSequenceClassification with one label, a value model
+...ForTokenClassification with one label.
+
+Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input, which the message names.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core
+from megatron_rlhf.checkpoint import convert, key_maps, sharded
+from megatron_rlhf.checkpoint.companions import Companions
+from megatron_rlhf.checkpoint.convert import CheckOptions
+from megatron_rlhf.checkpoint.hf_check import CheckFailed
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlhf.parallel import runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT = (
+    "Once upon a time there was a girl who asked a machine for help. It answered as well as it could, said what it did "
+    "not know, and did no harm. 1 + 1 = 2; (a, b) -> [b, a]."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    options = _parser().parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    first = runtime.detect_launch().rank == 0
+    try:
+        runtime.initialize(timeout_minutes=24 * 60)  # one rank checks while the others wait
+        message = options.run(options)
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except CheckFailed as error:
+        message, code = f"check failed, {options.output} was not written: {error}", 1
+    else:
+        message, code = f"{options.output}: {message}", 0
+    if first:
+        print(message, file=sys.stderr if code else sys.stdout, flush=True)
+    return code
+
+
+def import_model(options: argparse.Namespace) -> str:
+    output = Path(options.output)
+    if options.nemo is not None:
+        return f"{convert.import_nemo(Path(options.nemo), output)} tensors bit-identical to the archive's"
+    source = Path(options.hf)
+    check = CheckOptions(_text(_tokenizer(source)), options.check_length)
+    return str(convert.import_huggingface(source, output, options.role, check, options.allow_pickle))
+
+
+def export_model(options: argparse.Namespace) -> str:
+    checkpoint = sharded.find_checkpoint(options.checkpoint, "--checkpoint")
+    companions = Companions.find(checkpoint, Path(options.like) if options.like else None)
+    tokenizer = _tokenizer(companions.tokenizer)
+    if tokenizer is not None:
+        companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    report = convert.export_huggingface(
+        checkpoint,
+        Path(options.output),
+        convert.ROLES[options.role] if options.role else _only_role(checkpoint),
+        options.architecture,
+        DTYPES.get(options.dtype),
+        companions,
+        CheckOptions(_text(tokenizer), options.check_length),
+        round(options.shard_gb * 1e9),
+    )
+    without = "" if tokenizer else "; no tokenizer came along (name a folder that has one with --like)"
+    return f"{report}{without}"
+
+
+def _only_role(checkpoint: Path) -> str:
+    roles = list(sharded.read_meta(checkpoint)["roles"])
+    return roles[0] if len(roles) == 1 else "policy"
+
+
+def _tokenizer(folder: Path | None) -> Tokenizer | None:
+    try:
+        return None if folder is None else load_tokenizer(folder)
+    except UserError:  # a model without a usable tokenizer is converted all the same
+        return None
+
+
+def _text(tokenizer: Tokenizer | None) -> list[int]:
+    return [] if tokenizer is None else tokenizer.encode(TEXT, bos=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("hf-to-megatron", help="a Hugging Face folder or a .nemo archive -> a checkpoint")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", metavar="DIR", help=f"Hugging Face folder; model types: {', '.join(key_maps.names())}")
+    source.add_argument("--nemo", metavar="FILE", help="NeMo's archive of a GPT; its own config names the shape")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+    command.add_argument("--role", choices=["policy", "reward", "value"], help="default: what the model's head fits")
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, through torch's restricted unpickler"
+    )
+    _add_check_length(command)
+    command.set_defaults(run=import_model)
+
+    command = commands.add_parser("megatron-to-hf", help="one role of a checkpoint -> a Hugging Face folder")
+    command.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a step folder, or a run folder (its newest)"
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+    command.add_argument("--role", choices=list(convert.ROLES), help="default: policy, or the only role there is")
+    command.add_argument("--dtype", choices=list(DTYPES), help="type of the weights; default: as in the checkpoint")
+    command.add_argument(
+        "--architecture", choices=key_maps.names(), help="model type to write; default: one that fits the shape"
+    )
+    command.add_argument(
+        "--like",
+        metavar="DIR",
+        help="Hugging Face folder to take tokenizer, chat template, generation settings and config.json from; default: "
+        "those of the model that was imported, or of the run",
+    )
+    command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file of weights; default 5")
+    _add_check_length(command)
+    command.set_defaults(run=export_model)
+    return parser
+
+
+def _add_check_length(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--check-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="longest row of the check, in tokens; default 2048, or the model's context where it is shorter",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
