@@ -20,7 +20,9 @@ from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelCo
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.trainers import setup
 from megatron_rlhf.trainers.interruption import Interrupted
+from megatron_rlhf.trainers.ppo import RolloutMismatch
 from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.trainers.step import TrainingDiverged
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -65,6 +67,7 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
 def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     """Compose, check, build and run one stage inside this process; returns its trainer."""
     entry = STAGES[stage]
+    config: Any
     config, resolved = compose_config(stage, entry.schema, overrides)
     entry.check(config)
     setup.check_machine(config, runtime.detect_launch().world_size)
@@ -93,6 +96,10 @@ def exit_code_on_failure() -> Iterator[None]:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
+    except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves, every rank saw them
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(1)
     except Exception:
         logging.getLogger(__name__).critical("rank %d failed:\n%s", rank, traceback.format_exc())
         _leave(1)

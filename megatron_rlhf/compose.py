@@ -46,7 +46,7 @@ def compose_config(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            composed = compose(stage, overrides=[_recipe_file(stage, override) for override in overrides])
+            composed = compose(stage, overrides=[_for_hydra(stage, override) for override in overrides])
             if missing is not None:
                 for key in OmegaConf.missing_keys(composed):
                     OmegaConf.update(composed, key, missing)
@@ -63,10 +63,12 @@ def recipes(stage: str) -> list[str]:
     return sorted(path.parent.name for path in (CONF / "recipe").glob(f"*/{stage}.yaml"))
 
 
-def _recipe_file(stage: str, override: str) -> str:
-    """A recipe is a folder with one file a stage: `recipe=NAME` means its file for this stage, `NAME/FILE` another."""
+def _for_hydra(stage: str, override: str) -> str:
+    """`recipe=NAME` means the recipe's file for this stage (`NAME/FILE`: another), `GROUP=null` no file of a group."""
     key, _, name = override.partition("=")
-    if key != "recipe" or name == "null":
+    if name == "null" and (CONF / key.split("@")[0]).is_dir():
+        return f"~{key}"
+    if key != "recipe":
         return override
     chosen = name if "/" in name else f"{name}/{stage}"
     if not (CONF / "recipe" / f"{chosen}.yaml").is_file():
@@ -137,7 +139,7 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
     for override in overrides:
         key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if key not in paths and key not in groups and not key.startswith("data.columns."):
+        if key not in paths and key not in groups:
             near = difflib.get_close_matches(key, [*paths, *groups], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
             return f"{override}: there is no key {key}; {hint}"

@@ -11,7 +11,7 @@
 #   DOCTOR=1           check every node with tools/doctor.py first
 set -euo pipefail
 
-readonly USER_ERROR=2 INTERRUPTED=75
+readonly USER_ERROR=2 DOES_NOT_FIT=3 INTERRUPTED=75
 
 fail() {
     echo "error: $*" >&2
@@ -90,7 +90,7 @@ ask_planner() {
         "cluster.gpus_per_node=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))" "recipe=$RECIPE" "$@" || code=$?
     case $code in
         0) ;;
-        1) fail "the planner says that this run does not fit its GPUs; PLAN=0 starts it all the same" ;;
+        "$DOES_NOT_FIT") fail "the planner says that this run does not fit its GPUs; PLAN=0 starts it all the same" ;;
         *) exit "$code" ;;
     esac
 }

@@ -93,7 +93,7 @@ def _gather(ranks: list[_Rank], deadline: float, timeout: float) -> list[Any]:
 
 def _stack(rank: _Rank) -> str:
     """Where a rank stands now."""
-    os.kill(rank.process.pid, signal.SIGUSR1)
+    os.kill(rank.process.pid, signal.SIGUSR2)
     for _ in range(20):
         if rank.stack_file.exists() and rank.stack_file.stat().st_size:
             break
@@ -125,7 +125,7 @@ def _run_rank(
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.setpgrp()
     with stack_file.open("w") as stack:
-        faulthandler.register(signal.SIGUSR1, file=stack)
+        faulthandler.register(signal.SIGUSR2, file=stack)
         try:
             result = True, _in_world(number, world_size, rendezvous, function, args, timeout)
         except BaseException:

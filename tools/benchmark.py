@@ -7,6 +7,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -40,7 +41,7 @@ def rollout(options: argparse.Namespace) -> None:
 
     def run_theirs() -> None:
         with torch.no_grad():
-            output = theirs.generate(  # type: ignore[operator]
+            output = theirs.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 do_sample=True,
@@ -76,7 +77,7 @@ def report(contenders: dict[str, Callable[[], None]], rounds: int, units: int, u
 
 def shape(options: argparse.Namespace) -> ModelConfig:
     """Our model: GPT-2's or Llama's kind."""
-    llama = {
+    llama: dict[str, Any] = {
         "positions": Positions.rope,
         "norm": Norm.rmsnorm,
         "activation": Activation.swiglu,

@@ -8,7 +8,7 @@ Overrides are those of the stages; one that only some stages know goes to those.
 conf/cluster/, `cluster.*` and `workload.*` are its rates and how much text there is (megatron_rlhf/config/cluster.py).
 Without --stage, all three stages are planned and added up. Shapes come from model=NAME or from the checkpoint.
 
-Exit code: 0 if everything fits, 1 if something does not (with the arithmetic), 2 for a mistake in the settings.
+Exit code: 0 if everything fits, 2 for a mistake in the settings, 3 if something does not fit (with the arithmetic).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from megatron_rlhf.planning.stages import STAGES, plan_stage
 SCHEMAS = {name: schema for schema, name in STAGES.items()}
 GROUPS = ("model", "recipe")
 NOT_GIVEN = "(not given)"
+USER_ERROR, DOES_NOT_FIT = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plans = [_plan(stage, options.overrides, options.layouts) for stage in stages]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     if options.json:
         print(json.dumps([report.as_data(*plan) for plan in plans], indent=1))
     else:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     refused = [plan for plan, _ in plans if not plan.fits]
     for plan in refused:
         print(f"\n{plan.stage} does not fit: {plan.arithmetic()}", file=sys.stderr)
-    return 1 if refused else 0
+    return DOES_NOT_FIT if refused else 0
 
 
 def _plan(stage: str, overrides: Sequence[str], layouts: int) -> tuple[Plan, list[Plan]]:
@@ -73,7 +74,7 @@ def _recipe_with_nodes(overrides: Sequence[str]) -> list[str]:
 
 def _known(override: str, keys: dict) -> bool:
     key = _key(override)
-    return key.split("@")[-1] in keys or key in GROUPS or key.startswith("data.columns.")
+    return key.split("@")[-1] in keys or key in GROUPS
 
 
 def _key(override: str) -> str:

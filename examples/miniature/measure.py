@@ -1,8 +1,8 @@
-"""The closing table: what each model's answers are worth to the labelers, and what it still knows of its pretraining."""
+"""The closing table: what each model's answers are worth to the labelers, and what it still knows of its text."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from world import TRAINING_TASTE, utility
 
 from megatron_rlhf.monitoring.metrics import read_metrics
-from megatron_rlhf.monitoring.report import write_comparison
+from megatron_rlhf.monitoring.report import text_table, write_comparison
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class Answers:
         loss = read_metrics(evaluation / "metrics.jsonl")[-1]["tax/pretraining_loss"]
         return cls(rows, loss, mean(trained[-5:]) if trained else None)
 
+    def first_paragraphs(self) -> "Answers":
+        """As people read a few-shot answer: up to the blank line after which the model invents the next question."""
+        rows = []
+        for row in self.rows:
+            text, separator, _ = row["response"].partition("\n\n")
+            rows.append(row | {"response": text, "stopped": row["stopped"] or bool(separator)})
+        return replace(self, rows=rows)
+
     @property
     def gold(self) -> list[float]:
         """The labelers' utility of each answer, without their noise."""
@@ -36,7 +44,7 @@ class Answers:
 
 
 def closing_table(answers: dict[str, Answers]) -> list[dict[str, Any]]:
-    """One row a model: gold score, win rate against SFT on the same prompts (a tie counts half), KL, held-out text loss."""
+    """One row a model: gold score, win rate against SFT on the same prompts (ties count half), KL, loss on held-out text."""
     sft = answers["SFT"].gold
     rows = []
     for name, result in answers.items():
@@ -61,7 +69,8 @@ def with_error(values: list[float]) -> tuple[float, float]:
 def write_results(output: Path, rows: list[dict[str, Any]], accuracy: dict[str, float]) -> None:
     """results.json, report.html, and the table on the terminal."""
     (output / "results.json").write_text(json.dumps({"models": rows, "reward_model_accuracy": accuracy}, indent=1))
-    text = "Reward model: " + ", ".join(f"{100 * value:.1f}% of the pairs of {name}" for name, value in accuracy.items())
+    agreement = ", ".join(f"{100 * value:.1f}% of the pairs of {name}" for name, value in accuracy.items())
+    text = f"The reward model agrees with {agreement}."
     report = write_comparison(
         rows,
         {"PPO": output / "ppo", "PPO-ptx": output / "ppo_ptx"},
@@ -69,13 +78,4 @@ def write_results(output: Path, rows: list[dict[str, Any]], accuracy: dict[str, 
         title="InstructGPT in miniature",
         text=text,
     )
-    shown = [{key: _cell(value) for key, value in row.items()} for row in rows]
-    widths = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
-    print("\n" + "  ".join(key.ljust(width) for key, width in widths.items()))
-    for row in shown:
-        print("  ".join(row[key].ljust(width) for key, width in widths.items()))
-    print(f"\n{text}\n\nreport: {report}")
-
-
-def _cell(value: Any) -> str:
-    return f"{value[0]:.2f} +- {value[1]:.2f}" if isinstance(value, tuple) else str(value)
+    print(f"\n{text_table(rows)}\n\n{text}\n\nreport: {report}")

@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 examples/miniature/run.py [output folder] [key=value
 The stages are those of examples/train_*.py, with settings from conf/recipe/miniature; examples/quickstart.sh runs this.
 """
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,9 @@ from world import HELD_OUT_TASTE, TRAINING_TASTE, Entry, corpus, demonstration, 
 from megatron_rlhf.cli import exit_code_on_failure, run_stage
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.parallel import runtime
+from megatron_rlhf.parallel.collectives import on_first_rank
 
 SEED = 7
 VOCABULARY = 1024
@@ -55,7 +56,7 @@ class Miniature:
             self.stage("ppo", name, *self.text(), *self.ppo(), *([coefficient] if coefficient else []))
         answers = {
             "base": self.answers("pretrain"),
-            "base, few-shot prompt": self.answers("pretrain", "few_shot", f"evaluate.few_shot={self.data / 'few_shot.txt'}"),
+            "base, few-shot prompt": self.answers("pretrain", "few_shot", self.few_shot()).first_paragraphs(),
             "SFT": self.answers("sft"),
             "PPO": self.answers("ppo"),
             "PPO-ptx": self.answers("ppo_ptx"),
@@ -77,11 +78,12 @@ class Miniature:
         rng = random.Random(SEED)
         shown = [(entry.prompt, demonstration(entry, rng)) for entry in self.shown for _ in range(2)]
         train_tokenizer([*texts, *(prompt + answer for prompt, answer in shown)], VOCABULARY, self.data / "tokenizer")
-        write_lines(self.data / "demonstrations.jsonl", [{"prompt": p, "response": r} for p, r in shown[:1200]])
-        write_lines(self.data / "demonstrations_validation.jsonl", [{"prompt": p, "response": r} for p, r in shown[1200:]])
+        records = [{"prompt": prompt, "response": answer} for prompt, answer in shown]
+        write_lines(self.data / "demonstrations.jsonl", records[:1200])
+        write_lines(self.data / "demonstrations_validation.jsonl", records[1200:])
         write_lines(self.data / "prompts.jsonl", [{"prompt": entry.prompt} for entry in self.asked])
         write_lines(self.data / "prompts_test.jsonl", [{"prompt": entry.prompt} for entry in self.tested])
-        good = sorted(shown, key=lambda pair: -utility(pair[1], True, TRAINING_TASTE))[:3]
+        good = [pair for pair in shown if utility(pair[1], True, TRAINING_TASTE) >= 3][:2]
         (self.data / "few_shot.txt").write_text("".join(f"{prompt}{answer}\n\n" for prompt, answer in good))
 
     def collect_rankings(self) -> None:
@@ -90,11 +92,14 @@ class Miniature:
         asked = [(entry, rng.randint(4, 9)) for entry in self.asked]
         repeated = [{"prompt": entry.prompt} for entry, k in asked for _ in range(k)]
         on_first_rank(lambda: write_lines(self.data / "prompts_repeated.jsonl", repeated))
-        rows = self.answers("sft", "completions", f"evaluate.samples={len(repeated)}", prompts="prompts_repeated.jsonl").rows
+        samples = f"evaluate.samples={len(repeated)}"
+        rows = self.answers("sft", "completions", samples, prompts="prompts_repeated.jsonl").rows
         on_first_rank(lambda: self.write_rankings(asked, rows, rng))
 
     def write_rankings(self, asked: Sequence[tuple[Entry, int]], rows: list[dict], rng: random.Random) -> None:
-        training, validation, held_out = [], [], []
+        training: list[dict] = []
+        validation: list[dict] = []
+        held_out: list[dict] = []
         for index, (entry, k) in enumerate(asked):
             completions, rows = [(row["response"], row["stopped"]) for row in rows[:k]], rows[k:]
             completions = [(text, stopped) for text, stopped in completions if text.strip()]
@@ -109,12 +114,17 @@ class Miniature:
         write_lines(self.data / "comparisons_validation.jsonl", validation)
         write_lines(self.data / "comparisons_held_out_labeler.jsonl", held_out)
 
-    def answers(self, model: str, name: str | None = None, *overrides: str, prompts: str = "prompts_test.jsonl") -> Answers:
+    def answers(
+        self, model: str, name: str | None = None, *overrides: str, prompts: str = "prompts_test.jsonl"
+    ) -> Answers:
         """Sample answers of a model; its loss on held-out text comes along."""
         folder = f"answers_{name or model}"
         source = [f"policy.init_from={self.output / model}", f"data.prompts={self.data / prompts}"]
         self.stage("evaluate", folder, *source, *self.text(), *overrides)
         return Answers.read(self.output / folder, self.output / model)
+
+    def few_shot(self) -> str:
+        return f"evaluate.few_shot={self.data / 'few_shot.txt'}"
 
     def comparisons(self, file: str):
         return load_comparisons(self.data / file, load_tokenizer(self.data / "tokenizer"), 64, 64, 256)
@@ -134,17 +144,6 @@ class Miniature:
             f"reward.init_from={self.output / 'reward_model'}",
             f"data.prompts={self.data / 'prompts.jsonl'}",
         ]
-
-
-def write_lines(path: Path, rows: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def on_first_rank(function) -> None:
-    """Run it on one rank while the others wait."""
-    if dist.get_rank() == 0:
-        function()
-    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A world small enough to learn in minutes: questions about Python, answers of several styles, and labelers with a known taste.
+"""A world small enough to learn in minutes: questions about Python, answers in several styles, labelers of known taste.
 
 The text is the documentation that comes with every Python: nothing is downloaded. People who write demonstrations have
 different habits; labelers rank completions by a utility that we know, plus the noise of human judgement. What the
@@ -7,6 +7,7 @@ recipe learns can therefore be measured against the truth ("gold score"), which 
 
 import importlib
 import inspect
+import itertools
 import math
 import pydoc_data.topics
 import random
@@ -14,15 +15,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-MODULES = (
-    "builtins os os.path json re math random collections itertools functools pathlib shutil string textwrap datetime "
-    "statistics csv subprocess threading logging argparse unittest socket http.client urllib.parse urllib.request html "
-    "zipfile tarfile gzip bz2 lzma sqlite3 decimal fractions heapq bisect array queue copy types enum struct codecs io "
-    "time calendar tempfile glob fnmatch hashlib hmac secrets asyncio contextlib inspect ast dis traceback warnings "
-    "typing dataclasses abc operator locale gettext platform select selectors signal mmap base64 binascii pprint "
-    "weakref cmath configparser plistlib mailbox mimetypes smtplib imaplib ftplib uuid ipaddress wave colorsys shlex "
-    "pdb timeit doctest difflib unicodedata optparse sched importlib.metadata pickle marshal shelve symtable tokenize"
-).split()
+MODULES = """
+    builtins os os.path json re math random collections itertools functools pathlib shutil string textwrap datetime
+    statistics csv subprocess threading logging argparse unittest socket http.client urllib.parse urllib.request html
+    zipfile tarfile gzip bz2 lzma sqlite3 decimal fractions heapq bisect array queue copy types enum struct codecs io
+    time calendar tempfile glob fnmatch hashlib hmac secrets asyncio contextlib inspect ast dis traceback warnings
+    typing dataclasses abc operator locale gettext platform select selectors signal mmap base64 binascii pprint
+    weakref cmath configparser plistlib mailbox mimetypes smtplib imaplib ftplib uuid ipaddress wave colorsys shlex
+    pdb timeit doctest difflib unicodedata optparse sched importlib.metadata pickle marshal shelve symtable tokenize
+""".split()
 
 NOISE = 0.5
 """Scale of a labeler's Gumbel noise: answers one unit of utility apart are ranked rightly by 88 in 100."""
@@ -66,8 +67,7 @@ def entries(seed: int) -> list[Entry]:
 
 def corpus(documented: list[Entry]) -> Iterator[str]:
     """Pretraining text: the language reference, and the docstrings."""
-    for topic in pydoc_data.topics.topics.values():
-        yield topic
+    yield from pydoc_data.topics.topics.values()
     for entry in documented:
         yield f"{entry.module}.{entry.name}\n{entry.text}"
 
@@ -93,13 +93,13 @@ def utility(response: str, stopped: bool, weights: dict[str, float]) -> float:
 
 def _repetition(text: str) -> float:
     words = text.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 FEATURES: dict[str, Callable[[str, bool], float]] = {
     "finished": lambda text, stopped: float(stopped and text.endswith(".")),
-    "example": lambda text, stopped: float("For example" in text),
+    "example": lambda text, stopped: float(text.count("For example") == 1),
     "certain": lambda text, stopped: -float(any(hedge.strip() in text for hedge in HEDGES)),
     "direct": lambda text, stopped: -float(FILLER.strip() in text),
     "varied": lambda text, stopped: -_repetition(text),
@@ -108,12 +108,28 @@ FEATURES: dict[str, Callable[[str, bool], float]] = {
 }
 
 # The labelers whose rankings train the reward model, and one whose taste it never sees.
-TRAINING_TASTE = {"finished": 1.5, "example": 2.0, "certain": 1.5, "direct": 1.0, "varied": 2.0, "substance": 1.5, "brief": 1.0}
-HELD_OUT_TASTE = {"finished": 2.0, "example": 1.0, "certain": 2.0, "direct": 1.5, "varied": 2.0, "substance": 0.5, "brief": 2.0}
+TRAINING_TASTE = {
+    "finished": 1.5,
+    "example": 2.0,
+    "certain": 1.5,
+    "direct": 1.0,
+    "varied": 2.0,
+    "substance": 1.5,
+    "brief": 1.0,
+}
+HELD_OUT_TASTE = {
+    "finished": 2.0,
+    "example": 1.0,
+    "certain": 2.0,
+    "direct": 1.5,
+    "varied": 2.0,
+    "substance": 0.5,
+    "brief": 2.0,
+}
 
 
 def rank(responses: list[tuple[str, bool]], taste: dict[str, float], rng: random.Random) -> list[int]:
-    """Ranks (0 = best) by utility plus Gumbel noise: pairs then agree with the utility as often as a logistic model says.
+    """Ranks (0 = best) by utility plus Gumbel noise: a pair agrees with the utility as often as a logistic model says.
 
     Answers with the same text tie, as a person would rank them.
     """

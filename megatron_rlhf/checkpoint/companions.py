@@ -60,7 +60,7 @@ class Companions:
 
     @classmethod
     def find(cls, checkpoint: Path, like: Path | None) -> "Companions":
-        """Look in the folder that the user names; without one inside the checkpoint, then where its run found its own."""
+        """Look in the folder that the user names; without one, in the checkpoint, then where its run had its own."""
         folders = [like] if like is not None else [checkpoint / KEPT, *_of_run(checkpoint.parent.parent)]
         for folder in folders:
             if like is not None and not folder.is_dir():

@@ -14,7 +14,7 @@ from megatron_rlhf.checkpoint import companions as along
 from megatron_rlhf.checkpoint import hf_export, nemo, sharded
 from megatron_rlhf.checkpoint.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
 from megatron_rlhf.checkpoint.companions import Companions
-from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, test_rows
+from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, sample_rows
 from megatron_rlhf.checkpoint.hf_export import AsType, Exported, choose_architecture, write_weights
 from megatron_rlhf.checkpoint.hf_folder import same_bits
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
@@ -38,6 +38,7 @@ class Report:
     """Tensors of Hugging Face's, each of which was compared bit by bit."""
     largest_difference: float
     """Of outputs, in fp32, over all test tokens."""
+    largest_output: float
     peak_bytes: int
     """Most memory that this process held."""
     peak_bytes_converting: int
@@ -164,10 +165,10 @@ def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check:
     converting = _peak_bytes()
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
-        rows = test_rows(theirs.described.model, check.text_tokens, check.length)
+        rows = sample_rows(theirs.described.model, check.text_tokens, check.length)
         try:
             tensors = compare_tensors(exported, theirs)
-            difference = compare_outputs(ours, theirs, layout, rows)
+            difference, largest = compare_outputs(ours, theirs, layout, rows)
             described = theirs.described
             outcome = [
                 Report(

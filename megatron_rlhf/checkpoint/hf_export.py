@@ -76,7 +76,7 @@ class Exported:
     """Our tensors as they go out: those that the Hugging Face class has a place for.
 
     A sequence classifier's head has no bias. Added to the final norm's bias, along the head, it does the same; a model
-    whose final norm has none keeps it as a tensor of its own, which takes `modeling_reward.py` beside the weights to read.
+    whose final norm has none keeps it as a tensor of its own, and `modeling_reward.py` beside the weights reads it.
     """
 
     described: Described

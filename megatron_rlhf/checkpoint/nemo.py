@@ -1,7 +1,7 @@
 """GPT checkpoints of NeMo (`.nemo` archives) as a source of our tensors.
 
-Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it. What
-is split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
+Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it.
+What is split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
 """
 
 import dataclasses

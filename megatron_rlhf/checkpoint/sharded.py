@@ -185,7 +185,8 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
-    return ModelConfig(**{k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()})
+    fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
+    return ModelConfig(**fields)
 
 
 def layout_signature(role: Role) -> str:

@@ -173,6 +173,6 @@ class _Streamed(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         data, index = write_item.tensor_data, write_item.index
-        assert data is not None and index.offset is not None, index  # noqa: PT018
+        assert data is not None and index.offset is not None, index
         tensor = self.source.read(Place(index.fqn, index.offset[0] if is_layer(index.fqn) else None))
         return tensor.to(data.properties.dtype).contiguous().view(data.chunk.sizes)

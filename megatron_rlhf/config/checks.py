@@ -1,4 +1,4 @@
-"""Contradictions in a configuration, found before any model is built. Every message names the key, the value and what would be right."""
+"""Contradictions in a configuration, found before any model is built; messages name key, value and what would be right."""
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, Precision
@@ -120,7 +120,7 @@ def check_ppo(config: PPOConfig) -> None:
         raise UserError("reward.init_from is not given: PPO needs a reward model (examples/train_reward_model.py)")
     if config.parallel.virtual_stages > 1:
         raise UserError(
-            f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages; set it to 1 for PPO"
+            f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages; use 1 for PPO"
         )
     check_sampling(config.rollout, "rollout")
     if config.rollout.temperature <= 0:

@@ -109,7 +109,7 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     vocab_multiple: int = 1
-    """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padded tokens get no probability."""
+    """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding gets no probability."""
 
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Ranks that split the layers into stages; must divide the number of layers."""
     virtual_stages: int = 1
-    """Model chunks on each pipeline rank (interleaved schedule, smaller bubble); pipeline x virtual_stages must divide the layers."""
+    """Model chunks on each pipeline rank (interleaved schedule, smaller bubble); pipeline x this must divide the layers."""
     context: int = 1
     """Ranks that split the sequence inside attention; needs Transformer Engine."""
     sequence: bool = False

@@ -1,4 +1,4 @@
-"""One schema a stage: supervised fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper prints them."""
+"""One schema a stage: fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper prints them."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,6 +30,21 @@ class BaseConfig:
 
 
 @dataclass(kw_only=True)
+class ColumnTemplates:
+    """How to make a prompt and a response out of a record's own columns."""
+
+    prompt: str | None = None
+    """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
+    response: str | None = None
+    """A format template, e.g. "{output}"; not given: the column `response`."""
+
+    def given(self) -> dict[str, str] | None:
+        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
+        pairs = {"prompt": self.prompt, "response": self.response}
+        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
+
+
+@dataclass(kw_only=True)
 class DemonstrationDataConfig:
     """Prompts with responses to imitate."""
 
@@ -39,8 +54,8 @@ class DemonstrationDataConfig:
     """JSON lines (or any `datasets` name) with `prompt` and `response`."""
     validation: str | None = None
     """The same for validation; without it, none is measured."""
-    columns: dict[str, str] | None = None
-    """Templates for other column names, e.g. {prompt: "{instruction}\\n", response: "{output}"}."""
+    columns: ColumnTemplates = field(default_factory=ColumnTemplates)
+    """Where records have other column names."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (InstructGPT: 1k)."""
     max_response_tokens: int = 1024
@@ -48,7 +63,7 @@ class DemonstrationDataConfig:
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text mixed in when pretraining_mix > 0."""
     pretraining_mix: float = 0.0
-    """Share of the sequences of a batch that are pretraining text: 0.1 for PPO's initialisation run, 1 trains a language model on text alone."""
+    """Share of a batch that is pretraining text: 0.1 for PPO's initialisation run; 1 trains a language model on text alone."""
 
 
 @dataclass(kw_only=True)
@@ -206,8 +221,9 @@ class PPOAlgorithmConfig:
     """First iterations in which only the value model learns."""
     ema_decay: float = 0.992
     """Decay of the exponential moving average of the policy's weights, per update; 0 keeps none."""
-    missing_stop_score: float | None = None
-    """Score of a response that never stopped, instead of the reward model's; none: it is scored like the rest."""
+    missing_stop_penalty: float = 1.0
+    """Taken off the score of a response that never stopped, in the reward model's units (log-odds); without it a policy
+    learns to talk on. The paper does not print how it treats them."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and variance 1 over the whole rollout."""
     tax_every: int = 10

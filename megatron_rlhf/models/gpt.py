@@ -1,6 +1,7 @@
 """GPTModel from a ModelConfig: Transformer Engine's layers where it is installed, plain torch ones elsewhere."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -39,7 +40,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model in one layout."""
     parallel = layout.config
-    recompute = {} if parallel.recompute.value == "none" else {"recompute_granularity": parallel.recompute.value}
+    recompute: dict[str, Any] = {} if parallel.recompute.value == "none" else {"recompute_granularity": parallel.recompute.value}
     if parallel.recompute.value == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     dtype = _DTYPES[precision]
@@ -248,7 +249,7 @@ class SequenceParallelNorm:
     Megatron-Core's own wrapper refuses sequence parallelism, though all it takes is a mark on the parameters.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):  # noqa: D102
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = norm_class(hidden_size, eps=eps)
         for parameter in norm.parameters():

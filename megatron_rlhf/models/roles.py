@@ -90,7 +90,7 @@ class Role:
         return self._read(tokens_bs, lambda output, rows: output.squeeze(-1), micro_batch_size)
 
     def logprobs(self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each token but the first given those before it, [b, s - 1] fp32, of the whole batch, on every rank."""
+        """Log-probability of each token but the first, given those before it: [b, s - 1] fp32, the whole batch, on every rank."""
 
         def read(logits: Tensor, rows: Tensor) -> Tensor:
             return token_logprobs(logits, tokens_bs[rows, 1:], self.layout.groups.tp, temperature)

@@ -28,6 +28,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         aside.unlink(missing_ok=True)
 
 
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, the whole file at once."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in `path`, one a line. A last line without its newline is half written, and left out."""
     return (record for _, record in _complete_lines(path))

@@ -116,6 +116,14 @@ def write_comparison(
     return _render(page, Path(path))
 
 
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same lines as plain text with aligned columns, for a terminal."""
+    table = _table(rows)
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
 def _metrics(run_dir: Path) -> Records:
     path = run_dir / "metrics.jsonl"
     return list(read_records(path)) if path.exists() else []

@@ -1,6 +1,6 @@
 """The few collectives that the algorithms need, on tensors and on plain Python objects."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,13 @@ def device() -> torch.device:
     return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def on_first_rank(function: Callable[[], None]) -> None:
+    """Run it on one rank of the world while the others wait."""
+    if dist.get_rank() == 0:
+        function()
+    dist.barrier()
+
+
 def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:
     """Sum of a number over a group, in fp64 so that it does not depend on how many ranks share it."""
     total = torch.as_tensor(value, dtype=torch.float64, device=device()).clone()
@@ -21,7 +28,7 @@ def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def reduce_statistics(statistics: list[Mapping[str, Tensor]], layout: ParallelLayout) -> dict[str, float]:
+def reduce_statistics(statistics: Sequence[Mapping[str, Tensor]], layout: ParallelLayout) -> dict[str, float]:
     """Statistics of all microbatches on all data-parallel ranks: names ending in `_max` or `_max_gap` by maximum, others by sum.
 
     Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result. A data-parallel rank

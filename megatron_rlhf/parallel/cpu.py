@@ -6,6 +6,7 @@ import of `megatron.core` (importing `megatron_rlhf.parallel` sees to that). Eve
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-# Functions that take `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
+# Functions with `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
 _FACTORIES = (
     "arange as_tensor empty empty_like full full_like ones ones_like rand rand_like randn randn_like tensor zeros zeros_like"
 )
@@ -73,16 +74,14 @@ def _map_cuda_devices_to_cpu() -> None:
                 kwargs["device"] = _CPU
             return function(*args, **kwargs)
 
-        wrapped.__name__ = function.__name__
-        wrapped.__wrapped__ = function
-        return wrapped
+        return functools.wraps(function)(wrapped)
 
     # `with torch.device("meta"):` (transformers loads models in it) knows factories by identity: let it note the originals.
     _device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, redirect(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # `optimizer/clip_grads.py` and `distrib_optimizer.py` assert `tensor.type() == "torch.cuda.FloatTensor"`.
     original_type = torch.Tensor.type
@@ -91,7 +90,7 @@ def _map_cuda_devices_to_cpu() -> None:
         result = original_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
 
 
 def _answer_cuda_runtime() -> None:

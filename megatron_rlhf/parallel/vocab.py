@@ -61,7 +61,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return chosen - normalizer.squeeze(-1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         probabilities, local, here = ctx.saved_tensors
         grad = (grad / ctx.temperature).unsqueeze(-1)
         grad_logits = probabilities * -grad
@@ -83,7 +83,7 @@ class _Entropy(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         probabilities, logprobs, result = ctx.saved_tensors
         grad_logits = -probabilities * (logprobs + result.unsqueeze(-1)) * grad.unsqueeze(-1)
         return grad_logits.to(ctx.dtype), None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import TokenSequences
@@ -41,6 +42,7 @@ class Evaluator:
         evaluate, run = self.config.evaluate, self.config.run
         chosen = [self.prompts[i] for i in range(min(evaluate.samples, len(self.prompts)))]
         tokens = [self._with_examples(prompt) for prompt in chosen]
+        self._require_context(max(map(len, tokens)))
         ids = [prompt.id for prompt in chosen]
         completions = sample_responses(
             self.policy, tokens, ids, self.config.sampling, self.tokenizer.stop_ids, (run.seed, 0)
@@ -84,6 +86,14 @@ class Evaluator:
         if self.few_shot is None:
             return prompt.tokens.tolist()
         return self.tokenizer.encode(self.few_shot + prompt.text, bos=True)
+
+    def _require_context(self, longest: int) -> None:
+        limit, response = self.policy.model.max_sequence_length, self.config.sampling.max_response_tokens
+        if longest + response > limit:
+            raise UserError(
+                f"sampling.max_response_tokens={response} after the longest prompt ({longest} tokens"
+                f"{', evaluate.few_shot included' if self.few_shot else ''}) is more than the model's context of {limit}"
+            )
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None

@@ -52,7 +52,7 @@ def mean_of(updates: list[Update], name: str) -> float:
 def iteration_flops(
     policy_parameters: int, critic_parameters: int, episode_tokens: int, policy_tokens: int, critic_tokens: int
 ) -> float:
-    """Model FLOPs of an iteration: 2 N a token forward, 6 N forward and backward (Kaplan et al. 2020), attention's share left out.
+    """Model FLOPs of an iteration: 2 N a token forward, 6 N with backward (Kaplan et al. 2020), attention's share left out.
 
     Args:
         episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value model once each.

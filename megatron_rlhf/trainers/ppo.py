@@ -5,12 +5,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
-from megatron_rlhf.algorithms.losses import explained_variance, policy_loss, value_loss
+from megatron_rlhf.algorithms.losses import explained_variance
 from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
@@ -21,8 +20,6 @@ from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.vocab import token_logprobs
 from megatron_rlhf.rollout.collect import Judges, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
@@ -31,9 +28,8 @@ from megatron_rlhf.trainers.microbatches import (
     interleave,
     language_model_microbatches,
     language_model_nll,
-    local_rows,
-    pad_to_layout,
 )
+from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole, Update
 
@@ -126,11 +122,8 @@ class PPOTrainer:
             micro_batch_size=self.config.ppo.micro_batch_size,
             timer=self.session.timer,
         )
-        missing = self.config.ppo.missing_stop_score
-        if missing is not None:
-            scores = torch.where(rollout.responses.stopped_b, rollout.scores_b, missing)
-            rollout = dataclasses.replace(rollout, scores_b=scores)
-        return rollout
+        unstopped = ~rollout.responses.stopped_b
+        return dataclasses.replace(rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped)
 
     def _next_prompts(self) -> list[int]:
         """Always a whole batch: a small set of prompts is gone through as often as it takes."""
@@ -252,59 +245,3 @@ class PPOTrainer:
         self.tokens_seen = state["tokens_seen"]
         self.kl_control.load_state_dict(state["kl_control"])
         self.policy.skipped_in_a_row, self.value.skipped_in_a_row = state["skipped_in_a_row"]
-
-
-def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOConfig) -> list[Microbatch]:
-    """The clipped policy loss of a minibatch, normalised by its response tokens over all ranks."""
-    role, temperature = policy.role, config.rollout.temperature
-    tokens_in_minibatch = minibatch.mask_bt.sum()
-
-    def microbatch(part: Experience) -> Microbatch:
-        targets_bt = part.tokens_bs.gather(1, part.positions_bt + 1)
-
-        def loss_of(logits_bsv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            rows = torch.arange(len(part), device=logits_bsv.device).unsqueeze(-1)
-            logits_btv = logits_bsv[rows, part.positions_bt]  # prompts and padding need no softmax
-            logprobs_bt = token_logprobs(logits_btv, targets_bt, role.layout.groups.tp, temperature)
-            loss, statistics = policy_loss(
-                logprobs_bt, part.logprobs_bt, part.advantages_bt, part.mask_bt, config.ppo.clip, tokens_in_minibatch
-            )
-            with torch.no_grad():
-                entropy_bt = role.entropy(logits_btv.detach() / temperature)
-                statistics["entropy"] = masked_sum(entropy_bt, part.mask_bt) / tokens_in_minibatch
-            return loss, _named("policy", loss, statistics)
-
-        return Microbatch(pad_to_layout(part.tokens_bs, role), loss_of)
-
-    return _experience_microbatches(minibatch, policy, config, microbatch)
-
-
-def value_microbatches(minibatch: Experience, value: TrainedRole, config: PPOConfig) -> list[Microbatch]:
-    """The clipped value loss of a minibatch, normalised by its response tokens over all ranks."""
-    tokens_in_minibatch = minibatch.mask_bt.sum()
-
-    def microbatch(part: Experience) -> Microbatch:
-        def loss_of(values_bs1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            values_bt = values_bs1.squeeze(-1).gather(1, part.positions_bt)
-            loss, statistics = value_loss(
-                values_bt, part.values_bt, part.returns_bt, part.mask_bt, config.ppo.value_clip, tokens_in_minibatch
-            )
-            return loss, _named("value", loss, statistics)
-
-        return Microbatch(pad_to_layout(part.tokens_bs, value.role), loss_of)
-
-    return _experience_microbatches(minibatch, value, config, microbatch)
-
-
-def _experience_microbatches(minibatch: Experience, trained: TrainedRole, config: PPOConfig, build) -> list[Microbatch]:
-    result = []
-    for rows, counts in local_rows(len(minibatch), trained.role, config.ppo.micro_batch_size):
-        part = minibatch.rows(rows).trimmed()
-        result.append(build(part if counts else part.uncounted()))
-    return result
-
-
-def _named(prefix: str, loss: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/loss": loss.detach(), **{f"{prefix}/{name}": value for name, value in statistics.items()}}
-
-

@@ -111,6 +111,8 @@ class Session:
                         sharded.save_role(folder, SavedRole(averaged))
                         shapes[averaged.name] = averaged
             sharded.write_meta(folder, shapes, state)
+        if dist.get_rank() == 0:  # a report to look at while the run goes on
+            write_report(self.folder)
         if self._stops:
             self.close()
             raise Interrupted(f"asked to stop: saved {self.checkpoints / name}; go on with run.auto_resume=true")

@@ -59,10 +59,10 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
-        demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns=data.columns)
+        demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns=data.columns.given())
         log.info(demonstrations.describe())
         if data.validation is not None:
-            validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns)
+            validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns.given())
     pretraining = None
     if data.pretraining_mix > 0:
         per_step = round(config.sft.batch_size * data.pretraining_mix)
@@ -211,7 +211,8 @@ def _role(
     role = Role.build(name, model, layout, config.precision, scalar, dropout)
     if source is not None:
         source.load_into(role)
-    log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, f", from {source.path}" if source else "")
+    origin = f", from {source.path}" if source else ", random weights"
+    log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, origin)
     return role
 
 

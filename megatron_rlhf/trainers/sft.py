@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_rlhf.algorithms.schedules import cosine_lr
@@ -122,7 +121,7 @@ class SFTTrainer:
     def validation_loss(self) -> float | None:
         """Mean loss a target token: on validation demonstrations, else on held-out text; None if there is neither."""
         if self.validation is not None:
-            examples = [(d.tokens, d.prompt_length) for d in self.validation]
+            examples: list[tuple[Any, int]] = [(d.tokens, d.prompt_length) for d in self.validation]
         elif self.pretraining is not None and self.pretraining.held_out is not None and self.batches is None:
             held_out = self.pretraining.held_out
             count = min(len(held_out), self.config.data.pretraining.held_out_samples)
@@ -199,5 +198,5 @@ class SFTTrainer:
 VALIDATION_BATCH = 256
 
 
-def _pack(examples: Sequence[tuple[Sequence[int] | torch.Tensor, int]]) -> TokenBatch:
+def _pack(examples: Sequence[tuple[Any, int]]) -> TokenBatch:
     return TokenBatch.pack([tokens for tokens, _ in examples], [first for _, first in examples])

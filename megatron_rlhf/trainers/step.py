@@ -11,9 +11,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
-    OptimizerConfig as MegatronOptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig as MegatronOptimizerConfig,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
@@ -42,7 +44,7 @@ class Update:
 
 @dataclass
 class TrainedRole:
-    """A role with gradients and an optimizer. Losses arrive normalised by global counts, so gradients are summed, not averaged."""
+    """A role with gradients and an optimizer. Losses arrive divided by global counts: gradients are summed, not averaged."""
 
     role: Role
     optimizer: MegatronOptimizer
@@ -71,10 +73,11 @@ class TrainedRole:
                 for chunk in role.chunks
             ]
             for chunk in role.chunks:
+                assert isinstance(chunk, DistributedDataParallel)
                 chunk.broadcast_params()
                 _keep_padding_between_buckets(chunk)
             optimizer = _build_optimizer(role, config, precision)
-        transformer_config = role.chunks[0].config
+        transformer_config = role.modules[0].config
         transformer_config.finalize_model_grads_func = _finalize
         transformer_config.grad_scale_func = optimizer.scale_loss
         return cls(role, optimizer, max_skipped, average)
@@ -83,6 +86,7 @@ class TrainedRole:
         """One optimizer step on the sum of the microbatches' losses."""
         layout = self.role.layout
         for chunk in self.role.chunks:
+            assert isinstance(chunk, DistributedDataParallel)
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -151,7 +155,7 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def as_weights(self) -> Iterator[Role]:
-        """The role, named `..._ema`, with the average (in fp32, not a copy of it) in place of its weights: to save, load, sample."""
+        """The role, named `..._ema`, with the average itself (fp32, no copy) in place of its weights: to save, load, sample."""
         current = [{name: p.data for name, p in chunk.named_parameters()} for chunk in self.role.modules]
         self._point_to(self.shadows)
         try:
@@ -192,7 +196,7 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
         clip_grad=config.clip_norm,
         bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
         fp16=precision is Precision.fp16,
-        params_dtype=role.chunks[0].config.params_dtype,
+        params_dtype=role.modules[0].config.params_dtype,
         use_distributed_optimizer=role.layout.config.distributed_optimizer,
     )
     return get_megatron_optimizer(

@@ -55,6 +55,7 @@ def test_type_and_shards_can_be_chosen(world, run, tmp_path, capsys):
 
 def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
     source = hf_models.save(tmp_path / "source", "gpt2")
+    capsys.readouterr()
     assert run("hf-to-megatron", "--hf", tmp_path / "nothing", "--output", tmp_path / "ours") == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'nothing' / 'config.json'}: no such file\n"
     assert run("hf-to-megatron", "--hf", source, "--role", "reward", "--output", tmp_path / "ours") == 2

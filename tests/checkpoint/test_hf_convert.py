@@ -11,7 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
-from megatron_rlhf.checkpoint import convert, hf, hf_check, hf_export, key_maps, sharded
+from megatron_rlhf.checkpoint import convert, hf, hf_export, key_maps, layerwise, sharded
 from megatron_rlhf.checkpoint.architecture import Head, Order
 from megatron_rlhf.checkpoint.companions import Companions
 from megatron_rlhf.checkpoint.convert import CheckOptions
@@ -249,8 +249,8 @@ def test_a_wrong_table_fails_the_check_though_it_inverts_itself(world, tmp_path,
 )
 def test_a_wrong_number_fails_the_check(world, tmp_path, monkeypatch, field, value):
     source = hf_models.save(tmp_path / "source", "llama_3.1")
-    read = hf_check.ModelConfig
-    monkeypatch.setattr(hf_check, "ModelConfig", lambda **fields: read(**{**fields, field: value}))
+    read = layerwise.ModelConfig
+    monkeypatch.setattr(layerwise, "ModelConfig", lambda **fields: read(**{**fields, field: value}))
     with pytest.raises(CheckFailed, match="the first to differ is layer 0"):
         convert.import_huggingface(source, tmp_path / "ours", None, CHECK)
 

@@ -40,7 +40,7 @@ MailProg=/bin/true
 KillWait=30
 GresTypes=gpu
 {nodes}
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -130,7 +130,7 @@ class Cluster:
         """Until the job is in one of these states."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number)).state not in until:
-            assert time.monotonic() < deadline, f"job {number} {job.state} after {timeout} s\n{self.log(number)}"
+            assert time.monotonic() < deadline, f"job {number} {job.state} ({job.fields['Reason']}) after {timeout} s\n{self.log(number)}"
             time.sleep(0.3)
         return job
 

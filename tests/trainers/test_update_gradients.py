@@ -15,7 +15,7 @@ from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.types import Completion, Experience, Responses
 from megatron_rlhf.trainers.microbatches import TokenBatch, interleave, language_model_microbatches
-from megatron_rlhf.trainers.ppo import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.reward_model import ranking_microbatches
 
 VOCAB, GAMMA, TEMPERATURE = 67, 27.8, 0.8

@@ -1,0 +1,166 @@
+"""SFT, reward model and PPO-ptx from one checkpoint at many layouts: every figure, every sample and the weights of one rank.
+
+Tolerances, all in fp32, where one rounding is 6e-8 and sums of some hundred terms are taken in another order:
+
+- figures and weights: 1e-5 of their size (for a weight: of its tensor's largest). Adam's epsilon is 1e-5, well above the
+  rounding of gradients that are zero by symmetry (a key's bias shifts all scores alike); with the default 1e-8 Adam
+  would blow that rounding up to whole steps.
+- differences of nearly equal numbers have an absolute tolerance, as their size says nothing of the terms': the policy's
+  loss (advantages have mean 0), log-ratios (KL; a log-probability of some 5 nats is good to 5e-7), and the two gaps that
+  are nothing but rounding.
+- sampled text: equal.
+"""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from ranks import run_ranks
+from recipe import Recipe, read_metrics, run_stage, whole_weights
+from toys import assert_close
+
+RELATIVE = 1e-5
+ABSOLUTE = {
+    "policy/loss": 1e-6,
+    "kl/mean": 2e-5,  # a sum over up to 12 tokens
+    "policy/approx_kl": 1e-7,
+    "rollout/logprob_gap_max": 1e-5,
+    "policy/first_ratio_max_gap": 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ranks, the layout of whatever is trained, and for PPO another one for the critic."""
+
+    ranks: int
+    layout: str
+    critic: str = ""
+
+    def overrides(self, key: str, layout: str) -> list[str]:
+        return [f"{key}.{entry}" for entry in layout.split()]
+
+
+CASES = {
+    "tp2_sp": Case(2, "tensor=2 sequence=true", "pipeline=2"),
+    "pp2_virtual2": Case(2, "pipeline=2 virtual_stages=2", "pipeline=2 virtual_stages=2"),
+    "dp2_distributed": Case(2, "distributed_optimizer=true", "tensor=2"),
+    "tp2_pp2": Case(4, "tensor=2 pipeline=2", "pipeline=4"),
+    "pp2_dp2_distributed_full": Case(
+        4, "pipeline=2 distributed_optimizer=true recompute=full", "tensor=2 sequence=true distributed_optimizer=true"
+    ),
+}
+LARGE = {
+    "selective": Case(1, "recompute=selective", "recompute=full"),
+    "full_distributed": Case(1, "recompute=full distributed_optimizer=true", "recompute=selective"),
+    "tp2": Case(2, "tensor=2", "distributed_optimizer=true"),
+    "dp2_selective": Case(2, "recompute=selective", "tensor=2 sequence=true recompute=full"),
+    "pp2": Case(2, "pipeline=2", ""),
+    "tp4": Case(4, "tensor=4", "tensor=2 pipeline=2 sequence=true"),
+    "tp4_sp_full": Case(4, "tensor=4 sequence=true recompute=full", "pipeline=2 virtual_stages=2"),
+    "pp4": Case(4, "pipeline=4", "tensor=4"),
+    "dp4_distributed": Case(4, "distributed_optimizer=true", "pipeline=4"),
+    "tp2_dp2_sp_distributed": Case(4, "tensor=2 sequence=true distributed_optimizer=true", "pipeline=2"),
+    "tp2_pp2_virtual2_sp": Case(4, "tensor=2 pipeline=2 virtual_stages=2 sequence=true", "tensor=2 sequence=true"),
+    "pp2_dp2_virtual2": Case(4, "pipeline=2 virtual_stages=2 recompute=selective", "distributed_optimizer=true"),
+    "tp2_pp2_dp2_sp_distributed": Case(
+        8, "tensor=2 pipeline=2 sequence=true distributed_optimizer=true", "tensor=4 sequence=true"
+    ),
+    "tp4_pp2_sp": Case(8, "tensor=4 pipeline=2 sequence=true", "pipeline=4 distributed_optimizer=true"),
+    "tp2_pp4_full": Case(8, "tensor=2 pipeline=4 recompute=full", "tensor=2 pipeline=2 virtual_stages=2"),
+    "pp4_dp2": Case(8, "pipeline=4 recompute=selective", "tensor=2 distributed_optimizer=true"),
+    "tp2_pp2_virtual2_dp2_all": Case(
+        8,
+        "tensor=2 pipeline=2 virtual_stages=2 sequence=true distributed_optimizer=true recompute=full",
+        "pipeline=2 distributed_optimizer=true recompute=full",
+    ),
+}
+
+
+def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
+    """Arguments of three steps each."""
+    sft, reward_model = recipe.root / "sft", recipe.root / "reward_model"
+    trained = case.overrides("parallel", case.layout)
+    # Sampling decodes through plain stages.
+    policy = [entry for entry in trained if "virtual_stages" not in entry]
+    critic = case.overrides("critic_parallel", case.critic)
+    epsilon, reward_epsilon = "policy.optimizer.epsilon=1e-5", "reward.optimizer.epsilon=1e-5"
+    start = f"policy.init_from={sft}"
+    return {
+        "sft": [a for a in recipe.sft(f"{name}_sft", start, "sft.dropout=0", epsilon, *trained) if not is_shape(a)],
+        "reward_model": recipe.reward_model(f"{name}_rm", sft, reward_epsilon, *trained),
+        "ppo": recipe.ppo(
+            f"{name}_ppo", sft, reward_model, "ppo.iterations=2", epsilon, "value.optimizer.epsilon=1e-5", *policy, *critic
+        ),
+    }
+
+
+def is_shape(argument: str) -> bool:
+    return argument.startswith("model")
+
+
+def run_all(arguments: dict[str, list[str]]):
+    return {stage: run_stage(stage, overrides) for stage, overrides in arguments.items()}
+
+
+def results_of(recipe: Recipe, name: str, case: Case, timeout: float = 150):
+    arguments = stages(recipe, name, case)
+    ranks = run_ranks(case.ranks, run_all, arguments, timeout=timeout)
+    weights = {stage: whole_weights([rank[stage] for rank in ranks]) for stage in arguments}
+    folders = {stage: recipe.root / f"{name}_{suffix}" for stage, suffix in (("sft", "sft"), ("reward_model", "rm"), ("ppo", "ppo"))}
+    metrics = {stage: read_metrics(folder) for stage, folder in folders.items()}
+    return weights, metrics, (folders["ppo"] / "samples.jsonl").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def one_rank(recipe):
+    return results_of(recipe, "one_rank", Case(1, ""))
+
+
+def compare(recipe, one_rank, name, case, timeout=150):
+    weights, metrics, samples = results_of(recipe, name, case, timeout)
+    expected_weights, expected_metrics, expected_samples = one_rank
+    for stage, rows in expected_metrics.items():
+        assert len(metrics[stage]) == len(rows)
+        for row, expected in zip(metrics[stage], rows, strict=True):
+            assert row.keys() == expected.keys()
+            for key, value in expected.items():
+                wanted = pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE.get(key, 1e-9))
+                assert row[key] == wanted, f"{stage}, step {row['step']}: {key}"
+    for stage, roles in expected_weights.items():
+        for role, arrays in roles.items():
+            assert_close(weights[stage][role], arrays, relative=RELATIVE)
+    texts = [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in samples]
+    assert texts == [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in expected_samples]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_figure_at_every_layout(name, recipe, one_rank):
+    compare(recipe, one_rank, name, CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_every_figure_at_many_more_layouts(name, recipe, one_rank):
+    compare(recipe, one_rank, name, LARGE[name], timeout=500)
+
+
+def test_the_micro_batch_size_changes_nothing_but_speed(recipe, one_rank):
+    sizes = {
+        "sft": ["sft.micro_batch_size=12"],
+        "reward_model": ["reward_model.micro_batch_size=5"],
+        "ppo": ["ppo.micro_batch_size=5", "ppo.ptx_micro_batch_size=1", "rollout.batch_size=10"],
+    }
+    arguments = {stage: [*given, *sizes[stage]] for stage, given in stages(recipe, "other_sizes", Case(1, "")).items()}
+    ranks = run_ranks(1, run_all, arguments, timeout=150)
+    for stage, roles in one_rank[0].items():
+        for role, arrays in roles.items():
+            assert_close(whole_weights([rank[stage] for rank in ranks])[role], arrays, relative=RELATIVE)
+
+
+def test_some_responses_stop_and_batches_are_uneven(one_rank):
+    """What the comparisons above rest on."""
+    _, metrics, _ = one_rank
+    assert all(0 < row["rollout/stop_fraction"] < 1 for row in metrics["ppo"])
+    assert metrics["reward_model"][-1]["rm/pairs"] < metrics["reward_model"][0]["rm/pairs"], "one prompt in the last batch"
+    assert len(metrics["sft"]) == 3
