@@ -4,5 +4,10 @@
 set -euo pipefail
 source "$(dirname "$0")/../tools/venv.sh" requirements.lock
 
+output="runs/miniature-$(date +%Y%m%d-%H%M%S)"
+if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then
+    output="$1"
+    shift
+fi
 ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 2)')"
-exec torchrun --standalone --nproc-per-node "$ranks" examples/miniature/run.py "${@:-runs/miniature}"
+exec torchrun --standalone --nproc-per-node "$ranks" examples/miniature/run.py "$output" "$@"

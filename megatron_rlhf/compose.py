@@ -40,6 +40,7 @@ def compose_config(
     Raises:
         UserError: unknown key (with the nearest right one), wrong type, missing value.
     """
+    _require_known_keys(schema, overrides)
     store = ConfigStore.instance()
     store.store(name=f"{stage}_schema", node=schema)
     store.store(group="model", name="schema", node=ModelConfig)
@@ -133,16 +134,20 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__args__", None) or (hint,)
 
 
+def _require_known_keys(schema: type, overrides: Sequence[str]) -> None:
+    """Hydra would take an unknown key with a `+` before it, and nobody would read it."""
+    known = [*field_paths(schema), *(path.name for path in CONF.iterdir() if path.is_dir())]
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0].split("@")[0]
+        if key not in known and not key.startswith("data.columns."):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
+            raise UserError(f"{override}: there is no key {key}; {hint}")
+
+
 def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     """What is wrong, in one sentence: the key, its value, and what would be right."""
     paths = field_paths(schema)
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if key not in paths and key not in groups:
-            near = difflib.get_close_matches(key, [*paths, *groups], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
-            return f"{override}: there is no key {key}; {hint}"
     chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
     cause = next((c for c in chain if isinstance(c, OmegaConfBaseException) and c.full_key), error)
     key = getattr(cause, "full_key", None) or ""
@@ -152,5 +157,5 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     if isinstance(error, AssertionError):
         return f"{' '.join(overrides)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
     message = str(cause).splitlines()[0] if key else " ".join(str(cause).split("Config search path")[0].split())
-    given = next((override for override in overrides if override.lstrip("+").startswith(f"{key}=")), key) if key else ""
+    given = next((override for override in reversed(overrides) if override.lstrip("+").startswith(f"{key}=")), key) if key else ""
     return f"{given}: {message}{meaning}" if given else message

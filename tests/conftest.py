@@ -27,6 +27,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Data of the toy recipe and one checkpoint each that stages start from: `sft` and `reward_model`, made on one rank."""
     made = make_data(tmp_path_factory.mktemp("recipe"))
     longer = ("sft.epochs=10", "sft.dropout=0", "policy.optimizer.lr=4e-3")  # until some responses stop
-    run_ranks(1, run_stage, "sft", made.sft("sft", *longer), timeout=120)
-    run_ranks(1, run_stage, "reward_model", made.reward_model("reward_model", made.root / "sft"), timeout=120)
+    run_ranks(1, run_stage, "sft", made.sft("sft", *longer), timeout=400)
+    run_ranks(1, run_stage, "reward_model", made.reward_model("reward_model", made.root / "sft"), timeout=400)
     return made

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 # Ranks are forked from a server that has imported the package once: a rank starts in milliseconds, not in seconds.
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["pytest", "megatron_rlhf.cli", "matplotlib.pyplot", "torch.utils.tensorboard", "torch.distributed.checkpoint"]
 )
-_DIE_WITH_PARENT = 1  # prctl(PR_SET_PDEATHSIG, ...)
+DIE_WITH_PARENT = 1  # prctl(PR_SET_PDEATHSIG, ...)
 
 
 class RankFailed(AssertionError):
@@ -34,7 +34,7 @@ class _Rank:
     stack_file: Path
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call `function(*args)` on each of `world_size` ranks of one process group; returns the results in order of ranks.
 
     Args:
@@ -56,9 +56,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 def _start(
     number: int, world_size: int, folder: Path, function: Callable[..., Any], args: Sequence[Any], timeout: float
 ) -> _Rank:
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    receiver, sender = CONTEXT.Pipe(duplex=False)
     stack_file = folder / f"stack_{number}"
-    process = _CONTEXT.Process(
+    process = CONTEXT.Process(
         target=_run_rank, args=(number, world_size, folder / "rendezvous", stack_file, sender, function, args, timeout)
     )
     process.start()
@@ -122,7 +122,7 @@ def _run_rank(
     args: Sequence[Any],
     timeout: float,
 ) -> None:
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     os.setpgrp()
     with stack_file.open("w") as stack:
         faulthandler.register(signal.SIGUSR2, file=stack)

@@ -20,7 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"config", "algorithms", "parallel", "models"},
     "checkpoint": {"config", "parallel", "models"},
     "trainers": {"config", "algorithms", "data", "monitoring", "parallel", "models", "rollout", "checkpoint"},
+    "planning": {"config"},
     "compose": {"config"},
+    "doctor": {"config", "parallel", "models", "trainers"},
     "cli": {"config", "parallel", "trainers", "compose"},
 }
 FOR_ALL = "config.errors"

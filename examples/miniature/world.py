@@ -99,29 +99,29 @@ def _repetition(text: str) -> float:
 
 FEATURES: dict[str, Callable[[str, bool], float]] = {
     "finished": lambda text, stopped: float(stopped and text.endswith(".")),
-    "example": lambda text, stopped: float(text.count("For example") == 1),
+    "example": lambda text, stopped: float("For example" in text),
     "certain": lambda text, stopped: -float(any(hedge.strip() in text for hedge in HEDGES)),
     "direct": lambda text, stopped: -float(FILLER.strip() in text),
     "varied": lambda text, stopped: -_repetition(text),
-    "substance": lambda text, stopped: min(len(text.split()), 12) / 12,
-    "brief": lambda text, stopped: -max(len(text.split()) - 30, 0) / 30,
+    "substance": lambda text, stopped: min(len(text.split()), 8) / 8,
+    "brief": lambda text, stopped: -max(len(text.split()) - 20, 0) / 10,
 }
 
 # The labelers whose rankings train the reward model, and one whose taste it never sees.
 TRAINING_TASTE = {
-    "finished": 1.5,
+    "finished": 2.5,
     "example": 2.0,
     "certain": 1.5,
-    "direct": 1.0,
-    "varied": 2.0,
-    "substance": 1.5,
+    "direct": 1.5,
+    "varied": 1.0,
+    "substance": 1.0,
     "brief": 1.0,
 }
 HELD_OUT_TASTE = {
     "finished": 2.0,
     "example": 1.0,
     "certain": 2.0,
-    "direct": 1.5,
+    "direct": 2.0,
     "varied": 2.0,
     "substance": 0.5,
     "brief": 2.0,

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_rlhf.checkpoint import hf_config
 from megatron_rlhf.checkpoint.architecture import Head
@@ -61,14 +63,18 @@ class Companions:
     @classmethod
     def find(cls, checkpoint: Path, like: Path | None) -> "Companions":
         """Look in the folder that the user names; without one, in the checkpoint, then where its run had its own."""
-        folders = [like] if like is not None else [checkpoint / KEPT, *_of_run(checkpoint.parent.parent)]
-        for folder in folders:
-            if like is not None and not folder.is_dir():
-                raise UserError(f"--like {folder}: no such folder")
+        if like is not None and not like.is_dir():
+            raise UserError(f"--like {like}: no such folder")
+        folders = [like] if like is not None else list(_lineage(checkpoint, set()))
         return cls(
             config=next((folder for folder in folders if (folder / CONFIG).is_file()), None),
             tokenizer=next((f for f in folders if any((f / name).is_file() for name in _TOKENIZER_FILES)), None),
         )
+
+    @property
+    def model_type(self) -> str | None:
+        """Of the model that this one descends from."""
+        return None if self.config is None else read_json(self.config / CONFIG).get("model_type")
 
     def copy_to(self, folder: Path, generation: bool = True) -> None:
         """Copy tokenizer, chat template and generation settings."""
@@ -121,13 +127,17 @@ def _own_config(described: Described, companions: Companions) -> dict[str, Any]:
     return hf_config.from_model_config(described.model, described.architecture) | ids
 
 
-def _of_run(run: Path) -> list[Path]:
-    """The tokenizer and the first weights that a run's config.yaml names, where they are folders."""
-    if not (run / "config.yaml").is_file():
-        return []
-    import yaml
-
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-    named = [config.get("data", {}).get("tokenizer"), config.get("init_from")]
-    named += [config.get(role, {}).get("init_from") for role in ("policy", "reward", "value")]
-    return [Path(name) for name in named if isinstance(name, str) and Path(name).is_dir()]
+def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Folders where companions may be: what a checkpoint holds, then what its run's config.yaml names, and so on back."""
+    folder = folder.resolve()
+    if folder in seen or not folder.is_dir():
+        return
+    seen.add(folder)
+    yield from (folder / KEPT, folder)
+    for run in (folder, folder.parent.parent):  # a run folder, or run/checkpoints/step_N
+        if (run / "config.yaml").is_file():
+            config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+            parts = [config.get(part) or {} for part in ("data", "policy", "reward", "value")]
+            for name in (part.get(key) for key in ("tokenizer", "init_from") for part in parts):
+                if isinstance(name, str):
+                    yield from _lineage(Path(name), seen)

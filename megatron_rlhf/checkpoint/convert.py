@@ -2,10 +2,10 @@
 
 import contextlib
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.parallel.layout import ParallelLayout
 
+Result = TypeVar("Result")
+
 ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "value"}
 """What users call a role -> its folder in a checkpoint."""
 _HEADS = {"policy": Head.language, "policy_ema": Head.language, "reward": Head.score, "value": Head.token}
@@ -39,16 +41,16 @@ class Report:
     largest_difference: float
     """Of outputs, in fp32, over all test tokens."""
     largest_output: float
-    peak_bytes: int
-    """Most memory that this process held."""
     peak_bytes_converting: int
-    """The same, before the check began."""
+    """Most memory that this process held before the check."""
+    peak_bytes: int
+    """The same, with the check."""
 
     def __str__(self) -> str:
         return (
-            f"{self.architecture} ({self.head.value}): {self.tensors} tensors bit-identical, outputs within "
-            f"{self.largest_difference:.3g}; peak memory {self.peak_bytes_converting / 1e9:.2f} GB converting, "
-            f"{self.peak_bytes / 1e9:.2f} GB with the check"
+            f"{self.architecture} ({self.head.value}): {self.tensors} tensors bit-identical, outputs of up to "
+            f"{self.largest_output:.3g} within {self.largest_difference:.2g}; peak memory "
+            f"{self.peak_bytes_converting / 1e9:.2f} GB converting, {self.peak_bytes / 1e9:.2f} GB with the check"
         )
 
 
@@ -94,11 +96,15 @@ def import_nemo(archive: Path, output: Path) -> int:
         write_checkpoint(folder / "policy", source)
         sharded.write_description(folder, {"policy": (model, False, "")}, {"imported_from": str(archive)})
         reader = CheckpointReader(folder / "policy", tensor_shapes(model, scalar=False), model.num_layers)
-        every = places(reader.shapes, reader.num_layers)
-        for place in every:
-            if not same_bits(reader.read(place), source.read(place)):
-                raise CheckFailed(f"tensor {place} differs from the archive's")
-        return len(every)
+
+        def compare() -> int:
+            every = places(reader.shapes, reader.num_layers)
+            for place in every:
+                if not same_bits(reader.read(place), source.read(place)):
+                    raise CheckFailed(f"tensor {place} differs from the archive's")
+            return len(every)
+
+        return _on_first_rank(compare)
 
 
 def export_huggingface(
@@ -118,7 +124,7 @@ def export_huggingface(
         CheckFailed: when the result is not the same model; the output is removed.
     """
     model, scalar = _role_shape(checkpoint, role)
-    described = Described(choose_architecture(model, architecture), model, _HEADS[role])
+    described = Described(choose_architecture(model, architecture, companions.model_type), model, _HEADS[role])
     if described.architecture.head_module(described.head) is None:
         name = described.architecture.class_name(described.head)
         raise UserError(f"--role {role}: transformers has no {name}, which a value model would become")
@@ -160,21 +166,25 @@ def _into(output: Path) -> Iterator[Path]:
 
 
 def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions) -> Report:
-    """Compare on rank 0; every rank raises what it found."""
     layout = ParallelLayout.create(ParallelConfig(), range(1))
-    converting = _peak_bytes()
+
+    def compare() -> Report:
+        described, converting = theirs.described, _peak_bytes()
+        tensors = compare_tensors(exported, theirs)
+        rows = sample_rows(described.model, check.text_tokens, check.length)
+        difference, largest = compare_outputs(ours, theirs, layout, rows)
+        name = described.architecture.model_type
+        return Report(name, described.head, tensors, difference, largest, converting, _peak_bytes())
+
+    return _on_first_rank(compare)
+
+
+def _on_first_rank(check: Callable[[], Result]) -> Result:
+    """Check on one rank; all return what it returns, or raise CheckFailed as it does."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
-        rows = sample_rows(theirs.described.model, check.text_tokens, check.length)
         try:
-            tensors = compare_tensors(exported, theirs)
-            difference, largest = compare_outputs(ours, theirs, layout, rows)
-            described = theirs.described
-            outcome = [
-                Report(
-                    described.architecture.model_type, described.head, tensors, difference, _peak_bytes(), converting
-                )
-            ]
+            outcome = [check()]
         except CheckFailed as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)

@@ -10,12 +10,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_rlhf.checkpoint import key_maps
 from megatron_rlhf.checkpoint.architecture import Architecture, Head, attention_shape
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling
+from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling, without_implied
 
 # Our fields about rotary positions; all architectures write them the same way.
 _ROPE_FIELDS = {field.name for field in fields(ModelConfig) if field.name.startswith("rope_")}
 # Fields that change no output, so that no config.json need hold them.
-_FREE = {"vocab_multiple", "init_std", "activation"}
+_FREE = {"vocab_multiple", "init_std"}
 
 
 def find_architecture(content: Mapping[str, Any], where: str) -> Architecture:
@@ -65,7 +65,7 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
         raise UserError(f"{where}: {architecture.activation_key}={name} is not supported, only {' or '.join(known)}")
     if values["positions"] is Positions.rope:
         values |= _read_rope(full, architecture, where)
-    return _with_defaults_left_out(ModelConfig(**values))
+    return without_implied(ModelConfig(**values))
 
 
 def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
@@ -89,34 +89,18 @@ def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[st
 
 def obstacles(model: ModelConfig, architecture: Architecture) -> list[str]:
     """What of a model the architecture cannot express, as 'norm=rmsnorm'; empty when it can be written as one."""
-    model = _with_defaults_left_out(model)
+    model = without_implied(model)
     found = [name for name, value in architecture.fixed.items() if getattr(model, name) != value]
     if model.activation not in architecture.activations:
         found.append("activation")
-    expressible = {*architecture.fields, *architecture.fixed, *_FREE}
+    expressible = {*architecture.fields, *architecture.fixed, *_FREE, "activation"}
     if model.positions is Positions.learned or architecture.fixed["positions"] is Positions.rope:
         expressible |= _ROPE_FIELDS
     if architecture.rope_keys[1] is None and model.positions is Positions.rope:
         expressible.discard("rope_fraction")
-    for field in fields(ModelConfig):
-        if (
-            field.name not in expressible
-            and field.default is not MISSING
-            and getattr(model, field.name) != field.default
-        ):
-            found.append(field.name)
+    others = [field for field in fields(ModelConfig) if field.name not in expressible and field.default is not MISSING]
+    found += [field.name for field in others if getattr(model, field.name) != field.default]
     return [f"{name}={_plain(getattr(model, name))}" for name in found]
-
-
-def _with_defaults_left_out(model: ModelConfig) -> ModelConfig:
-    # None where the value follows from others, as users write it, so that shapes compare equal.
-    if model.num_query_groups == model.num_attention_heads:
-        model.num_query_groups = None
-    if model.head_dim is not None and model.head_dim * model.num_attention_heads == model.hidden_size:
-        model.head_dim = None
-    if model.ffn_hidden_size == 4 * model.hidden_size:
-        model.ffn_hidden_size = None
-    return model
 
 
 def _read_rope(full: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:

@@ -24,15 +24,19 @@ SHARD_BYTES = 5 * 10**9
 _FINAL_BIAS = f"{FINAL_NORM}.bias"
 
 
-def choose_architecture(model: ModelConfig, wanted: str | None) -> Architecture:
+def choose_architecture(model: ModelConfig, wanted: str | None, origin: str | None = None) -> Architecture:
     """The architecture to write a model as: the one asked for, else the first that has all it needs.
 
+    Args:
+        origin: what the model descends from, tried first.
+
     Raises:
-        UserError: naming what of the model the architecture cannot express.
+        UserError: naming what of the model no architecture, or not the one asked for, can express.
     """
-    candidates = [wanted] if wanted else _by_likelihood()
+    # Llama before its descendants: a model that is several of them goes by the oldest name.
+    likely = sorted(key_maps.names(), key=lambda name: (name != origin, name != "llama", name))
     reasons = {}
-    for name in candidates:
+    for name in [wanted] if wanted else likely:
         architecture = hf_config.find_architecture({"model_type": name}, "--architecture")
         obstacles = hf_config.obstacles(model, architecture)
         if not obstacles:
@@ -42,11 +46,6 @@ def choose_architecture(model: ModelConfig, wanted: str | None) -> Architecture:
         "no Hugging Face architecture has this model's shape: "
         + "; ".join(f"{name} lacks {reason}" for name, reason in reasons.items())
     )
-
-
-def _by_likelihood() -> list[str]:
-    # Llama before its descendants: a model that is both is called by the older name.
-    return sorted(key_maps.names(), key=lambda name: (name != "llama", name))
 
 
 @dataclass(frozen=True)

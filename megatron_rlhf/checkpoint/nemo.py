@@ -33,7 +33,7 @@ from megatron_rlhf.checkpoint.architecture import (
 from megatron_rlhf.checkpoint.hf_folder import unpickle
 from megatron_rlhf.checkpoint.whole import CheckpointReader, Place, TensorSource
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions
+from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, without_implied
 
 CONFIG = "model_config.yaml"
 _WEIGHTS = "model_weights.ckpt"
@@ -88,16 +88,17 @@ def read_shape(config: Mapping[str, Any], vocab_size: int, where: str) -> ModelC
     for key, allowed in _ONLY.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where}: {key}={config[key]} is not supported, only {' or '.join(map(str, allowed))}")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    groups, width, ffn = config.get("num_query_groups"), config.get("kv_channels"), config.get("ffn_hidden_size")
+    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if key not in config]
+    if missing:
+        raise UserError(f"{where}: {missing[0]} is missing; it is not the configuration of a GPT")
     bias = config.get("bias", True)
-    return ModelConfig(
+    model = ModelConfig(
         num_layers=config["num_layers"],
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=None if groups == heads else groups,
-        head_dim=None if width is None or width * heads == hidden else width,
-        ffn_hidden_size=None if ffn == 4 * hidden else ffn,
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_query_groups"),
+        head_dim=config.get("kv_channels"),
+        ffn_hidden_size=config.get("ffn_hidden_size"),
         vocab_size=vocab_size,
         max_sequence_length=config.get("max_position_embeddings") or config["encoder_seq_length"],
         positions=_one_of(
@@ -119,6 +120,7 @@ def read_shape(config: Mapping[str, Any], vocab_size: int, where: str) -> ModelC
         qk_norm=bool(config.get("qk_layernorm", False)),
         tied_embeddings=config.get("share_embeddings_and_output_weights", True),
     )
+    return without_implied(model)
 
 
 def _one_of(config: Mapping[str, Any], key: str, default: str, known: Mapping[str, Any], where: str) -> Any:
@@ -243,12 +245,14 @@ def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSour
 def _open(folder: Path, config: Mapping[str, Any], archive: Path) -> tuple[ModelConfig, TensorSource]:
     where = f"--nemo {archive}: {CONFIG}"
     if (folder / _DISTRIBUTED / ".metadata").is_file():
-        reader = CheckpointReader(folder / _DISTRIBUTED, {}, config["num_layers"], prefix="model.")
+        reader = CheckpointReader(folder / _DISTRIBUTED, {}, config.get("num_layers", 0), prefix="model.")
         model = read_shape(config, reader.stored_rows(WORD_EMBEDDINGS), where)
         return model, dataclasses.replace(reader, shapes=tensor_shapes(model, scalar=False))
     ranks = _ranks(folder, archive)
     embeddings = [_find(unpickle(path), Place(WORD_EMBEDDINGS, None), path) for path in ranks[0]]
     model = read_shape(config, sum(map(len, embeddings)), where)
+    if model.num_layers % len(ranks):
+        raise UserError(f"{where}: {model.num_layers} layers do not divide into the archive's {len(ranks)} stages")
     weights = NemoWeights(folder, model, ranks)
     weights.require_no_other_tensors()
     return model, weights

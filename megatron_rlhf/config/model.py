@@ -1,6 +1,6 @@
 """The shape of a GPT and how it is laid out over ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 
@@ -137,10 +137,20 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
 
+def without_implied(model: ModelConfig) -> ModelConfig:
+    """The same shape, None wherever that says the same: equal shapes are then equal objects."""
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    return replace(
+        model,
+        num_query_groups=None if model.num_query_groups == heads else model.num_query_groups,
+        head_dim=None if model.head_dim is not None and model.head_dim * heads == hidden else model.head_dim,
+        ffn_hidden_size=None if model.ffn_hidden_size == 4 * hidden else model.ffn_hidden_size,
+    )
+
+
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Fields in which two shapes differ, as 'num_layers 4 against 6'; padding and initialisation do not count."""
-    from dataclasses import fields
-
+    ours, theirs = without_implied(ours), without_implied(theirs)
     ignored = {"init_std", "vocab_multiple"}
     return [
         f"{field.name} {getattr(ours, field.name)} against {getattr(theirs, field.name)}"

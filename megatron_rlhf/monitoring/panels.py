@@ -50,7 +50,11 @@ GROUPS = (
     Group(
         "Alignment tax",
         (
-            Panel("Held-out pretraining loss", "nats per token", {"tax/pretraining_loss": ""}),
+            Panel(
+                "Held-out pretraining loss",
+                "nats per token",
+                {"tax/pretraining_loss": "policy", "tax/reference_pretraining_loss": "reference"},
+            ),
             Panel("Pretraining loss in training (ptx)", "nats per token", {"ptx/loss": ""}),
         ),
     ),

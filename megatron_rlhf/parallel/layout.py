@@ -99,7 +99,7 @@ class ParallelLayout:
         grid = HyperCommGrid(
             [config.tensor, config.context, 1, data, config.pipeline], _DIMENSIONS, rank_offset=ranks.start
         )
-        groups = {name: grid.create_pg(list(dimensions)) for name, dimensions in _GROUPS.items()}
+        groups = {name: _own_group(grid.get_rank_enum(list(dimensions))) for name, dimensions in _GROUPS.items()}
         pipelines = grid.get_rank_enum("pp")
         groups["embd"] = _own_group([sorted({stages[0], stages[-1]}) for stages in pipelines])
         groups["pos_embd"] = _own_group([[stages[0]] for stages in pipelines])
@@ -108,7 +108,6 @@ class ParallelLayout:
         return cls(config=config, ranks=ranks, groups=collection, every_group=groups)
 
     def __enter__(self) -> "ParallelLayout":
-        parallel_state._GLOBAL_MEMORY_BUFFER = parallel_state._GLOBAL_MEMORY_BUFFER or GlobalMemoryBuffer()
         self._saved.append({name: getattr(parallel_state, name) for name in self._globals})
         _install(parallel_state, self._globals)
         return self
@@ -128,6 +127,7 @@ class ParallelLayout:
         for name, group in _GLOBAL_RANKS.items():
             members = self.every_group[group]
             values[name] = None if members is None else dist.get_process_group_ranks(members)
+        values["_GLOBAL_MEMORY_BUFFER"] = GlobalMemoryBuffer()
         values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = self.virtual_stages
         values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = 0 if self.virtual_stages else None
         return values
@@ -168,7 +168,14 @@ class ParallelLayout:
 
 
 def _own_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    group, _ = dist.new_subgroups_by_enumeration(enumeration)
+    return _shared_group(dist.group.WORLD, tuple(map(tuple, enumeration)))
+
+
+@functools.cache
+def _shared_group(world: dist.ProcessGroup, enumeration: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
+    """This rank's group among `enumeration`. Groups are dear (threads, sockets, NCCL buffers), and many dimensions, and
+    layouts of other roles, span the same ranks: one group serves them all."""
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in enumeration])
     return group
 
 

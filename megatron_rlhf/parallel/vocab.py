@@ -11,7 +11,7 @@ Group = dist.ProcessGroup | None
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `tokens`, fp32 (fp64 for fp64 logits), same shape as `tokens`, on every rank of `group`.
+    """log softmax(logits / temperature) at `tokens`, fp32 (fp64 for fp64 logits), shaped as `tokens`, on every rank of `group`.
 
     Differentiable with respect to this rank's logits: d logprob / d logit_j = ([j = token] - softmax_j) / temperature.
     No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group.

@@ -38,12 +38,11 @@ def training_peak(
     saved = chunks * chunk_layers * kept
     if first and dropout:
         saved += chunks / placed.parallel.virtual_stages * stream / placed.element
-    if last:
-        saved += 2 * stream  # in and out of the final norm; one microbatch at a time reaches it
-    working = backward_working(placed, shape) + (layer if placed.recomputes else 0.0)
+    head = 2 * stream if last else 0.0  # in and out of the final norm; one microbatch at a time reaches it
     logits = logits_peak(placed, shape) if last and not placed.scalar else 0.0
-    # The loss needs its logits before any layer runs backward: the two are not held at once.
-    return {"activations": saved, "buffers": max(working - logits, 0.0), "logits": logits}
+    # Head and logits have gone when the first layer runs backward: the larger of the two counts.
+    working = backward_working(placed, shape) + (layer - stream if placed.recomputes else 0.0)
+    return {"activations": saved + head, "buffers": max(working - head - logits, 0.0), "logits": logits}
 
 
 def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> float:

@@ -37,7 +37,7 @@ def generate(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     completions: dict[int, Completion] = {}
     in_flight = role.layout.config.pipeline
-    with role.evaluating(decoding=True), torch.inference_mode():
+    with role.evaluating(decoding=True):
         for start in range(0, len(batches), in_flight):
             decoders = [
                 Decoder(role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids))

@@ -22,6 +22,7 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.rollout.collect import Judges, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
+from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
 from megatron_rlhf.trainers.microbatches import (
     TokenBatch,
@@ -41,8 +42,11 @@ class RolloutMismatch(RuntimeError):
 
 
 @dataclass
-class PPOTrainer:
-    """The four roles, their data, and the loop."""
+class PPOTrainer(Trainer):
+    """The four roles and their data."""
+
+    description = "PPO"
+    figures = {"reward": "reward/score_mean", "kl": "kl/mean", "ptx": "ptx/loss"}
 
     config: PPOConfig
     session: Session
@@ -61,28 +65,18 @@ class PPOTrainer:
             if ppo.kl_control is KLControl.fixed
             else AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         )
-        self.step = 0
         self.pretraining_cursor = 0
         self.tokens_seen = 0
 
-    def run(self) -> None:
-        """All iterations, from the checkpoint if the run is resumed."""
-        self._restore()
-        last = self.session.last_step(self.config.ppo.iterations)
-        with self.session.progress(self.config.ppo.iterations, self.step, "PPO") as progress:
-            while self.step < last:
-                with self.session.timer("step"):
-                    metrics = self.iteration()
-                self.step += 1
-                self.session.log(self.step, metrics)
-                progress.advance(
-                    reward=metrics["reward/score_mean"], kl=metrics["kl/mean"], ptx=metrics.get("ptx/loss", float("nan"))
-                )
-                if self.session.save_is_due(self.step, last):
-                    self.session.save(f"step_{self.step}", [self.policy, self.value], self._state())
-        self.session.close()
+    @property
+    def total_steps(self) -> int:
+        return self.config.ppo.iterations
 
-    def iteration(self) -> dict[str, float]:
+    @property
+    def trained(self) -> list[TrainedRole]:
+        return [self.policy, self.value]
+
+    def train_step(self) -> dict[str, float]:
         """One rollout and the updates on it."""
         cfg, timer = self.config.ppo, self.session.timer
         rollout = self._collect()
@@ -225,23 +219,16 @@ class PPOTrainer:
             raise RolloutMismatch(f"{message}: in fp32 that is a bug in sampling or masking, not rounding")
         log.warning("%s; with precision=%s this is rounding up to a point", message, self.config.precision.value)
 
-    def _state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "step": self.step,
             "prompts": self.batches.state_dict(),
             "pretraining_cursor": self.pretraining_cursor,
             "tokens_seen": self.tokens_seen,
             "kl_control": self.kl_control.state_dict(),
-            "skipped_in_a_row": [self.policy.skipped_in_a_row, self.value.skipped_in_a_row],
         }
 
-    def _restore(self) -> None:
-        state = self.session.restore([self.policy, self.value])
-        if not state:
-            return
-        self.step = state["step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches.load_state_dict(state["prompts"])
         self.pretraining_cursor = state["pretraining_cursor"]
         self.tokens_seen = state["tokens_seen"]
         self.kl_control.load_state_dict(state["kl_control"])
-        self.policy.skipped_in_a_row, self.value.skipped_in_a_row = state["skipped_in_a_row"]

@@ -16,6 +16,7 @@ from megatron_rlhf.data.batches import ShuffledBatches, shard
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch
+from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import pad_to_layout
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
@@ -50,8 +51,11 @@ class RankedBatch:
 
 
 @dataclass
-class RewardModelTrainer:
-    """The reward model, its comparisons, and the loop."""
+class RewardModelTrainer(Trainer):
+    """The reward model and its comparisons."""
+
+    description = "reward model"
+    figures = {"loss": "rm/loss", "accuracy": "rm/accuracy"}
 
     config: RewardModelConfig
     session: Session
@@ -64,28 +68,14 @@ class RewardModelTrainer:
     def __post_init__(self) -> None:
         algorithm = self.config.reward_model
         self.batches = ShuffledBatches(len(self.training), algorithm.batch_size, self.config.run.seed)
-        self.total_steps = algorithm.epochs * self.batches.batches_per_epoch
-        self.step = 0
 
-    def run(self) -> None:
-        """All steps, from the checkpoint if the run is resumed; the bias is set after the last."""
-        self._restore()
-        last = self.session.last_step(self.total_steps)
-        with self.session.progress(self.total_steps, self.step, "reward model") as progress:
-            while self.step < last:
-                with self.session.timer("step"):
-                    metrics = self.train_step()
-                self.step += 1
-                done = self.step == self.total_steps
-                if done or self.step % self.config.reward_model.validate_every == 0:
-                    metrics |= self.validate()
-                if done:
-                    self._center_on_demonstrations()
-                self.session.log(self.step, metrics)
-                progress.advance(loss=metrics["rm/loss"], accuracy=metrics["rm/accuracy"])
-                if self.session.save_is_due(self.step, last):
-                    self.session.save(f"step_{self.step}", [self.reward], self._state())
-        self.session.close()
+    @property
+    def total_steps(self) -> int:
+        return self.config.reward_model.epochs * self.batches.batches_per_epoch
+
+    @property
+    def trained(self) -> list[TrainedRole]:
+        return [self.reward]
 
     def train_step(self) -> dict[str, float]:
         """One update on the rankings of one batch of prompts."""
@@ -108,6 +98,14 @@ class RewardModelTrainer:
             "step_tokens": float(tokens),
             "step_flops": 6.0 * tokens * self.reward.role.num_parameters,
         }
+
+    def after_step(self) -> dict[str, float]:
+        """Validate now and then; after the last step, set the bias."""
+        done = self.step == self.total_steps
+        metrics = self.validate() if done or self.step % self.config.reward_model.validate_every == 0 else {}
+        if done:
+            self._center_on_demonstrations()
+        return metrics
 
     def validate(self, comparisons: Sequence[Comparison] | None = None) -> dict[str, float]:
         """Accuracy over held-out pairs, over all and by the number of completions K; a tie of scores counts half."""
@@ -156,19 +154,11 @@ class RewardModelTrainer:
         self.reward.optimizer.reload_model_params()  # master weights, where the optimizer keeps its own
         log.info("bias %.4f: %d demonstrations now score 0 on average", -mean, count)
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "batches": self.batches.state_dict(),
-            "skipped_in_a_row": self.reward.skipped_in_a_row,
-        }
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches.state_dict()}
 
-    def _restore(self) -> None:
-        state = self.session.restore([self.reward])
-        if state:
-            self.step = state["step"]
-            self.batches.load_state_dict(state["batches"])
-            self.reward.skipped_in_a_row = state["skipped_in_a_row"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state["batches"])
 
 
 # Prompts scored together in a validation pass: bounds the padding, never the numbers.

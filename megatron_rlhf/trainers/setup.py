@@ -124,7 +124,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
         checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
     tokenizer = _tokenizer(config.data.tokenizer, model)
-    require_tokenizer_fits(tokenizer, critic_model.vocab_size, "reward.init_from")
+    require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     prompts = load_prompts(
         config.data.prompts, tokenizer, config.data.max_prompt_tokens, max_per_user=config.data.max_per_user
     )
@@ -225,7 +225,7 @@ def _read_text(path: str, key: str) -> str:
 
 def _tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     tokenizer = load_tokenizer(path)
-    require_tokenizer_fits(tokenizer, model.vocab_size, "data.tokenizer")
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
@@ -28,8 +29,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class SFTTrainer:
-    """The policy, its data, and the loop."""
+class SFTTrainer(Trainer):
+    """The policy and its data."""
+
+    figures = {"loss": "sft/loss"}
 
     config: SFTConfig
     session: Session
@@ -49,39 +52,23 @@ class SFTTrainer:
         if self.demonstrations is not None and demonstrations_per_batch:
             self.batches = ShuffledBatches(len(self.demonstrations), demonstrations_per_batch, self.config.run.seed)
             self.steps_per_epoch = self.batches.batches_per_epoch
-        self.total_steps = self.planned_steps(self.config, self.steps_per_epoch)
-        self.step = 0
         self.tokens_seen = 0
         self.best: tuple[float, str] | None = None
 
-    @staticmethod
-    def planned_steps(config: SFTConfig, steps_per_epoch: int | None) -> int:
+    @property
+    def total_steps(self) -> int:
         """sft.max_steps where it is given, else all epochs."""
-        if config.sft.max_steps is not None:
-            return config.sft.max_steps
-        assert steps_per_epoch is not None, "check_sft asks for sft.max_steps where there are no demonstrations"
-        return config.sft.epochs * steps_per_epoch
-
-    def run(self) -> None:
-        """All steps, from the checkpoint if the run is resumed; validation and a checkpoint of the weights each epoch."""
-        self._restore()
-        last = self.session.last_step(self.total_steps)
-        with self.session.progress(self.total_steps, self.step, self.description) as progress:
-            while self.step < last:
-                with self.session.timer("step"):
-                    metrics = self.train_step()
-                self.step += 1
-                epoch_ends = self.steps_per_epoch is not None and self.step % self.steps_per_epoch == 0
-                if epoch_ends or self.step == self.total_steps:
-                    metrics |= self._end_epoch()
-                self.session.log(self.step, metrics)
-                progress.advance(loss=metrics["sft/loss"])
-                if self.session.save_is_due(self.step, last):
-                    self.session.save(f"step_{self.step}", [self.policy], self._state())
-        self.session.close()
+        if self.config.sft.max_steps is not None:
+            return self.config.sft.max_steps
+        assert self.steps_per_epoch is not None, "check_sft asks for sft.max_steps where there are no demonstrations"
+        return self.config.sft.epochs * self.steps_per_epoch
 
     @property
-    def description(self) -> str:
+    def trained(self) -> list[TrainedRole]:
+        return [self.policy]
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
         return "pretraining" if self.batches is None else "SFT"
 
     def train_step(self) -> dict[str, float]:
@@ -154,8 +141,12 @@ class SFTTrainer:
         scores_bs = self.reward.values(responses.tokens_bs, self.config.sft.micro_batch_size)
         return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
 
+    def after_step(self) -> dict[str, float]:
+        """At the end of an epoch: validate, keep this epoch's weights, and name the best epoch so far."""
+        epoch_ends = self.steps_per_epoch is not None and self.step % self.steps_per_epoch == 0
+        return self._end_epoch() if epoch_ends or self.step == self.total_steps else {}
+
     def _end_epoch(self) -> dict[str, float]:
-        """Validate, keep this epoch's weights, and name the best epoch so far."""
         metrics: dict[str, float] = {}
         loss = self.validation_loss()
         if loss is not None:
@@ -174,21 +165,15 @@ class SFTTrainer:
         log.info("epoch %d: %s", epoch, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "no validation data")
         return metrics
 
-    def _state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "step": self.step,
             "tokens_seen": self.tokens_seen,
             "batches": self.batches.state_dict() if self.batches is not None else None,
             "best": self.best,
-            "skipped_in_a_row": self.policy.skipped_in_a_row,
         }
 
-    def _restore(self) -> None:
-        state = self.session.restore([self.policy])
-        if not state:
-            return
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.policy.skipped_in_a_row = state["skipped_in_a_row"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens_seen = state["tokens_seen"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])

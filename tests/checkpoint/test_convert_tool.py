@@ -82,7 +82,9 @@ def test_a_failed_check_exits_with_1_and_removes_the_output(world, run, tmp_path
 
 
 def test_help_says_what_becomes_of_each_role():
-    shown = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = subprocess.run(
+        [sys.executable, TOOL, "--help"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     assert "...ForSequenceClassification with one label" in shown
     assert "Exit code: 0" in shown
 
@@ -92,7 +94,15 @@ def test_many_processes_by_torchrun(tmp_path):
     source = hf_models.save(tmp_path / "source", "llama")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TOOL]
     there = ["hf-to-megatron", "--hf", source, "--output", tmp_path / "ours"]
-    back = ["megatron-to-hf", "--checkpoint", tmp_path / "ours", "--output", tmp_path / "theirs", "--shard-gb", "0.0001"]
+    back = [
+        "megatron-to-hf",
+        "--checkpoint",
+        tmp_path / "ours",
+        "--output",
+        tmp_path / "theirs",
+        "--shard-gb",
+        "0.0001",
+    ]
     for arguments in (there, back):
         subprocess.run([*map(str, command + arguments)], check=True, timeout=300, cwd=ROOT)
     theirs = {}

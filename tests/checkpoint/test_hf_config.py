@@ -80,6 +80,10 @@ def test_defaults_that_config_json_leaves_out_are_the_architecture_s(tmp_path):
     assert (model.ffn_hidden_size, model.num_query_groups, model.head_dim) == (None, None, None)
 
 
+def test_every_architecture_has_a_case():
+    assert {model_type for model_type, _ in hf_models.CASES.values()} == set(key_maps.names())
+
+
 @pytest.mark.parametrize("case", hf_models.CASES)
 def test_a_shape_survives_being_written_and_read(case):
     model_type, settings = hf_models.CASES[case]
@@ -162,6 +166,8 @@ def test_folders_are_told_apart(tmp_path):
 
 
 def test_obstacles_name_what_an_architecture_lacks():
-    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=9, norm=Norm.rmsnorm, qk_norm=True)
+    model = ModelConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=9, norm=Norm.rmsnorm, qk_norm=True
+    )
     assert hf_config.obstacles(model, key_maps.load("gpt2")) == ["norm=rmsnorm", "qk_norm=True"]
     assert "positions=learned" in hf_config.obstacles(model, key_maps.load("llama"))

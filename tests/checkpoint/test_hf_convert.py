@@ -37,16 +37,16 @@ def assert_same_tensors(one, other):
         assert torch.equal(a[name], b[name]), name
 
 
-def export(checkpoint, output, role="policy", architecture=None, dtype=None, shard_bytes=hf_export.SHARD_BYTES, like=None):
+def export(
+    checkpoint, output, role="policy", architecture=None, dtype=None, shard_bytes=hf_export.SHARD_BYTES, like=None
+):
     companions = Companions.find(checkpoint, like)
-    return convert.export_huggingface(
-        checkpoint, output, role, architecture, dtype, companions, CHECK, shard_bytes
-    )
+    return convert.export_huggingface(checkpoint, output, role, architecture, dtype, companions, CHECK, shard_bytes)
 
 
-def round_trip(source, work, architecture, role, shard_bytes=hf_export.SHARD_BYTES):
+def round_trip(source, work, role, shard_bytes=hf_export.SHARD_BYTES):
     imported = convert.import_huggingface(source, work / "ours", None, CHECK)
-    exported = export(work / "ours", work / "theirs", role, architecture, shard_bytes=shard_bytes)
+    exported = export(work / "ours", work / "theirs", role, shard_bytes=shard_bytes)
     return imported, exported
 
 
@@ -68,7 +68,8 @@ def save_checkpoint(folder, parallel, roles):
 def test_a_round_trip_is_bit_identical(world, tmp_path, case):
     source = hf_models.save(tmp_path / "source", case)
     model_type = hf_models.CASES[case][0]
-    imported, exported = round_trip(source, tmp_path, model_type, "policy", shard_bytes=60_000)
+    imported, exported = round_trip(source, tmp_path, "policy", shard_bytes=60_000)
+    assert exported.architecture == model_type
     assert imported.tensors == exported.tensors == len(tensors(source))
     assert (imported.architecture, imported.head) == (model_type, Head.language)
     assert 0 <= imported.largest_difference <= 1e-4
@@ -83,7 +84,7 @@ def test_a_round_trip_is_bit_identical(world, tmp_path, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_bits(world, tmp_path, dtype):
     source = hf_models.save(tmp_path / "source", "llama", dtype=dtype)
-    round_trip(source, tmp_path, None, "policy")
+    round_trip(source, tmp_path, "policy")
     assert_same_tensors(source, tmp_path / "theirs")
 
 
@@ -96,13 +97,13 @@ def test_heads_make_the_round_trip(world, tmp_path, case, head, role):
     if head == "token" and key_maps.load(model_type).token_head is None:
         pytest.skip(f"transformers has no token classifier of {model_type}")
     source = hf_models.save(tmp_path / "source", case, head)
-    imported, _ = round_trip(source, tmp_path, model_type, role)
+    imported, _ = round_trip(source, tmp_path, role)
     assert imported.head is Head[head]
     assert_same_tensors(source, tmp_path / "theirs")
 
 
 def test_opt_has_no_class_for_a_value_model(world, tmp_path):
-    round_trip(hf_models.save(tmp_path / "source", "opt", "score"), tmp_path, "opt", "reward")
+    round_trip(hf_models.save(tmp_path / "source", "opt", "score"), tmp_path, "reward")
     ours = tmp_path / "ours"
     (ours / "reward").rename(ours / "value")
     meta = json.loads((ours / "meta.json").read_text())
@@ -135,7 +136,7 @@ def test_a_score_is_never_read_at_padding(world, tmp_path):
     """Where the end of text doubles as padding, transformers would read the score one token early."""
     source = hf_models.build("gpt2", "score", eos_token_id=98, pad_token_id=98)
     source.save_pretrained(tmp_path / "source")
-    round_trip(tmp_path / "source", tmp_path, "gpt2", "reward")
+    round_trip(tmp_path / "source", tmp_path, "reward")
     theirs = hf_models.load(tmp_path / "theirs", "score")
     text = torch.tensor([[4, 5, 6, 98]])
     with torch.no_grad():
@@ -201,25 +202,30 @@ def test_companions_travel_along(world, tmp_path, shared_data):
     (source / "generation_config.json").write_text('{"do_sample": true}')
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "notes.txt").write_text("not a companion")
-    round_trip(source, tmp_path, None, "policy")
+    round_trip(source, tmp_path, "policy")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "theirs" / name).read_bytes() == (source / name).read_bytes(), name
     assert not (tmp_path / "theirs" / "notes.txt").exists()
 
 
-def test_companions_of_a_run_are_found_by_its_configuration(tmp_path, shared_data):
-    run = tmp_path / "run"
-    (run / "checkpoints" / "step_3").mkdir(parents=True)
-    tokenizer = shared_data / "gpt2_tokenizer"
-    (run / "config.yaml").write_text(
-        f"data: {{tokenizer: {tokenizer}}}\npolicy: {{init_from: {shared_data / 'tinystories_260k'}}}"
-    )
-    found = Companions.find(run / "checkpoints" / "step_3", None)
-    assert (found.tokenizer, found.config) == (tokenizer, shared_data / "tinystories_260k")
+def test_companions_are_found_through_the_runs_that_a_checkpoint_comes_from(tmp_path):
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    for folder, name in ((model, "config.json"), (tokenizer, "tokenizer.json")):
+        folder.mkdir()
+        (folder / name).write_text('{"model_type": "mistral"}')
+    for run, origin in (("sft", model), ("ppo", tmp_path / "sft")):
+        (tmp_path / run / "checkpoints" / "step_3").mkdir(parents=True)
+        config = f"data: {{tokenizer: {tokenizer}}}\npolicy: {{init_from: {origin}}}\nreward: {{init_from: null}}"
+        (tmp_path / run / "config.yaml").write_text(config)
+    found = Companions.find(tmp_path / "ppo" / "checkpoints" / "step_3", None)
+    assert (found.tokenizer, found.config, found.model_type) == (tokenizer, model, "mistral")
+    assert Companions.find(tmp_path / "ppo" / "checkpoints" / "step_3", like=model).tokenizer is None
 
 
 def test_a_shape_that_no_architecture_has(world, tmp_path):
-    save_checkpoint(tmp_path / "ours", ParallelConfig(), {"policy": (dataclasses.replace(GPT2_LIKE, qk_norm=True), False, 0)})
+    save_checkpoint(
+        tmp_path / "ours", ParallelConfig(), {"policy": (dataclasses.replace(GPT2_LIKE, qk_norm=True), False, 0)}
+    )
     with pytest.raises(UserError, match=r"gpt2 lacks qk_norm=True"):
         export(tmp_path / "ours", tmp_path / "theirs")
     with pytest.raises(UserError, match=r"llama lacks positions=learned"):
@@ -265,7 +271,9 @@ def test_a_tensor_that_was_written_wrongly_is_named(world, tmp_path, monkeypatch
         save(tensors, *args, **kwargs)
 
     monkeypatch.setattr(hf_export, "save_file", spoil)
-    with pytest.raises(CheckFailed, match=r"tensor transformer.h.2.mlp.c_fc.bias .* differs: 1 of 256 values, by up to"):
+    with pytest.raises(
+        CheckFailed, match=r"tensor transformer.h.2.mlp.c_fc.bias .* differs: 1 of 256 values, by up to"
+    ):
         export(tmp_path / "ours", tmp_path / "theirs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
 

@@ -1,5 +1,8 @@
 """From the same folder: one SFT step's loss and gradients, and greedy text, are those of `transformers`."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import hf_models
@@ -8,15 +11,19 @@ import torch
 from ranks import run_ranks
 from toys import assemble, gradient_blocks, make_role, train
 
-from megatron_rlhf.checkpoint import hf
+from megatron_rlhf.checkpoint import convert, hf, sharded
 from megatron_rlhf.checkpoint.architecture import is_layer
+from megatron_rlhf.checkpoint.companions import Companions
+from megatron_rlhf.checkpoint.convert import CheckOptions
 from megatron_rlhf.checkpoint.hf_weights import Described
 from megatron_rlhf.checkpoint.whole import places
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.data.tokenizer import load_tokenizer
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches
 
+ROOT = Path(__file__).resolve().parents[2]
 # fp32 gradients summed in another order, as a share of a tensor's largest: measured up to 4e-6 over all cases.
 RELATIVE = 5e-5
 LAYOUTS = {
@@ -98,6 +105,10 @@ def greedy(folder: Path, prompts, length, parallel=None):
     model, _ = hf.read_model_config(folder)
     role = make_role(model, parallel)
     hf.load_into(role, folder)
+    return greedy_of(role, prompts, length)
+
+
+def greedy_of(role, prompts, length):
     config = SamplingConfig(temperature=0.0, max_response_tokens=length, batch_size=8)
     completions = generate(role.frozen(), prompts, torch.zeros(len(prompts), dtype=torch.long), config, stop_ids=())
     return [completion.tokens for completion in completions]
@@ -127,3 +138,31 @@ def test_greedy_text_over_ranks(tmp_path):
     expected = their_greedy(folder, prompts, 24)
     for result in run_ranks(4, greedy, folder, prompts, 24, ParallelConfig(tensor=2, pipeline=2, sequence=True)):
         assert result == expected
+
+
+def test_greedy_text_of_a_trained_model_before_and_after_ppo(world, tmp_path, shared_data):
+    """Two iterations of PPO on a real model; then its export, by every path, writes the same text as our sampler."""
+    model, run = shared_data / "tinystories_260k", tmp_path / "run"
+    openings = ["Once upon a time, there was a", "Tom and his dog went to the", "The sun"]
+    prompts = [load_tokenizer(model).encode(opening, bos=True) for opening in openings]
+    before = greedy(model, prompts, 40)
+    assert before == their_greedy(model, prompts, 40)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": opening}) + "\n" for opening in openings * 6))
+    settings = ["run.dir=run", "data.prompts=prompts.jsonl", "ppo.iterations=2", "ppo.warmup_iterations=0"]
+    settings += ["policy.optimizer.lr=5e-3"]  # so that two updates change the text
+    settings += ["ppo.batch_size=16", "ppo.minibatch_size=16", "ppo.ptx_coef=0", "ppo.tax_every=0"]
+    settings += [f"{key}={model}" for key in ("data.tokenizer", "policy.init_from", "reward.init_from")]
+    command = [sys.executable, ROOT / "examples" / "train_ppo.py", "recipe=tinystories", *settings]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300, capture_output=True)
+    checkpoint = sharded.find_checkpoint(run, "test")
+    texts = {"before": before}
+    for role in ("policy", "policy_ema"):
+        companions, check = Companions.find(checkpoint, None), CheckOptions()
+        convert.export_huggingface(checkpoint, tmp_path / role, role, None, None, companions, check)
+        ours = make_role(hf.read_model_config(model)[0])
+        sharded.load_weights(checkpoint, ours, role)
+        texts[role] = greedy_of(ours, prompts, 40)
+        assert texts[role] == their_greedy(tmp_path / role, prompts, 40)
+        assert texts[role] == greedy(tmp_path / role, prompts, 40)
+    assert texts["policy"] != texts["before"]
+    assert load_tokenizer(tmp_path / "policy").encode(openings[0], bos=True) == prompts[0]

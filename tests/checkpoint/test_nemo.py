@@ -92,7 +92,14 @@ def megatron_lm_names(whole):
 
 def split_over_ranks(whole, model, tensor, pipeline):
     """The files of a model saved at TP x PP, each rank's tensors under its own layer numbers."""
-    rows = ("word_embeddings", "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "output_layer")
+    rows = (
+        "word_embeddings",
+        "linear_qkv.weight",
+        "linear_qkv.bias",
+        "linear_fc1.weight",
+        "linear_fc1.bias",
+        "output_layer",
+    )
     columns = ("linear_proj.weight", "linear_fc2.weight")
     per_stage = model.num_layers // pipeline
     files = {}
@@ -153,7 +160,9 @@ def test_a_distributed_checkpoint_inside_an_archive(world, tmp_path):
     folder = tmp_path / "content" / "model_weights"
     folder.mkdir(parents=True)
     stacked = {
-        f"model.{key}": torch.stack([whole[Place(key, i)] for i in range(4)]) if is_layer(key) else whole[Place(key, None)]
+        f"model.{key}": torch.stack([whole[Place(key, i)] for i in range(4)])
+        if is_layer(key)
+        else whole[Place(key, None)]
         for key in tensor_shapes(GPT2_LIKE, scalar=False)
     }
     state = {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in stacked.items()}
@@ -203,10 +212,18 @@ def test_archives_that_are_not_whole(world, tmp_path):
             convert.import_nemo(archive, tmp_path / "ours")
 
     fails("no weights of pipeline stage 0, tensor rank 0", {"mp_rank_01/model_weights.ckpt": first}, "rank")
-    fails("does not call for tensor model.more", {"model_weights.ckpt": megatron_core_names(whole) | {"model.more": torch.ones(1)}}, "more")
+    fails(
+        "does not call for tensor model.more",
+        {"model_weights.ckpt": megatron_core_names(whole) | {"model.more": torch.ones(1)}},
+        "more",
+    )
     fails("no weights known to us", {"else.ckpt": {}}, "nothing")
-    less = {name: tensor for name, tensor in megatron_core_names(whole).items() if "layers.2.mlp.linear_fc2.bias" not in name}
+    less = {
+        name: tensor
+        for name, tensor in megatron_core_names(whole).items()
+        if "layers.2.mlp.linear_fc2.bias" not in name
+    }
     fails("no tensor decoder.layers.2.mlp.linear_fc2.bias", {"model_weights.ckpt": less}, "less")
     (tmp_path / "text.nemo").write_text("not an archive")
-    with pytest.raises(UserError, match="text.nemo: not a whole .nemo archive"):
+    with pytest.raises(UserError, match=r"text\.nemo: not a whole \.nemo archive"):
         convert.import_nemo(tmp_path / "text.nemo", tmp_path / "ours")

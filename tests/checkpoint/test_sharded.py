@@ -85,7 +85,7 @@ def checkpoints(tmp_path_factory):
         if (model, layout) not in cache:
             folder = tmp_path_factory.mktemp(f"{model}_{layout}") / "step_2"
             ranks, parallel = LAYOUTS[layout]
-            results = run_ranks(ranks, save, folder, model, parallel, timeout=120)
+            results = run_ranks(ranks, save, folder, model, parallel, timeout=400)
             cache[model, layout] = (
                 folder,
                 assemble([saved for saved, _, _ in results], 67),
@@ -103,7 +103,7 @@ PAIRS = [
     ("tp2_pp2", "one_rank", "gpt2"),
     ("pp2_virtual2", "tp4", "llama"),
     ("dp2_distributed", "one_distributed", "gpt2"),
-    ("pp2_dp2_distributed", "dp2_distributed", "gpt2"),
+    ("pp2_dp2_distributed", "one_distributed", "gpt2"),
     ("pp2_dp2_distributed", "tp2_dp2_distributed", "llama"),
 ]
 
@@ -112,7 +112,7 @@ PAIRS = [
 def test_any_layout_loads_what_any_other_saved(source, target, model, checkpoints):
     folder, saved, figures, later = checkpoints(model, source)
     ranks, parallel = LAYOUTS[target]
-    results = run_ranks(ranks, load, folder, model, parallel, timeout=120)
+    results = run_ranks(ranks, load, folder, model, parallel, timeout=400)
     assert_close(assemble([loaded for loaded, _, _ in results], 67), saved, relative=0)
     for _, again, _ in results:
         for (loss, norm), (expected_loss, expected_norm) in zip(again, figures, strict=True):
@@ -126,7 +126,7 @@ def test_any_layout_loads_what_any_other_saved(source, target, model, checkpoint
 def test_the_same_layout_goes_on_bit_for_bit(layout, checkpoints):
     folder, saved, figures, later = checkpoints("gpt2", layout)
     ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(ranks, load, folder, "gpt2", parallel, timeout=120)
+    results = run_ranks(ranks, load, folder, "gpt2", parallel, timeout=400)
     assert results[0][1] == figures
     assert_close(assemble([loaded for loaded, _, _ in results], 67), saved, relative=0)
     assert_close(assemble([blocks for _, _, blocks in results], 67), later, relative=0)
@@ -144,13 +144,13 @@ def save_without_workaround(folder, model, parallel):
 
 
 def test_padded_buckets_need_the_workaround(tmp_path):
-    """Without it Megatron-Core 0.16.1 saves moments of other weights. When this fails, the work-around can go."""
-    parallel = ParallelConfig(distributed_optimizer=True)
-    (_, figures, later), *_ = run_ranks(2, save_without_workaround, tmp_path / "step_2", "gpt2", parallel, timeout=120)
-    ((_, again, blocks),) = run_ranks(1, load, tmp_path / "step_2", "gpt2", LAYOUTS["one_distributed"][1], timeout=120)
+    """Without it Megatron-Core 0.16.1 saves state of other weights. When this fails, the work-around can go."""
+    parallel = ParallelConfig(pipeline=2, distributed_optimizer=True)
+    results = run_ranks(2, save_without_workaround, tmp_path / "step_2", "gpt2", parallel, timeout=400)
+    later = [blocks for _, _, blocks in results]
+    ((_, _, blocks),) = run_ranks(1, load, tmp_path / "step_2", "gpt2", LAYOUTS["one_distributed"][1], timeout=400)
     with pytest.raises(AssertionError):
-        assert_close(assemble([blocks], 67), assemble([later], 67), relative=1e-3)
-    assert again[0][0] == pytest.approx(figures[0][0], rel=1e-6), "the weights themselves are right"
+        assert_close(assemble([blocks], 67), assemble(later, 67), relative=1e-3)
 
 
 # --- weights of one role into another --------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ def test_activations_are_what_autograd_saves(
         stage = placed.stage_of(rank)
         planned = training_peak(placed, stage, Shape(2, 128), count)["activations"]
         if placed.recomputes:
-            planned += layer_saved(placed, Shape(2, 128))  # the layer that is being run again
+            planned += (
+                layer_saved(placed, Shape(2, 128)) - 2 * 128 * 64 * FP32
+            )  # the layer run again; its input is kept
         elif stage == parallel.pipeline - 1:
             planned += 2 * 127 * 500 / parallel.tensor * FP32  # probabilities, of all that the logits take
         assert planned == pytest.approx(real, rel=0.15), f"rank {rank}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+# States of a job that will not run again. COMPLETING is not one: its tasks are still being cleaned up.
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 CONFIGURATION = """\
 ClusterName=test
@@ -89,6 +90,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._cancel_all()
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:
@@ -113,7 +115,12 @@ class Cluster:
     def client(self, *command: str, check: bool = True, **environment: str) -> str:
         """Run a client of Slurm, or a script that calls some; returns what it prints."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, cwd=self.folder, capture_output=True, text=True, timeout=30
+            command,
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -130,7 +137,9 @@ class Cluster:
         """Until the job is in one of these states."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number)).state not in until:
-            assert time.monotonic() < deadline, f"job {number} {job.state} ({job.fields['Reason']}) after {timeout} s\n{self.log(number)}"
+            assert time.monotonic() < deadline, (
+                f"job {number} {job.state} ({job.fields['Reason']}) after {timeout} s\n{self.log(number)}"
+            )
             time.sleep(0.3)
         return job
 
@@ -180,6 +189,17 @@ class Cluster:
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         text = CONFIGURATION.format(host=host, port=ports[-1], folder=self.folder, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)
+
+    def _cancel_all(self) -> None:
+        """A test that failed may leave jobs; their tasks would outlive the daemons."""
+        if not (self.folder / "slurm.conf").exists():
+            return
+        for signal in ("TERM", "KILL"):
+            listed = self.client("squeue", "--noheader", "--format=%A", check=False).split()
+            if jobs := [word for word in listed if word.isdigit()]:
+                self.client("scancel", f"--signal={signal}", "--full", *jobs, check=False)
+                self.client("scancel", *jobs, check=False)
+                time.sleep(2)
 
     def _all_idle(self) -> bool:
         shown = self.client("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()

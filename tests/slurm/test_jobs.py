@@ -8,8 +8,9 @@ import yaml
 from cluster import Cluster
 from recipe import Recipe, read_metrics
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
+MINUTES = 300.0  # a limit for hangs, far above what a job takes
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
 SMALL = [
     "model=null",  # the checkpoints bring their small shapes
@@ -24,9 +25,11 @@ SMALL_PPO = [*SMALL, "model@critic_model=null", "critic_parallel.tensor=4", "ppo
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, scripts: Path, recipe: Recipe) -> tuple[Path, str]:
     """A finished PPO-ptx job: its run folder and its log."""
-    overrides = recipe.ppo("slurm_ppo", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO, "ppo.kl_coef=0.07")
+    overrides = recipe.ppo(
+        "slurm_ppo", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO, "ppo.kl_coef=0.07"
+    )
     number = cluster.submit(scripts / "ppo_175b.sh", *overrides, flags=TWO_NODES)
-    job = cluster.wait(number, timeout=150)
+    job = cluster.wait(number, timeout=MINUTES)
     assert job.state == "COMPLETED", cluster.log(number)
     return recipe.root / "slurm_ppo", cluster.log(number)
 
@@ -48,14 +51,16 @@ def test_ppo_runs_on_two_nodes_and_overrides_reach_it(undisturbed: tuple[Path, s
 def test_requeued_job_ends_with_the_metrics_of_an_undisturbed_one(
     cluster: Cluster, scripts: Path, recipe: Recipe, undisturbed: tuple[Path, str]
 ) -> None:
-    overrides = recipe.ppo("requeued", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO, "ppo.kl_coef=0.07")
+    overrides = recipe.ppo(
+        "requeued", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO, "ppo.kl_coef=0.07"
+    )
     number = cluster.submit(scripts / "ppo_175b.sh", *overrides, flags=TWO_NODES, PLAN="0")
     folder = recipe.root / "requeued"
-    cluster.wait_for_file(folder / "metrics.jsonl", number, timeout=100)
+    cluster.wait_for_file(folder / "metrics.jsonl", number, timeout=MINUTES)
     cluster.client("scontrol", "requeue", str(number))
-    cluster.wait(number, timeout=60, until=["PENDING"])
+    cluster.wait(number, timeout=MINUTES, until=["PENDING"])
     cluster.client("scontrol", "update", f"JobId={number}", "StartTime=now")
-    job = cluster.wait(number, timeout=150)
+    job = cluster.wait(number, timeout=MINUTES)
     log = cluster.log(number)
     assert job.state == "COMPLETED", log
     assert job.restarts == 1

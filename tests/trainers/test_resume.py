@@ -42,7 +42,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, layout, recipe):
     def run(name, *more):
         # Both save at the same step: a run that is killed has saved on the way, too.
         every = f"run.save_every={at}"
-        return run_ranks(ranks, run_stage, stage, arguments(recipe, stage, name, overrides, every, *more), timeout=120)
+        return run_ranks(ranks, run_stage, stage, arguments(recipe, stage, name, overrides, every, *more), timeout=400)
 
     straight = run(f"{stage}_{layout}_straight")
     name = f"{stage}_{layout}_interrupted"
@@ -80,7 +80,7 @@ def test_the_moving_average_survives(recipe):
 
     def run(name, *more):
         ((average, weights),) = run_ranks(
-            1, load_average, arguments(recipe, "ppo", name, [], *settings, *more), timeout=120
+            1, load_average, arguments(recipe, "ppo", name, [], *settings, *more), timeout=400
         )
         return assemble([average], 301), assemble([weights], 301)
 
@@ -96,11 +96,11 @@ def test_resume_at_another_layout_goes_on_with_the_same_numbers(recipe):
     """From one rank to two and back: the numbers of the layout matrix, not bits."""
     straight = recipe.root / "ppo_moved_straight"
     base = [recipe.root / "sft", recipe.root / "reward_model"]
-    run_ranks(1, run_stage, "ppo", recipe.ppo(straight.name, *base, "run.save_every=1"), timeout=120)
+    run_ranks(1, run_stage, "ppo", recipe.ppo(straight.name, *base, "run.save_every=1"), timeout=400)
     steps = [(1, 1, []), (2, 2, ["parallel.tensor=2", "critic_parallel.pipeline=2"]), (1, 3, [])]
     for ranks, stop, layout in steps:
         more = [*layout, "run.save_every=1", f"run.stop_at_step={stop}", f"run.resume={str(stop > 1).lower()}"]
-        run_ranks(ranks, run_stage, "ppo", recipe.ppo("ppo_moved", *base, *more), timeout=120)
+        run_ranks(ranks, run_stage, "ppo", recipe.ppo("ppo_moved", *base, *more), timeout=400)
     rows, expected = read_metrics(recipe.root / "ppo_moved"), read_metrics(straight)
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row, reference in zip(rows, expected, strict=True):

@@ -1,0 +1,258 @@
+"""What of this machine works: packages and their versions, GPUs, collectives, one training step."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
+MEGATRON_CORE = "0.16.1"
+SELF_TEST_TIMEOUT = 180
+_CONTAINER = "use NVIDIA's PyTorch container (Dockerfile)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: str
+    detail: str
+    """Its version, or what is wrong."""
+    buys: str
+    """What it is good for."""
+    fix: str = ""
+    """What to do about it, where it is broken."""
+
+
+def examine() -> list[Finding]:
+    """Everything but the self-test. Nothing here raises: what goes wrong is a finding."""
+    checks: list[Callable[[], Finding]] = [
+        _python,
+        _torch,
+        _cuda,
+        _nccl,
+        _megatron_core,
+        _transformer_engine,
+        _apex,
+        _flash_attention,
+        _slurm,
+    ]
+    return [check() for check in checks]
+
+
+def self_test() -> Finding:
+    """Ranks on this node alone: one for each GPU, or two on a CPU; collectives, then one update of a small model."""
+    ranks = max(_gpus(), 2) if _gpus() != 1 else 1
+    backend = "NCCL" if _gpus() else "gloo"
+    what = f"{ranks} ranks over {backend}: collectives and a training step"
+    # A job step has Slurm's and torchrun's variables; the test is a world of its own.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["--module", "megatron_rlhf.doctor"]
+    try:
+        done = subprocess.run(
+            command,
+            env={"OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=SELF_TEST_TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        hint = "ranks cannot reach each other: check the firewall, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        return Finding("self-test", BROKEN, f"{what} did not end in {SELF_TEST_TIMEOUT} s", "", hint)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        reason = errors[0].strip() if errors else f"exit code {done.returncode}"
+        return Finding("self-test", BROKEN, f"{what}: {reason}", "", f"run `{' '.join(command)}` to see it whole")
+    return Finding("self-test", OK, what, "")
+
+
+def report(findings: list[Finding]) -> str:
+    """A table, then what to do."""
+    details = ["see below" if finding.state == BROKEN else finding.detail for finding in findings]
+    widths = [max(map(len, column)) for column in ([f.name for f in findings], [f.state for f in findings], details)]
+    lines = [
+        f"{f.name:<{widths[0]}}  {f.state:<{widths[1]}}  {detail:<{widths[2]}}  {f.buys}".rstrip()
+        for f, detail in zip(findings, details, strict=True)
+    ]
+    lines += [f"\n{finding.name}: {finding.detail}\n  fix: {finding.fix}" for finding in broken(findings)]
+    return "\n".join(lines)
+
+
+def broken(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.state == BROKEN]
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    state = OK if sys.version_info >= (3, 10) else BROKEN
+    return Finding("Python", state, found, "runs it all", "Python 3.10 or newer is needed")
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except Exception as error:
+        return Finding("torch", BROKEN, _first_line(error), "tensors", "pip install torch, for your CUDA version")
+    return Finding("torch", OK, torch.__version__, "tensors")
+
+
+def _cuda() -> Finding:
+    buys = "training on GPUs; without it everything runs on CPUs over gloo"
+    driver = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    if _gpus():
+        import torch
+
+        return Finding("CUDA", OK, f"{torch.version.cuda}, {_gpus()} x {torch.cuda.get_device_name()}", buys)
+    if driver:
+        detail = f"the driver sees {len(driver)} x {driver[0]}, torch none"
+        return Finding(
+            "CUDA", BROKEN, detail, buys, f"install a torch built for the driver's CUDA version, or {_CONTAINER}"
+        )
+    return Finding("CUDA", ABSENT, "no GPU", buys)
+
+
+def _nccl() -> Finding:
+    buys = "collectives between GPUs"
+    if not _gpus():
+        return Finding("NCCL", ABSENT, "no GPU", buys)
+    try:
+        import torch.cuda.nccl
+
+        return Finding("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())), buys)
+    except Exception as error:
+        return Finding("NCCL", BROKEN, _first_line(error), buys, _CONTAINER)
+
+
+def _megatron_core() -> Finding:
+    buys = "models, optimizer, pipeline schedules"
+    found = _version("megatron-core")
+    fix = f"pip install megatron-core=={MEGATRON_CORE}"
+    if found != MEGATRON_CORE:
+        return Finding("Megatron-Core", BROKEN, f"{found or 'not installed'}, needed is {MEGATRON_CORE}", buys, fix)
+    try:
+        import megatron_rlhf.models.gpt  # noqa: F401
+    except Exception as error:
+        return Finding("Megatron-Core", BROKEN, _first_line(error), buys, f"{fix}, or {_CONTAINER}")
+    return Finding("Megatron-Core", OK, found, buys)
+
+
+def _transformer_engine() -> Finding:
+    fix = f"pip install 'megatron_rlhf[gpu]', or {_CONTAINER}; or remove it: pip uninstall transformer-engine"
+    return _optional("Transformer Engine", "transformer-engine", "transformer_engine.pytorch", "fused layers, fp8", fix)
+
+
+def _apex() -> Finding:
+    buys = "fused Adam and norms"
+    found = _optional("Apex", "apex", "apex.optimizers", buys, "")
+    if found.state == BROKEN:  # PyPI has another package of that name
+        fix = (
+            f"pip uninstall apex (PyPI's apex is an unrelated package); NVIDIA's is built from source, or {_CONTAINER}"
+        )
+        return Finding("Apex", BROKEN, found.detail, buys, fix)
+    return found
+
+
+def _flash_attention() -> Finding:
+    fix = "pip install flash-attn --no-build-isolation, or pip uninstall flash-attn"
+    return _optional("flash-attn", "flash-attn", "flash_attn", "faster attention in Transformer Engine", fix)
+
+
+def _slurm() -> Finding:
+    buys = "slurm/*.sh: many nodes, requeueing"
+    if shutil.which("srun") is None:
+        return Finding("Slurm", ABSENT, "no srun", buys)
+    return Finding("Slurm", OK, _output("srun", "--version").replace("slurm", "").strip() or "installed", buys)
+
+
+def _optional(name: str, package: str, module: str, buys: str, fix: str) -> Finding:
+    """A package that may be missing, but that has to work where it is there."""
+    found = _version(package)
+    if found is None:
+        return Finding(name, ABSENT, "not installed", buys)
+    if not _gpus():
+        return Finding(name, ABSENT, f"{found}, of no use without a GPU", buys)
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a wheel without its compiled part raises RuntimeError, not ImportError
+        return Finding(name, BROKEN, f"{found} cannot be imported: {_first_line(error)}", buys, fix)
+    return Finding(name, OK, found, buys)
+
+
+def _gpus() -> int:
+    try:
+        import torch
+
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    except Exception:
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing if there is no such program or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip()
+
+
+def _test_rank() -> None:
+    """What each rank of the self-test does."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
+    from megatron_rlhf.config.training import OptimizerConfig
+    from megatron_rlhf.models.roles import Role
+    from megatron_rlhf.parallel import collectives, runtime
+    from megatron_rlhf.parallel.layout import ParallelLayout
+    from megatron_rlhf.parallel.pipeline import Microbatch
+    from megatron_rlhf.trainers.step import TrainedRole
+
+    rank, size = runtime.initialize().rank, dist.get_world_size()
+    total = torch.full((1024,), float(rank + 1), device=collectives.device())
+    dist.all_reduce(total)
+    if not bool((total == size * (size + 1) / 2).all()):
+        raise RuntimeError(f"Error: the sum over {size} ranks is {float(total[0])}")
+    parts = [torch.empty_like(total) for _ in range(size)]
+    dist.all_gather(parts, torch.full_like(total, float(rank)))
+    if [int(part[0]) for part in parts] != list(range(size)):
+        raise RuntimeError("Error: all_gather mixed up the ranks")
+    model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=8, vocab_size=128, max_sequence_length=32)
+    layout = ParallelLayout.create(ParallelConfig(tensor=2 if size % 2 == 0 else 1))
+    layout.seed(1234)
+    role = Role.build("policy", model, layout, Precision.bf16 if torch.cuda.is_available() else Precision.fp32)
+    trained = TrainedRole.create(
+        role, OptimizerConfig(), Precision.bf16 if torch.cuda.is_available() else Precision.fp32
+    )
+    tokens = torch.arange(64, device=collectives.device()).reshape(2, 32)
+
+    def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = logits.float().square().mean()
+        return loss, {"loss": loss.detach()}
+
+    update = trained.update([Microbatch(tokens, loss_of)], 1e-4)
+    if update.skipped:
+        raise RuntimeError(f"Error: gradient norm {update.grad_norm}")
+    runtime.shutdown()
+
+
+if __name__ == "__main__":
+    _test_rank()

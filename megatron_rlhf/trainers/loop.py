@@ -1,0 +1,76 @@
+"""The loop that all stages share: resume, step, log, save, and stop where asked."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.trainers.step import TrainedRole
+
+
+class Trainer(ABC):
+    """What a stage fills in; `run` is the same for all."""
+
+    session: Session
+    step: int = 0
+    """Steps done."""
+    description: ClassVar[str]
+    """What the progress bar calls the stage."""
+    figures: ClassVar[Mapping[str, str]]
+    """Shown beside the progress bar: label -> metric."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Length of the schedule."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> Sequence[TrainedRole]:
+        """The roles that a checkpoint holds."""
+
+    @abstractmethod
+    def train_step(self) -> dict[str, float]:
+        """The work of one step; returns its metrics. `self.step` is still the number of steps before it."""
+
+    def after_step(self) -> dict[str, float]:
+        """What follows a step outside its time, such as validation; returns more metrics."""
+        return {}
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides the roles that an exact resume needs, as JSON."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+
+    def run(self) -> None:
+        """All steps, from the checkpoint if the run is resumed."""
+        self._restore()
+        session, last = self.session, self.session.last_step(self.total_steps)
+        with session.progress(self.total_steps, self.step, self.description) as progress:
+            while self.step < last:
+                with session.timer("step"):
+                    metrics = self.train_step()
+                self.step += 1
+                metrics |= self.after_step()
+                session.log(self.step, metrics)
+                figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
+                progress.advance(1, **figures)
+                if session.save_is_due(self.step, last):
+                    session.save(f"step_{self.step}", self.trained, self._state())
+        session.close()
+
+    def _state(self) -> dict[str, Any]:
+        skipped = [trained.skipped_in_a_row for trained in self.trained]
+        return {"step": self.step, "skipped_in_a_row": skipped, **self.state_dict()}
+
+    def _restore(self) -> None:
+        state = self.session.restore(self.trained)
+        if not state:
+            return
+        self.step = state["step"]
+        for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
+            trained.skipped_in_a_row = skipped
+        self.load_state_dict(state)

@@ -1,0 +1,66 @@
+"""Entry points run as commands: real arguments, exit codes and output, without waiting for imports each time."""
+
+import ctypes
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ranks import CONTEXT, DIE_WITH_PARENT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended, on each rank; the output of all ranks, one after the other."""
+
+    codes: list[int]
+    output: str
+
+
+def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 400) -> Finished:
+    """`examples/SCRIPT.py ARGUMENTS` on some ranks of this machine, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="command_") as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(ranks)]
+        processes = [
+            CONTEXT.Process(target=_command, args=(rank, ranks, port, script, arguments, outputs[rank]))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                process.kill()
+            process.join()
+        output = "".join(path.read_text() for path in outputs if path.exists())
+    assert None not in codes, f"not finished after {timeout:g} s:\n{output}"
+    return Finished(codes, output)
+
+
+def _command(rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path) -> None:
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    os.setpgrp()
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    path = ROOT / "examples" / f"{script}.py"
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")

@@ -1,0 +1,132 @@
+"""SFT, reward model, PPO-ptx and evaluation, each by its command; what they learn, and what they leave behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import run_example
+
+COMMON = {"step", "time/step_s", "throughput/tokens_per_s", "throughput/model_flops_per_s", "memory/peak_bytes"}
+SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
+REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
+# The list of the shared design, and what a run says beyond it.
+PPO = COMMON | set(
+    """samples tokens reward/score_mean reward/score_std kl/mean kl/coef policy/loss policy/ratio_mean
+    policy/first_ratio_max_gap policy/clip_fraction policy/entropy policy/grad_norm policy/lr value/loss
+    value/explained_variance value/grad_norm ptx/loss rollout/response_length_mean rollout/stop_fraction
+    rollout/logprob_gap_max time/rollout_s time/scoring_s time/policy_s time/value_s""".split()
+)
+PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates"}
+TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s"}
+ALWAYS = {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "tensorboard"}
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory) -> dict[str, Path]:
+    """The four stages, one after the other, PPO and evaluation on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    sft, reward_model, ppo, evaluation = (folder / name for name in ("sft", "reward_model", "ppo", "evaluation"))
+    stages = [
+        ("train_sft", 1, recipe.sft(str(sft), "sft.epochs=10", "sft.dropout=0", "policy.optimizer.lr=4e-3")),
+        ("train_reward_model", 1, recipe.reward_model(str(reward_model), sft, "reward_model.epochs=4")),
+        (
+            "train_ppo",
+            2,
+            recipe.ppo(str(ppo), sft, reward_model, "parallel.tensor=2", "run.save_every=2", "run.keep_last=1"),
+        ),
+        (
+            "evaluate",
+            2,
+            [
+                f"run.dir={evaluation}",
+                *recipe.data,
+                f"policy.init_from={ppo}",
+                f"reward.init_from={reward_model}",
+                f"data.prompts={recipe.root / 'prompts.jsonl'}",
+                f"data.pretraining.source={recipe.root / 'text.txt'}",
+                "data.pretraining.sequence_length=24",
+                "parallel.pipeline=2",
+                "evaluate.ema=true",
+                "evaluate.samples=6",
+                "sampling.max_response_tokens=12",
+                "sampling.temperature=0",
+            ],
+        ),
+    ]
+    for script, ranks, arguments in stages:
+        finished = run_example(script, *arguments, ranks=ranks, timeout=200)
+        assert finished.codes == [0] * ranks, finished.output
+    return {"sft": sft, "reward_model": reward_model, "ppo": ppo, "evaluation": evaluation}
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
+    assert names(runs["sft"]) == ALWAYS | {"cache"}
+    assert names(runs["reward_model"]) == ALWAYS
+    assert names(runs["ppo"]) == ALWAYS | {"cache", "samples.jsonl"}
+    assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "samples.jsonl", "evaluation.jsonl"}
+    assert names(runs["ppo"] / "checkpoints") == {"latest", "step_3"}
+    assert names(runs["ppo"] / "checkpoints" / "step_3") == {"meta.json", "policy", "policy_ema", "value"}
+    assert {"best", "latest", "step_30", "epoch_1", "epoch_10"} <= names(runs["sft"] / "checkpoints")
+
+
+def test_metric_names(runs):
+    for row in metrics(runs["sft"]):
+        assert set(row) - {"sft/validation_loss"} == SFT
+    for row in metrics(runs["reward_model"]):
+        assert {name for name in row if "validation" not in name} == REWARD_MODEL
+    for row in metrics(runs["ppo"]):
+        assert set(row) - PPO_MORE - TAX == PPO
+        assert (row["step"] == 2) == (set(row) >= TAX)
+    (row,) = metrics(runs["evaluation"])
+    assert {"reward/score_mean", "rollout/stop_fraction", "rollout/response_length_mean", "tax/pretraining_loss"} <= set(row)
+
+
+def test_every_figure_is_finite_and_times_add_up(runs):
+    for folder in runs.values():
+        for row in metrics(folder):
+            assert all(value is not None for value in row.values())
+    for row in metrics(runs["ppo"]):
+        parts = sum(row[f"time/{phase}_s"] for phase in ("rollout", "scoring", "policy", "value"))
+        assert 0.5 * row["time/step_s"] < parts < row["time/step_s"]
+        assert row["throughput/tokens_per_s"] > 0
+
+
+def test_it_learns(runs):
+    sft, reward_model = metrics(runs["sft"]), metrics(runs["reward_model"])
+    assert sft[-1]["sft/validation_loss"] < 0.5 * sft[0]["sft/loss"]
+    assert reward_model[-1]["rm/validation_accuracy"] >= 0.75
+    ppo = metrics(runs["ppo"])
+    assert ppo[-1]["ptx/loss"] < ppo[0]["ptx/loss"]
+
+
+def test_samples_and_evaluation_are_readable(runs):
+    samples = [json.loads(line) for line in (runs["ppo"] / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "response", "score", "kl"} <= set(samples[0])
+    assert {sample["step"] for sample in samples} == {1, 2, 3}
+    assert all(sample["prompt"].startswith("say ") for sample in samples)
+    rows = [json.loads(line) for line in (runs["evaluation"] / "evaluation.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert [row["prompt_id"] for row in rows] == list(range(6))
+    (row,) = metrics(runs["evaluation"])
+    assert row["reward/score_mean"] == pytest.approx(sum(r["score"] for r in rows) / 6, rel=1e-5)
+
+
+def test_config_is_resolved_and_runs_again(runs):
+    text = (runs["ppo"] / "config.yaml").read_text()
+    assert "ptx_coef: 27.8" in text
+    assert "${" not in text
+
+
+def test_report_and_log(runs):
+    for name in ("sft", "reward_model", "ppo"):
+        assert len((runs[name] / "report.html").read_text()) > 5000
+        assert "http://" not in (runs[name] / "report.html").read_text().replace("http://www.w3.org", "")
+    assert "10 kept; dropped: none" in (runs["ppo"] / "log.txt").read_text()

@@ -1,0 +1,77 @@
+"""tools/doctor.py: what it calls broken, what merely absent, and what it says to do."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_rlhf import doctor
+from megatron_rlhf.doctor import ABSENT, BROKEN, OK, Finding
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "doctor.py"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("doctor_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_this_machine_is_fit(tool, capsys):
+    assert tool(["--no-self-test"]) == 0
+    assert "Megatron-Core" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_the_self_test_runs_its_ranks():
+    assert doctor.self_test().state == OK
+
+
+def test_a_failing_self_test_is_broken(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    finding = doctor.self_test()
+    assert finding.state == BROKEN
+    assert "--module megatron_rlhf.doctor" in finding.fix
+
+
+def test_another_megatron_core_is_broken(monkeypatch, tool, capsys):
+    monkeypatch.setattr(doctor, "version", lambda package: "0.15.0")
+    assert tool([]) == 1
+    printed = capsys.readouterr().out
+    assert "0.15.0, needed is 0.16.1" in printed
+    assert "fix: pip install megatron-core==0.16.1" in printed
+    assert "self-test" not in printed
+
+
+def test_a_driver_that_torch_does_not_see_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor, "_output", lambda *command: "NVIDIA H100\nNVIDIA H100\n")
+    finding = by_name(doctor.examine())["CUDA"]
+    assert finding.state == BROKEN
+    assert finding.detail == "the driver sees 2 x NVIDIA H100, torch none"
+
+
+def test_accelerators_that_cannot_be_imported_are_broken(monkeypatch):
+    def fail(module):
+        raise RuntimeError("Found empty `transformer-engine` meta package installed.\nmore")
+
+    monkeypatch.setattr(doctor, "version", lambda package: "1.0")
+    monkeypatch.setattr(doctor, "_gpus", lambda: 1)
+    monkeypatch.setattr(doctor.importlib, "import_module", fail)
+    engine, apex = doctor._transformer_engine(), doctor._apex()
+    assert (engine.state, apex.state) == (BROKEN, BROKEN)
+    assert "Found empty `transformer-engine`" in engine.detail
+    assert "more" not in engine.detail
+    assert "unrelated package" in apex.fix
+
+
+def test_what_is_missing_is_no_fault(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    found = by_name(doctor.examine())
+    assert found["Slurm"].state == found["Transformer Engine"].state == ABSENT
+    assert not doctor.broken(list(found.values()))

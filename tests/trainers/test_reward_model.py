@@ -1,0 +1,131 @@
+"""The reward model on the toy recipe: validation by K, the closing bias, accuracy."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from recipe import read_metrics, run_stage, write_lines
+
+from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.trainers.reward_model import RankedBatch, RewardModelTrainer
+from megatron_rlhf.trainers.setup import hold_out
+
+
+def tokens(*ids):
+    return np.array(ids, dtype=np.int32)
+
+
+def test_pack_lays_out_one_row_a_completion():
+    batch = RankedBatch.pack(
+        [
+            Comparison(tokens(1, 2), (tokens(3), tokens(4, 5, 6)), (1, 0)),
+            Comparison(tokens(7), (tokens(8), tokens(9, 9), tokens(8)), (0, 2, 2)),
+        ]
+    )
+    assert batch.tokens_ns.tolist() == [
+        [1, 2, 3, 0, 0],
+        [1, 2, 4, 5, 6],
+        [7, 8, 0, 0, 0],
+        [7, 9, 9, 0, 0],
+        [7, 8, 0, 0, 0],
+    ]
+    assert batch.last_n.tolist() == [2, 4, 1, 2, 1]
+    assert batch.ranks_n.tolist() == [1, 0, 0, 2, 2]
+    assert batch.prompt_index_n.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_validation_counts_pairs_over_all_and_by_k():
+    """Scores given by hand: K = 2 has 1 of 2 pairs right, K = 3 has 1 and a tie (one half) of 3."""
+    two = [Comparison(tokens(1), (tokens(2), tokens(3)), ranks) for ranks in ((0, 1), (1, 0))]
+    three = Comparison(tokens(1), (tokens(2), tokens(3), tokens(4)), (0, 1, 2))
+    trainer = SimpleNamespace(validation=[*two, three])
+    scores = torch.tensor([5.0, 1.0, 5.0, 1.0, 1.0, 4.0, 1.0])
+    trainer._scores = lambda batch: scores
+    metrics = RewardModelTrainer.validate(trainer)
+    assert metrics["rm/validation_accuracy_k2"] == pytest.approx(1 / 2)
+    assert metrics["rm/validation_accuracy_k3"] == pytest.approx(1.5 / 3)
+    assert metrics["rm/validation_accuracy"] == pytest.approx(2.5 / 5)
+
+    def loss(*margins):
+        return -np.mean([np.log(1 / (1 + np.exp(-margin))) for margin in margins])
+
+    assert metrics["rm/validation_loss"] == pytest.approx((loss(4) + loss(-4) + loss(-3, 0, 3)) / 3, rel=1e-6)
+    assert RewardModelTrainer.validate(SimpleNamespace(validation=[])) == {}
+
+
+def test_hold_out():
+    items = list(range(20))
+    training, validation = hold_out(items, 0.2, seed=1)
+    assert len(validation) == 4
+    assert sorted(training + validation) == items
+    assert training == sorted(training)
+    assert hold_out(items, 0.2, seed=1) == (training, validation)
+    assert hold_out(items, 0.2, seed=2)[1] != validation
+    assert hold_out(items, 0.0, seed=1) == (items, [])
+    assert len(hold_out(items, 0.001, seed=1)[1]) == 1
+    assert len(hold_out([1, 2], 0.99, seed=1)[0]) == 1
+
+
+def mean_score(folder, demonstrations):
+    """Of demonstrations, read anew from the checkpoint, one at a time."""
+    from toys import make_role
+
+    from megatron_rlhf.checkpoint.source import Source
+    from megatron_rlhf.data.demonstrations import load_demonstrations
+    from megatron_rlhf.data.tokenizer import load_tokenizer
+
+    source = Source.find(str(folder / "rm_centred"), "reward.init_from", ("reward",))
+    role = make_role(source.model, name="reward", scalar=True)
+    source.load_into(role)
+    examples = load_demonstrations(demonstrations, load_tokenizer(folder / "tokenizer"), 64, 64, 64)
+    scores = [role.values(torch.tensor(np.array([d.tokens])).long(), 1)[0, -1] for d in examples]
+    return float(torch.stack(scores).mean()), float(torch.stack(scores).std())
+
+
+@pytest.mark.parametrize("layout", [(1, []), (2, ["parallel.pipeline=2"]), (2, ["parallel.distributed_optimizer=true"])])
+def test_the_closing_bias_makes_demonstrations_score_zero_on_average(layout, recipe):
+    ranks, overrides = layout
+    demonstrations = recipe.root / "demonstrations.jsonl"
+    arguments = recipe.reward_model(
+        "rm_centred", recipe.root / "sft", f"data.demonstrations={demonstrations}", *overrides
+    )
+    run_ranks(ranks, run_stage, "reward_model", arguments, timeout=400)
+    ((mean, spread),) = run_ranks(1, mean_score, recipe.root, demonstrations)
+    assert mean == pytest.approx(0, abs=1e-5)
+    assert spread > 0.01
+    import shutil
+
+    shutil.rmtree(recipe.root / "rm_centred")
+
+
+def test_it_learns_the_ranking(recipe):
+    """Fewer words are better: a rule that holds for every prompt."""
+    settings = ("reward_model.epochs=6", "reward.optimizer.lr=3e-3", "reward_model.validate_every=4")
+    run_ranks(1, run_stage, "reward_model", recipe.reward_model("rm_learns", recipe.root / "sft", *settings), timeout=400)
+    rows = read_metrics(recipe.root / "rm_learns")
+    assert rows[-1]["rm/validation_accuracy"] > 0.9
+    assert rows[-1]["rm/loss"] < 0.5 * rows[0]["rm/loss"]
+    assert ["rm/validation_accuracy" in row for row in rows] == [row["step"] % 4 == 0 for row in rows]
+    assert rows[0]["rm/lr"] == pytest.approx(3e-3)
+    assert 3e-4 < rows[-1]["rm/lr"] < 4e-4, "cosine down to a tenth"
+
+
+def test_accuracy_is_of_the_whole_batch(recipe):
+    rows = read_metrics(recipe.root / "reward_model")
+    for row in rows:
+        pairs = row["rm/accuracy"] * row["rm/pairs"]
+        assert 2 * pairs == pytest.approx(round(2 * pairs), abs=1e-6), "pairs and halves of pairs"
+    assert sum(row["samples"] for row in rows[-1:]) == 20
+
+
+def test_a_prompt_with_a_tie_among_others_keeps_its_strict_pairs(recipe, tmp_path):
+    record = {"prompt": "say beta:", "responses": [" beta", " beta beta", " eta"], "ranks": [0, 1, 1]}
+    source = write_lines(tmp_path / "ties.jsonl", [record] * 4)
+    arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", f"data.comparisons={source}")
+    run_ranks(1, run_stage, "reward_model", [*arguments, "data.validation_fraction=0"], timeout=400)
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["rm/pairs"] == 8
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["rm/loss"] > 0
