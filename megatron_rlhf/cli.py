@@ -93,8 +93,11 @@ def exit_code_on_failure() -> Iterator[None]:
         time.sleep(SECONDS_TO_LEAVE)
         _leave(INTERRUPTED)
     except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        where = ""
+        if rank > 0:  # the first rank has most likely met the same mistake: it speaks, and the launcher ends us
+            time.sleep(SECONDS_TO_LEAVE)
+            where = f" on rank {rank}"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
     except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves, every rank saw them
         if rank == 0:

@@ -157,5 +157,9 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     if isinstance(error, AssertionError):
         return f"{' '.join(overrides)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
     message = str(cause).splitlines()[0] if key else " ".join(str(cause).split("Config search path")[0].split())
-    given = next((override for override in reversed(overrides) if override.lstrip("+").startswith(f"{key}=")), key) if key else ""
+    given = (
+        next((override for override in reversed(overrides) if override.lstrip("+").startswith(f"{key}=")), key)
+        if key
+        else ""
+    )
     return f"{given}: {message}{meaning}" if given else message

@@ -93,7 +93,9 @@ def make_data(root: Path) -> Recipe:
     from megatron_rlhf.data.tokenizer import train_tokenizer
 
     noise = random.Random(0)
-    demonstrations = [{"prompt": f"say {word}:", "response": f" {word} {word}"} for word in WORDS for _ in range(3)][:27]
+    demonstrations = [{"prompt": f"say {word}:", "response": f" {word} {word}"} for word in WORDS for _ in range(3)][
+        :27
+    ]
     comparisons = []
     for index in range(20):
         word = WORDS[index % len(WORDS)]

@@ -58,7 +58,9 @@ def offences(part: str, source: str) -> list[str]:
         if top in COMMAND_LINE and part not in COMMAND_LINE[top]:
             found.append(f"{name}: configurations arrive as dataclasses")
         if part in ONLY_TORCH and top != PACKAGE and top not in ONLY_TORCH[part] | STANDARD:
-            found.append(f"{name}: {part} needs {' and '.join(sorted(ONLY_TORCH[part])) or 'the standard library'} alone")
+            found.append(
+                f"{name}: {part} needs {' and '.join(sorted(ONLY_TORCH[part])) or 'the standard library'} alone"
+            )
         if top == PACKAGE and rest and not ".".join(rest).startswith(FOR_ALL) and rest[0] not in {part} | ALLOWED[part]:
             found.append(f"{name}: {part} may import {', '.join(sorted(ALLOWED[part])) or 'nothing of ours'}")
     return found

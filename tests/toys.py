@@ -76,7 +76,8 @@ def fill_weights(role: Role, seed: int) -> None:
         random = np.random.default_rng([seed, zlib.crc32(tensor.key.encode())])
         scale = 0.1 if tensor.key.endswith("bias") else 0.15
         # Row after row: rows that pad the vocabulary come last and change none of the others.
-        whole = random.standard_normal(tensor.global_shape) * scale + (1.0 if "norm" in tensor.key and tensor.key.endswith("weight") else 0.0)
+        is_gain = "norm" in tensor.key and tensor.key.endswith("weight")
+        whole = random.standard_normal(tensor.global_shape) * scale + float(is_gain)
         part = whole[_place(tensor)].reshape(tuple(tensor.data.shape))
         tensor.data.copy_(torch.from_numpy(part))
 

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("hf-to-megatron", help="a Hugging Face folder or a .nemo archive -> a checkpoint")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="DIR", help=f"Hugging Face folder; model types: {', '.join(key_maps.names())}")
-    source.add_argument("--nemo", metavar="FILE", help="NeMo's archive of a GPT; its own config names the shape")
+    source.add_argument(
+        "--nemo", metavar="FILE", help="NeMo's archive of a GPT; its own config names the shape; no code in it is run"
+    )
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
     command.add_argument("--role", choices=["policy", "reward", "value"], help="default: what the model's head fits")
     command.add_argument(

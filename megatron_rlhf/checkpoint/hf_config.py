@@ -25,7 +25,7 @@ def find_architecture(content: Mapping[str, Any], where: str) -> Architecture:
         return key_maps.load(str(model_type))
     known = ", ".join(key_maps.names())
     reason = key_maps.REFUSED.get(str(model_type))
-    because = f" ({reason}, which Megatron-Core's layer does not have)" if reason else ""
+    because = f" ({reason}: not supported)" if reason else ""
     raise UserError(f"{where}: model_type={model_type} cannot be converted{because}; these can: {known}")
 
 

@@ -162,10 +162,8 @@ class NemoWeights:
         axis, parts = _SPLIT.get(place.key), self._parts(place)
         if axis is None or len(parts) == 1:
             whole = parts[0]
-        elif (
-            place.key.startswith(f"{FC1}.") and self.model.activation is Activation.swiglu
-        ):  # each rank: its gate, its up
-            halves = [part.chunk(2) for part in parts]
+        elif place.key.startswith(f"{FC1}.") and self.model.activation is Activation.swiglu:
+            halves = [part.chunk(2) for part in parts]  # of each rank: its gate, its up
             whole = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
         else:
             whole = torch.cat(parts, axis)

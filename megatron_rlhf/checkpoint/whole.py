@@ -4,11 +4,12 @@ Loading a role asks each rank for its part of every tensor; a converter wants th
 and memory for little more than that one.
 """
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,12 @@ class CheckpointReader:
 
     @cached_property
     def _metadata(self) -> Metadata:
-        metadata = self._storage.read_metadata()
+        path = self.folder / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: not the metadata of a distributed checkpoint: {error}") from error
         self._storage.set_up_storage_reader(metadata, is_coordinator=True)
         return metadata
 
@@ -111,6 +117,28 @@ class CheckpointReader:
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(f"{self.folder}: the checkpoint has no tensor {key}")
         return stored
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads what describes a distributed checkpoint, and nothing that could run code: archives come from anywhere."""
+
+    ALLOWED: ClassVar = {
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata"),
+            *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+        "pathlib": {"PosixPath", "PurePosixPath"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
 
 
 class _Into(dcp.DefaultLoadPlanner):

@@ -101,9 +101,7 @@ class Role:
         """Entropy of vocabulary-parallel logits [..., vocab / tp], [...]."""
         return entropy(logits, self.layout.groups.tp)
 
-    def _read(
-        self, inputs_bs: Tensor, read: Callable[[Tensor, Tensor], Tensor], micro_batch_size: int
-    ) -> Tensor:
+    def _read(self, inputs_bs: Tensor, read: Callable[[Tensor, Tensor], Tensor], micro_batch_size: int) -> Tensor:
         """One number an input token, [b, s] fp32: `read(output, rows)` of the model's output for some rows of the batch.
 
         Each data-parallel rank passes its rows forward, `read` runs on the last stage, and all get all rows.

@@ -54,7 +54,7 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     attention = parameters.attention_width(model)
     elements = qkv + attention  # queries, keys, values; the context
     if model.positions is Positions.rope:  # rotated queries and keys are new tensors
-        elements += attention + (qkv - attention) / 2
+        elements += attention + (qkv - attention) // 2
     ffn = parameters.ffn_width(model)
     elements += (5 if model.activation is Activation.swiglu else 2) * ffn
     saved = tokens * e * elements / t + 2 * norm_copies * _stream(placed, shape)

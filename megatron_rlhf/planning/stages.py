@@ -1,6 +1,7 @@
 """Plans of the three training stages, from the very configurations that would run."""
 
 import math
+from collections.abc import Callable
 
 from megatron_rlhf.config.checks import check_layout, check_model
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
@@ -50,7 +51,7 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
     placed = _place(config.model, config.parallel, config, cluster, "model", "parallel")
     from_text = round(sft.batch_size * data.pretraining_mix)
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
-    mean = workload.prompt_tokens + workload.response_tokens
+    mean: float = workload.prompt_tokens + workload.response_tokens
     if from_text:
         longest = max(longest, data.pretraining.sequence_length)
         mean += (data.pretraining.sequence_length - mean) * from_text / sft.batch_size
@@ -140,11 +141,15 @@ def _scoring_phases(
     phases = []
     for name, placed in (("scoring by policy and reference", policy), ("scoring by reward and value", critic)):
         rows, count = _microbatches(episodes, config.ppo.micro_batch_size, placed)
-        peak = scoring_peak(placed, Shape(rows, length))
+        memory = _on_every_stage(scoring_peak(placed, Shape(rows, length)))
         seconds = 2 * sum(schedule_seconds(placed, cluster, [Batch(count, rows * mean, mean)], backward=False))
         flops = 2 * forward_flops(placed, episodes * mean, mean)
-        phases.append(PlannedPhase(name, seconds, flops, placed, lambda stage, peak=peak: peak, bubble(placed, count)))
+        phases.append(PlannedPhase(name, seconds, flops, placed, memory, bubble(placed, count)))
     return phases
+
+
+def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]:
+    return lambda stage: held
 
 
 def _policy_phases(

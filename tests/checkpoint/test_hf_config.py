@@ -125,7 +125,7 @@ def test_a_scalar_head_is_seen(tmp_path):
     [
         ({"model_type": "bert"}, "model_type=bert cannot be converted; these can: gpt2, gpt_neox, llama"),
         ({"model_type": "mixtral"}, "model_type=mixtral cannot be converted (mixture of experts"),
-        ({"model_type": "gemma2"}, "gemma2 cannot be converted (soft-capped"),
+        ({"model_type": "gemma2"}, "gemma2 cannot be converted (norms after attention and MLP, soft-capped"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096 is not supported, only None"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),

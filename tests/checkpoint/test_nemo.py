@@ -1,5 +1,6 @@
 """NeMo's archives, built here in each of the forms they come in."""
 
+import pickle
 import tarfile
 
 import pytest
@@ -227,3 +228,20 @@ def test_archives_that_are_not_whole(world, tmp_path):
     (tmp_path / "text.nemo").write_text("not an archive")
     with pytest.raises(UserError, match=r"text\.nemo: not a whole \.nemo archive"):
         convert.import_nemo(tmp_path / "text.nemo", tmp_path / "ours")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+@pytest.mark.parametrize("form", ["ranks", "distributed"])
+def test_code_in_an_archive_is_never_run(world, tmp_path, capsys, form):
+    files = {"model_weights.ckpt": {**megatron_core_names(weights(GPT2_LIKE)), "model.more": Malicious()}}
+    if form == "distributed":
+        (tmp_path / "content" / "model_weights").mkdir(parents=True)
+        (tmp_path / "content" / "model_weights" / ".metadata").write_bytes(pickle.dumps(Malicious()))
+        files = {}
+    with pytest.raises(UserError, match=r"objects other than tensors|it names builtins.print"):
+        convert.import_nemo(pack(tmp_path / "model.nemo", CONFIGS["gpt2"], files), tmp_path / "ours")
+    assert "code was run" not in capsys.readouterr().out

@@ -90,7 +90,14 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
         "sft": [a for a in recipe.sft(f"{name}_sft", start, "sft.dropout=0", epsilon, *trained) if not is_shape(a)],
         "reward_model": recipe.reward_model(f"{name}_rm", sft, reward_epsilon, *trained),
         "ppo": recipe.ppo(
-            f"{name}_ppo", sft, reward_model, "ppo.iterations=2", epsilon, "value.optimizer.epsilon=1e-5", *policy, *critic
+            f"{name}_ppo",
+            sft,
+            reward_model,
+            "ppo.iterations=2",
+            epsilon,
+            "value.optimizer.epsilon=1e-5",
+            *policy,
+            *critic,
         ),
     }
 
@@ -107,7 +114,8 @@ def results_of(recipe: Recipe, name: str, case: Case, timeout: float = 150):
     arguments = stages(recipe, name, case)
     ranks = run_ranks(case.ranks, run_all, arguments, timeout=timeout)
     weights = {stage: whole_weights([rank[stage] for rank in ranks]) for stage in arguments}
-    folders = {stage: recipe.root / f"{name}_{suffix}" for stage, suffix in (("sft", "sft"), ("reward_model", "rm"), ("ppo", "ppo"))}
+    suffixes = {"sft": "sft", "reward_model": "rm", "ppo": "ppo"}
+    folders = {stage: recipe.root / f"{name}_{suffix}" for stage, suffix in suffixes.items()}
     metrics = {stage: read_metrics(folder) for stage, folder in folders.items()}
     return weights, metrics, (folders["ppo"] / "samples.jsonl").read_text().splitlines()
 
@@ -162,5 +170,7 @@ def test_some_responses_stop_and_batches_are_uneven(one_rank):
     """What the comparisons above rest on."""
     _, metrics, _ = one_rank
     assert all(0 < row["rollout/stop_fraction"] < 1 for row in metrics["ppo"])
-    assert metrics["reward_model"][-1]["rm/pairs"] < metrics["reward_model"][0]["rm/pairs"], "one prompt in the last batch"
+    assert metrics["reward_model"][-1]["rm/pairs"] < metrics["reward_model"][0]["rm/pairs"], (
+        "one prompt in the last batch"
+    )
     assert len(metrics["sft"]) == 3

@@ -45,7 +45,9 @@ CASES: dict[str, Case] = {
     # Keys, types and values.
     "unknown_key": Case("sft", ["sft.epoch=3"], [r"sft\.epoch=3", r"did you mean sft\.epochs\?"]),
     "unknown_key_far_from_all": Case("sft", ["+xyzzy=red"], ["no key xyzzy", "--help"]),
-    "unknown_nested_key": Case("ppo", ["policy.optimizer.learning_rate=1"], [r"policy\.optimizer\.learning_rate", "lr"]),
+    "unknown_nested_key": Case(
+        "ppo", ["policy.optimizer.learning_rate=1"], [r"policy\.optimizer\.learning_rate", "lr"]
+    ),
     "wrong_type": Case("sft", ["sft.batch_size=many"], [r"sft\.batch_size=many", "Integer", "Sequences an update"]),
     "float_for_int": Case("sft", ["sft.epochs=1.5"], [r"sft\.epochs=1\.5", "Integer"]),
     "wrong_choice": Case("sft", ["precision=fp31"], ["precision=fp31", "fp32", "bf16"]),
@@ -115,9 +117,13 @@ CASES: dict[str, Case] = {
     "empty_file": demonstrations(says=[r"bad\.jsonl: empty"]),
     "broken_json": demonstrations(GOOD, '{"prompt": "say', says=[r"bad\.jsonl, line 2: not JSON"]),
     "not_an_object": demonstrations(GOOD, GOOD, "[1, 2]", says=[r"bad\.jsonl, line 3: a record must be an object"]),
-    "missing_column": demonstrations({**PROMPT, "answer": "x"}, says=[r"line 1: no column 'response'", "prompt, answer"]),
+    "missing_column": demonstrations(
+        {**PROMPT, "answer": "x"}, says=[r"line 1: no column 'response'", "prompt, answer"]
+    ),
     "near_column": demonstrations({**PROMPT, "responce": "x"}, says=["line 1", "did you mean 'responce'"]),
-    "number_for_text": demonstrations(GOOD, {**PROMPT, "response": 3}, says=["line 2: column 'response' must hold text"]),
+    "number_for_text": demonstrations(
+        GOOD, {**PROMPT, "response": 3}, says=["line 2: column 'response' must hold text"]
+    ),
     "empty_response": demonstrations(GOOD, {**PROMPT, "response": " "}, says=["line 2", "empty response"]),
     "empty_prompt": demonstrations({"prompt": "", "response": "x"}, says=["line 1: column 'prompt' is empty"]),
     "every_response_too_long": demonstrations(
@@ -131,9 +137,14 @@ CASES: dict[str, Case] = {
     "all_ties": comparisons({**RANKED, "ranks": [1, 1]}, says=["nothing left to train on", "1 all_tied"]),
     "no_dialogue_turn": comparisons({"chosen": "a", "rejected": "b"}, says=["line 1", "add a column 'prompt'"]),
     "every_prompt_too_long": Case(
-        "ppo", ["data.prompts={file}", "data.max_prompt_tokens=2"], ["nothing left", "1 prompt_too_long"], lines=[PROMPT]
+        "ppo",
+        ["data.prompts={file}", "data.max_prompt_tokens=2"],
+        ["nothing left", "1 prompt_too_long"],
+        lines=[PROMPT],
     ),
-    "too_little_text": Case("sft", ["data.pretraining.source={file}"], ["less than one sequence"], lines=[{"text": "beta"}]),
+    "too_little_text": Case(
+        "sft", ["data.pretraining.source={file}"], ["less than one sequence"], lines=[{"text": "beta"}]
+    ),
     # Checkpoints and run folders.
     "no_such_checkpoint": Case("ppo", ["policy.init_from={folder}/nothing"], [r"policy\.init_from=.*nothing: no such"]),
     "no_checkpoint": Case("ppo", ["reward.init_from={folder}"], [r"reward\.init_from=.* neither a checkpoint"]),
@@ -141,11 +152,17 @@ CASES: dict[str, Case] = {
         "ppo", ["policy.init_from={recipe}/reward_model"], [r"policy\.init_from", "holds reward; needed is policy"]
     ),
     "checkpoint_of_another_shape": Case(
-        "sft", ["policy.init_from={recipe}/sft", "model.hidden_size=64"], ["hidden_size 64 against 32", "Leave model out"]
+        "sft",
+        ["policy.init_from={recipe}/sft", "model.hidden_size=64"],
+        ["hidden_size 64 against 32", "Leave model out"],
     ),
     "no_average_to_evaluate": Case("evaluate", ["evaluate.ema=true"], ["policy_ema", r"policy\.init_from"]),
-    "unwritable_folder": Case("sft", ["run.dir={recipe}/text.txt/run"], [r"run\.dir=.*text\.txt/run cannot be written"]),
-    "folder_of_another_run": Case("sft", ["run.dir={recipe}/sft"], [r"run\.dir=.*sft holds another run", r"run\.resume"]),
+    "unwritable_folder": Case(
+        "sft", ["run.dir={recipe}/text.txt/run"], [r"run\.dir=.*text\.txt/run cannot be written"]
+    ),
+    "folder_of_another_run": Case(
+        "sft", ["run.dir={recipe}/sft"], [r"run\.dir=.*sft holds another run", r"run\.resume"]
+    ),
     "nothing_to_resume": Case("sft", ["run.resume=true"], [r"run\.resume=true", "no checkpoint to go on from"]),
 }
 

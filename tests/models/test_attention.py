@@ -25,7 +25,9 @@ def decoded_logprobs(model, parallel, lengths, responses):
     role = make_role(MODELS[model], parallel)
     prompts = [numbers(n).tolist() for n in lengths]
     config = SamplingConfig(max_response_tokens=max(map(len, responses)), batch_size=8)
-    decoder = Decoder(role, list(range(len(prompts))), prompts, torch.zeros(len(prompts), dtype=torch.long), config, (STOP,))
+    decoder = Decoder(
+        role, list(range(len(prompts))), prompts, torch.zeros(len(prompts), dtype=torch.long), config, (STOP,)
+    )
     seen = [[] for _ in prompts]
 
     def forced(logits_bv, keys_b, positions_b, banned=None):

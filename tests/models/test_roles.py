@@ -148,8 +148,10 @@ def test_evaluating_switches_dropout_and_gradients_off_and_back(world):
     assert_close(first, second, rtol=0, atol=0)
     assert chunk.training
     assert torch.is_grad_enabled()
-    with pytest.raises(ZeroDivisionError), role.evaluating(decoding=True):
+    with role.evaluating(decoding=True):
         assert not chunk.training
+    assert chunk.training
+    with pytest.raises(ZeroDivisionError), role.evaluating(decoding=True):
         raise ZeroDivisionError
     assert chunk.training
 

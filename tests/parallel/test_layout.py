@@ -17,7 +17,12 @@ LAYOUTS = [
     ParallelConfig(pipeline=2, virtual_stages=2),
 ]
 # Not set by Megatron-Core unless asked for, or of no use without several optimizer instances and without experts.
-NOT_OURS = {"_EXPERT_MODEL_PARALLEL_RANKS", "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS", "_GLOBAL_PROCESS_GROUP_LIST", "_HYBRID_DP_CP_GROUPS"}
+NOT_OURS = {
+    "_EXPERT_MODEL_PARALLEL_RANKS",
+    "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
+    "_GLOBAL_PROCESS_GROUP_LIST",
+    "_HYBRID_DP_CP_GROUPS",
+}
 
 
 def installed() -> dict[str, object]:
@@ -58,7 +63,9 @@ def compare_with_megatron():
         )
         results.append((ours, installed()))
         parallel_state.destroy_model_parallel()
-        parallel_state._EMBEDDING_GLOBAL_RANKS = None  # forgotten there: stages in between keep those of the last layout
+        parallel_state._EMBEDDING_GLOBAL_RANKS = (
+            None  # forgotten there: stages in between keep those of the last layout
+        )
         parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     return results
 

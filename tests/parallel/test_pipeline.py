@@ -52,7 +52,9 @@ def losses_and_gradients(model, parallel, count):
         statistics = forward_backward(role.chunks, batches, role.layout, forward_only=True)
     if role.layout.is_last_stage:
         assert [s[f"loss_{i}"] for i, s in zip(mine, statistics, strict=True)], "in order, without filling"
-    total_loss = collectives.reduce_statistics([{k: s[k] for k in ("loss", "length_max")} for s in statistics], role.layout)
+    total_loss = collectives.reduce_statistics(
+        [{k: s[k] for k in ("loss", "length_max")} for s in statistics], role.layout
+    )
     return blocks, total_loss
 
 

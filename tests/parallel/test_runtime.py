@@ -47,7 +47,11 @@ def fake_scontrol(monkeypatch, address):
     """`scontrol` as Slurm answers for the nodes n[1-2]."""
 
     def run(command, **kwargs):
-        out = "n1\nn2\n" if command[2] == "hostnames" else f"NodeName=n1 Arch=x86_64\n   NodeAddr={address} NodeHostName=n1"
+        out = (
+            "n1\nn2\n"
+            if command[2] == "hostnames"
+            else f"NodeName=n1 Arch=x86_64\n   NodeAddr={address} NodeHostName=n1"
+        )
         return subprocess.CompletedProcess(command, 0, stdout=out, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)

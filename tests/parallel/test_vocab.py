@@ -14,9 +14,7 @@ from megatron_rlhf.parallel.vocab import entropy, token_logprobs
 
 def test_literal_logprobs():
     logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]])
-    assert_close(
-        token_logprobs(logits, torch.tensor([[1, 1]]), None), torch.tensor([[math.log(0.75), math.log(0.2)]])
-    )
+    assert_close(token_logprobs(logits, torch.tensor([[1, 1]]), None), torch.tensor([[math.log(0.75), math.log(0.2)]]))
 
 
 def test_literal_gradient():

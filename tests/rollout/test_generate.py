@@ -117,7 +117,9 @@ def test_sampled_logprobs_are_those_of_a_full_forward_pass(model, on_one_rank):
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_text_is_the_argmax_of_a_full_forward_pass(model, world):
     role = make_role(MODELS[model])
-    for prompt, completion in zip(prompts(), completions(model, ParallelConfig(), sampling(temperature=0)), strict=True):
+    for prompt, completion in zip(
+        prompts(), completions(model, ParallelConfig(), sampling(temperature=0)), strict=True
+    ):
         text = torch.tensor([prompt + completion.tokens])
         with role.layout, role.evaluating():
             logits = role.modules[0](text, torch.arange(text.shape[1]).unsqueeze(0), None)

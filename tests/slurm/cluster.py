@@ -38,7 +38,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
 ReturnToService=2
 MailProg=/bin/true
-KillWait=30
+KillWait=120
 GresTypes=gpu
 {nodes}
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -127,7 +127,7 @@ class Cluster:
 
     def submit(self, script: Path, *overrides: str, flags: Sequence[str] = (), **environment: str) -> int:
         """sbatch; returns the job's id. Its log is `log(id)`."""
-        return int(self.client("sbatch", "--parsable", *flags, str(script), *overrides, **environment))
+        return int(self.client("sbatch", "--parsable", *flags, str(script), *overrides, check=True, **environment))
 
     def job(self, number: int) -> Job:
         shown = self.client("scontrol", "show", "job", str(number)).split()

@@ -111,12 +111,16 @@ def frozen_policy(folder):
     return {"policy": weight_blocks(role)}
 
 
-def test_a_response_that_never_stops_gets_its_score(recipe):
-    _, rows = run(recipe, "ppo_missing_stop", "ppo.missing_stop_score=-100", "ppo.iterations=1")
-    samples = [json.loads(line) for line in (recipe.root / "ppo_missing_stop" / "samples.jsonl").read_text().splitlines()]
-    assert {sample["score"] for sample in samples} & {-100.0}
-    assert {sample["score"] for sample in samples} - {-100.0}
-    assert rows[0]["reward/score_mean"] < -100 * (1 - rows[0]["rollout/stop_fraction"]) + 10
+def test_a_response_that_never_stops_is_penalised(recipe, plain):
+    _, rows = run(recipe, "ppo_missing_stop", "ppo.missing_stop_penalty=100", "ppo.iterations=1")
+    _, without = run(recipe, "ppo_no_penalty", "ppo.missing_stop_penalty=0", "ppo.iterations=1")
+    unstopped = 1 - rows[0]["rollout/stop_fraction"]
+    assert 0 < unstopped < 1
+    assert rows[0]["reward/score_mean"] == pytest.approx(without[0]["reward/score_mean"] - 100 * unstopped, rel=1e-5)
+    samples = [
+        json.loads(line) for line in (recipe.root / "ppo_missing_stop" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert {sample["score"] < -50 for sample in samples} == {True, False}
 
 
 def test_minimum_lengths_stay_on_policy(recipe):

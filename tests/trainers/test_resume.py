@@ -11,7 +11,13 @@ DROPOUT = "sft.dropout=0.2"
 STAGES = {
     "sft": ["sft.epochs=3", DROPOUT, "sft.warmup_steps=2", "policy.optimizer.weight_decay=0.1"],
     "reward_model": ["reward_model.epochs=2", "reward_model.validate_every=3"],
-    "ppo": ["ppo.kl_control=adaptive", "ppo.kl_target=0.01", "ppo.kl_horizon=30", "ppo.iterations=4", "ppo.inner_epochs=2"],
+    "ppo": [
+        "ppo.kl_control=adaptive",
+        "ppo.kl_target=0.01",
+        "ppo.kl_horizon=30",
+        "ppo.iterations=4",
+        "ppo.inner_epochs=2",
+    ],
 }
 STOPS = {"sft": 4, "reward_model": 3, "ppo": 2}  # in the middle of an epoch
 LAYOUTS = {
@@ -56,7 +62,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, layout, recipe):
     for role, weights in whole_weights(straight).items():
         assert_close(whole_weights(resumed)[role], weights, relative=0)
     if stage == "ppo":
-        samples = [(recipe.root / f"ppo_{layout}_{which}" / "samples.jsonl").read_text() for which in ("straight", "interrupted")]
+        samples = [
+            (recipe.root / f"ppo_{layout}_{which}" / "samples.jsonl").read_text()
+            for which in ("straight", "interrupted")
+        ]
         assert samples[0] == samples[1]
         coefficients = {row["kl/coef"] for row in read_metrics(recipe.root / name)}
         assert len(coefficients) == 4, "the KL coefficient moves in this test"

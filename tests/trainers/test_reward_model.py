@@ -69,7 +69,7 @@ def test_hold_out():
     assert len(hold_out([1, 2], 0.99, seed=1)[0]) == 1
 
 
-def mean_score(folder, demonstrations):
+def mean_score(recipe, folder):
     """Of demonstrations, read anew from the checkpoint, one at a time."""
     from toys import make_role
 
@@ -77,34 +77,34 @@ def mean_score(folder, demonstrations):
     from megatron_rlhf.data.demonstrations import load_demonstrations
     from megatron_rlhf.data.tokenizer import load_tokenizer
 
-    source = Source.find(str(folder / "rm_centred"), "reward.init_from", ("reward",))
+    source = Source.find(str(folder), "reward.init_from", ("reward",))
     role = make_role(source.model, name="reward", scalar=True)
     source.load_into(role)
-    examples = load_demonstrations(demonstrations, load_tokenizer(folder / "tokenizer"), 64, 64, 64)
+    tokenizer = load_tokenizer(recipe.root / "tokenizer")
+    examples = load_demonstrations(recipe.root / "demonstrations.jsonl", tokenizer, 64, 64, 64)
     scores = [role.values(torch.tensor(np.array([d.tokens])).long(), 1)[0, -1] for d in examples]
     return float(torch.stack(scores).mean()), float(torch.stack(scores).std())
 
 
-@pytest.mark.parametrize("layout", [(1, []), (2, ["parallel.pipeline=2"]), (2, ["parallel.distributed_optimizer=true"])])
-def test_the_closing_bias_makes_demonstrations_score_zero_on_average(layout, recipe):
+@pytest.mark.parametrize(
+    "layout", [(1, []), (2, ["parallel.pipeline=2"]), (2, ["parallel.distributed_optimizer=true"])]
+)
+def test_the_closing_bias_makes_demonstrations_score_zero_on_average(layout, recipe, tmp_path):
     ranks, overrides = layout
-    demonstrations = recipe.root / "demonstrations.jsonl"
-    arguments = recipe.reward_model(
-        "rm_centred", recipe.root / "sft", f"data.demonstrations={demonstrations}", *overrides
-    )
+    demonstrations = f"data.demonstrations={recipe.root / 'demonstrations.jsonl'}"
+    arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", demonstrations, *overrides)
     run_ranks(ranks, run_stage, "reward_model", arguments, timeout=400)
-    ((mean, spread),) = run_ranks(1, mean_score, recipe.root, demonstrations)
+    ((mean, spread),) = run_ranks(1, mean_score, recipe, tmp_path / "run")
     assert mean == pytest.approx(0, abs=1e-5)
-    assert spread > 0.01
-    import shutil
-
-    shutil.rmtree(recipe.root / "rm_centred")
+    assert spread > 1e-4, "they are not all alike"
 
 
 def test_it_learns_the_ranking(recipe):
     """Fewer words are better: a rule that holds for every prompt."""
     settings = ("reward_model.epochs=6", "reward.optimizer.lr=3e-3", "reward_model.validate_every=4")
-    run_ranks(1, run_stage, "reward_model", recipe.reward_model("rm_learns", recipe.root / "sft", *settings), timeout=400)
+    run_ranks(
+        1, run_stage, "reward_model", recipe.reward_model("rm_learns", recipe.root / "sft", *settings), timeout=400
+    )
     rows = read_metrics(recipe.root / "rm_learns")
     assert rows[-1]["rm/validation_accuracy"] > 0.9
     assert rows[-1]["rm/loss"] < 0.5 * rows[0]["rm/loss"]

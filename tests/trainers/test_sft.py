@@ -71,7 +71,14 @@ def test_the_epoch_with_the_lowest_validation_loss_is_named_best(recipe):
     best = losses.index(min(losses)) + 1
     folder = recipe.root / "sft_best" / "checkpoints"
     assert (folder / "best").read_text() == f"epoch_{best}"
-    assert sorted(path.name for path in folder.iterdir()) == ["best", "epoch_1", "epoch_2", "epoch_3", "latest", "step_9"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best",
+        "epoch_1",
+        "epoch_2",
+        "epoch_3",
+        "latest",
+        "step_9",
+    ]
     assert losses[0] != losses[-1]
 
 
@@ -86,7 +93,9 @@ def test_a_reward_model_may_choose(recipe):
 
 
 def test_text_alone_trains_a_language_model(recipe):
-    arguments = [a for a in recipe.sft("sft_text") if not a.startswith(("data.demonstrations", "data.validation", "sft.epochs"))]
+    arguments = [
+        a for a in recipe.sft("sft_text") if not a.startswith(("data.demonstrations", "data.validation", "sft.epochs"))
+    ]
     more = ["data.pretraining_mix=1", "sft.max_steps=20", "policy.optimizer.lr=5e-3", "sft.dropout=0"]
     # The longest text that fits: every position of the context is read, and one token more is predicted.
     longest = "data.pretraining.sequence_length=64"

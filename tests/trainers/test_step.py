@@ -197,7 +197,12 @@ def skip_on_one_rank(parallel):
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(), ParallelConfig(distributed_optimizer=True), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)],
+    [
+        ParallelConfig(),
+        ParallelConfig(distributed_optimizer=True),
+        ParallelConfig(tensor=2),
+        ParallelConfig(pipeline=2),
+    ],
 )
 def test_all_ranks_skip_together(parallel):
     assert run_ranks(2, skip_on_one_rank, parallel) == [(True, 1)] * 2

@@ -46,7 +46,7 @@ def config(micro_batch_size=2):
     )
 
 
-def experience(rows=len(EPISODES)):
+def experience(rows=5):
     """Old log-probabilities far from the new ones, so that some ratios are clipped, and likewise for values."""
     random = generator(0)
     prompts = [torch.randint(0, VOCAB, (n,), generator=random).tolist() for n, _ in EPISODES[:rows]]
@@ -62,12 +62,12 @@ def experience(rows=len(EPISODES)):
     return Experience(packed.tokens_bs, packed.positions_bt, mask, logprobs, noise() * 0.3, noise(), noise())
 
 
-def texts(rows=len(TEXTS)):
+def texts(rows=4):
     random = generator(1)
     return TokenBatch.pack([torch.randint(0, VOCAB, (n,), generator=random) for n in TEXTS[:rows]], [1, 1, 4, 1][:rows])
 
 
-def comparisons(count=len(RANKS)):
+def comparisons(count=3):
     random = generator(2)
 
     def tokens(n):

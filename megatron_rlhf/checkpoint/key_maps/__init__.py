@@ -8,15 +8,15 @@ from megatron_rlhf.checkpoint.architecture import Architecture
 _PACKAGE = __name__
 
 REFUSED = {
-    "gemma": "gated GELU and norms that add one to their weight",
-    "gemma2": "soft-capped logits and sliding windows",
-    "gemma3": "sliding windows",
-    "gemma3_text": "sliding windows",
+    "gemma": "gated GELU, scaled embeddings",
+    "gemma2": "norms after attention and MLP, soft-capped logits, sliding windows",
+    "gemma3": "norms after attention and MLP, sliding windows with rotary periods of their own",
+    "gemma3_text": "norms after attention and MLP, sliding windows with rotary periods of their own",
     "mixtral": "mixture of experts",
     "qwen2_moe": "mixture of experts",
     "qwen3_moe": "mixture of experts",
 }
-"""Model types that cannot be carried, and what of them Megatron-Core's dense GPT layer lacks."""
+"""Model types that cannot be carried, and what of them our modules lack."""
 
 
 def names() -> list[str]:
