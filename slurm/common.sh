@@ -32,7 +32,7 @@ choose_python() {
         if [[ $CONTAINER_IMAGE == [./]* && ! -e $CONTAINER_IMAGE ]]; then
             fail "CONTAINER_IMAGE=$CONTAINER_IMAGE: no such file; build it from $REPOSITORY/Dockerfile"
         fi
-        srun --help 2>&1 | grep -q -- --container-image ||
+        [[ $(srun --help 2>&1) == *--container-image* ]] ||
             fail "CONTAINER_IMAGE is set, but this cluster's srun has no --container-image (pyxis); use VENV instead"
         CONTAINER=(
             "--container-image=$CONTAINER_IMAGE"
@@ -60,9 +60,9 @@ require_gpus() {
 # The batch script runs on the first node: rank 0's address and a free port are known here, also for containers.
 choose_rendezvous() {
     local node
-    node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    read -r node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     if [[ -z ${MASTER_ADDR:-} ]]; then
-        MASTER_ADDR=$(scontrol show node "$node" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+        MASTER_ADDR=$(scontrol show node "$node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         MASTER_ADDR=${MASTER_ADDR:-$node}
     fi
     getent ahosts "$MASTER_ADDR" >/dev/null ||
@@ -84,10 +84,10 @@ port_in_use() {
 
 # One task, before all GPUs are put to work: does the run fit, by its own configuration?
 ask_planner() {
-    local code=0
+    local code=0 per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}
     srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/tools/plan.py" --stage "$STAGE" --layouts 0 \
         "cluster=${CLUSTER:-h100_80gb}" "cluster.nodes=$SLURM_JOB_NUM_NODES" \
-        "cluster.gpus_per_node=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))" "recipe=$RECIPE" "$@" || code=$?
+        "cluster.gpus_per_node=$per_node" "recipe=$RECIPE" "$@" || code=$?
     case $code in
         0) ;;
         "$DOES_NOT_FIT") fail "the planner says that this run does not fit its GPUs; PLAN=0 starts it all the same" ;;
@@ -116,7 +116,8 @@ run_stage() {
     return "$code"
 }
 
-[[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_NTASKS:-} ]] || fail "submit this script with sbatch"
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this script with sbatch"
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
 find_repository
 choose_python
 require_gpus

@@ -14,7 +14,8 @@ set -euo pipefail
 : "${RUNS:?a folder that all nodes share, for the three run folders}"
 : "${TOKENIZER:?the tokenizer folder}"
 : "${POLICY:?what the policy starts from: a checkpoint or a Hugging Face folder}"
-: "${DEMONSTRATIONS:?demonstrations}" "${COMPARISONS:?rankings}" "${PROMPTS:?prompts}" "${PRETRAINING:?pretraining text}"
+: "${DEMONSTRATIONS:?demonstrations}" "${COMPARISONS:?rankings}"
+: "${PROMPTS:?prompts}" "${PRETRAINING:?pretraining text}"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Strings of words, split at blanks.

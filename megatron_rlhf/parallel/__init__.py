@@ -1,5 +1,6 @@
 """Layouts, process groups and pipeline schedules. Importing it lets `megatron.core` run where there is no CUDA."""
 
-from megatron_rlhf.parallel import cpu
+from megatron_rlhf.parallel import accelerators, cpu
 
-cpu.install()
+if not cpu.install():
+    accelerators.import_megatron_quietly()

@@ -8,11 +8,12 @@ import of `megatron.core` (importing `megatron_rlhf.parallel` sees to that). Eve
 import contextlib
 import functools
 import logging
-import warnings
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megatron_rlhf.parallel.accelerators import import_megatron_quietly
 
 _CPU = torch.device("cpu")
 # Functions with `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
@@ -51,14 +52,10 @@ def install() -> bool:
 
 def _import_megatron_without_compiling() -> None:
     # `megatron.core.jit` decorates its fusions with torch.compile, which on a CPU wants a C++ compiler and minutes.
-    # It also warns, on every rank, of each accelerator that a CPU cannot have; `runtime.initialize` says it once.
     compile_function = torch.compile
     torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import megatron.core.models.gpt
-            import megatron.core.optimizer  # noqa: F401
+        import_megatron_quietly()
     finally:
         torch.compile = compile_function
 

@@ -20,6 +20,7 @@ from megatron_rlhf.monitoring.logs import setup_logging
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
+from megatron_rlhf.parallel.accelerators import describe_accelerators
 from megatron_rlhf.trainers.interruption import Interrupted, Interruption
 from megatron_rlhf.trainers.step import TrainedRole
 
@@ -64,6 +65,7 @@ class Session:
             resume_from=resume_from,
         )
         session.interruption.listen()
+        log.info(describe_accelerators())
         log.info("run folder %s, %d ranks%s", folder, dist.get_world_size(), " (resumed)" if resume_from else "")
         return session
 

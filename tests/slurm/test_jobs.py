@@ -1,6 +1,7 @@
 """The scripts of slurm/ under a real Slurm: 2 nodes x 2 tasks over gloo, shrunk by nothing but overrides."""
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,7 @@ ONE_TASK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per
         ([], [], {"CLUSTER": "laptop"}, "the planner says that this run does not fit its GPUs"),
         ([], ["run.dir=/proc/run"], {"PLAN": "0", "SMALL": "yes"}, "run.dir=/proc/run cannot be written"),
         ([], [], {"CONTAINER_IMAGE": "/no/such/image.sqsh"}, "CONTAINER_IMAGE=/no/such/image.sqsh: no such file"),
+        ([], [], {"CONTAINER_IMAGE": "registry/image:1"}, "this cluster's srun has no --container-image (pyxis)"),
         ([], [], {"VENV": "/no/such/venv"}, "VENV=/no/such/venv: no virtual environment there"),
         ([], [], {"MASTER_ADDR": "no-such-node.invalid"}, "(no-such-node.invalid) cannot be resolved"),
         (["--gpus-per-node=0"], [], {"CLUSTER": "h100_80gb"}, "of partition gpu gives this job no GPUs"),
@@ -174,3 +176,26 @@ def test_a_port_in_use_is_named_and_a_free_one_is_found(cluster: Cluster, script
         number = cluster.submit(scripts / "ppo_175b.sh", flags=ONE_TASK, MASTER_PORT=port)
         assert cluster.wait(number, timeout=MINUTES).exit_code == 2
     assert f"MASTER_PORT={port} is in use" in cluster.log(number)
+
+
+def test_the_doctor_sees_every_node(cluster: Cluster, scripts: Path, recipe: Recipe) -> None:
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    overrides = [f"run.dir={recipe.root / 'doctor'}", "ppo.kl_koef=1"]  # the wrong key ends the job after the doctor
+    number = cluster.submit(scripts / "ppo_175b.sh", *overrides, flags=flags, DOCTOR="1")
+    cluster.wait(number, timeout=MINUTES)
+    log = cluster.log(number)
+    assert log.count("2 ranks over gloo: collectives and a training step") == 2, log
+    assert "there is no key ppo.kl_koef" in log
+
+
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, scripts: Path, recipe: Recipe) -> None:
+    one_rank = ["parallel.tensor=1", "parallel.pipeline=1", "critic_parallel.tensor=1", "ppo.iterations=1000"]
+    start = recipe.ppo("cancelled", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO)
+    arguments = {o.split("=")[0]: o for o in [*start, *one_rank]}
+    number = cluster.submit(scripts / "ppo_175b.sh", *arguments.values(), flags=ONE_TASK, PLAN="0")
+    cluster.wait_for_file(recipe.root / "cancelled" / "metrics.jsonl", number, timeout=MINUTES)
+    cluster.client("scancel", str(number))
+    job = cluster.wait(number, timeout=MINUTES, until=["CANCELLED"])
+    time.sleep(3)
+    assert cluster.job(number).state == "CANCELLED"
+    assert job.restarts == 0

@@ -77,8 +77,9 @@ def load_average(arguments):
     from megatron_rlhf import cli
 
     trainer = cli.run_stage("ppo", arguments)
+    weights = weight_blocks(trainer.policy.role)
     with trainer.policy.average.as_weights() as averaged:
-        return weight_blocks(averaged), weight_blocks(trainer.policy.role)
+        return weight_blocks(averaged), weights
 
 
 def test_the_moving_average_survives(recipe):
