@@ -84,7 +84,8 @@ def transformer_config(
         fp8="hybrid" if precision is Precision.fp8_hybrid else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        deallocate_pipeline_outputs=True,
+        # The interleaved schedule frees what it is still sending. CUDA's streams put that in order; gloo reads freed memory.
+        deallocate_pipeline_outputs=layout.virtual_stages is None or torch.cuda.is_available(),
         **recompute,
     )
 

@@ -49,7 +49,8 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     """Saved by one layer for its backward pass, without recomputation."""
     model, t, e = placed.model, placed.parallel.tensor, placed.element
     tokens = shape.tokens / placed.parallel.context
-    norm_copies = 2 if model.norm is Norm.layernorm else 3  # in, out; torch's RMSNorm keeps the normalised input too
+    # In and out; RMSNorm keeps the normalised input too where torch composes it of parts (on a CPU, in fp32).
+    norm_copies = 2 if model.norm is Norm.layernorm else 3
     qkv = parameters.qkv_width(model)
     attention = parameters.attention_width(model)
     elements = qkv + attention  # queries, keys, values; the context

@@ -2,7 +2,7 @@
 
 Tolerances, all in fp32, where one rounding is 6e-8 and sums of some hundred terms are taken in another order:
 
-- figures and weights: 1e-5 of their size (for a weight: of its tensor's largest). Adam's epsilon is 1e-5, well above the
+- figures and weights: 1e-5 of their size (for a weight: of its tensor's largest). Adam's epsilon is 1e-4, well above the
   rounding of gradients that are zero by symmetry (a key's bias shifts all scores alike); with the default 1e-8 Adam
   would blow that rounding up to whole steps.
 - differences of nearly equal numbers have an absolute tolerance, as their size says nothing of the terms': the policy's
@@ -86,7 +86,7 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
     # Sampling decodes through plain stages.
     policy = [entry for entry in trained if "virtual_stages" not in entry]
     critic = case.overrides("critic_parallel", case.critic)
-    epsilon, reward_epsilon = "policy.optimizer.epsilon=1e-5", "reward.optimizer.epsilon=1e-5"
+    epsilon, reward_epsilon = "policy.optimizer.epsilon=1e-4", "reward.optimizer.epsilon=1e-4"
     start = f"policy.init_from={sft}"
     return {
         "sft": [a for a in recipe.sft(f"{name}_sft", start, "sft.dropout=0", epsilon, *trained) if not is_shape(a)],
@@ -97,7 +97,7 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
             reward_model,
             "ppo.iterations=2",
             epsilon,
-            "value.optimizer.epsilon=1e-5",
+            "value.optimizer.epsilon=1e-4",
             *policy,
             *critic,
         ),

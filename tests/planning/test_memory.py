@@ -39,7 +39,7 @@ STATE = [
 ]
 SAVED = [
     (2, GPT, layout(tensor=2), "fp32", 1),
-    (2, LLAMA, layout(tensor=2, sequence=True), "bf16", 1),
+    (2, LLAMA, layout(tensor=2, sequence=True), "fp32", 1),
     (2, GPT, layout(pipeline=2), "fp32", 4),
     (2, GPT, layout(pipeline=2, virtual_stages=2), "fp32", 4),
     (2, GPT, layout(pipeline=2, recompute="full"), "fp32", 4),
