@@ -6,6 +6,7 @@ Only `examples/` and `tools/` import this module; below it, configurations are p
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -113,4 +114,6 @@ def _leave(code: int) -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    for helper in multiprocessing.active_children():  # of checkpoints: they would outlive us, and Slurm waits for them
+        helper.kill()
     os._exit(code)

@@ -113,7 +113,9 @@ class HappierStories:
             "policy": name,
             "happy minus sad words": (mean(scores), stdev(scores) / len(scores) ** 0.5),
             "KL, nats a continuation": mean(line["kl/mean"] for line in iterations[-5:]) if iterations else 0.0,
-            "loss on held-out stories": read_metrics(self.output / folder / "metrics.jsonl")[-1]["tax/pretraining_loss"],
+            "loss on held-out stories": read_metrics(self.output / folder / "metrics.jsonl")[-1][
+                "tax/pretraining_loss"
+            ],
         }
 
     def write_results(self, rows: list[dict[str, object]]) -> None:

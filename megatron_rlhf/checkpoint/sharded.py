@@ -110,6 +110,7 @@ def write_description(
 def load_role(folder: Path, saved: SavedRole) -> None:
     """Fill a role, its optimizer and (at the layout that saved it) its random state. Collective."""
     name = saved.role.name
+    _require_same_optimizer(folder, name, saved)
     with saved.role.layout:
         state = _sharded_state(saved, is_loading=True, with_random=_same_layout(folder, name, saved.role))
         loaded = _load(state, folder / name)
@@ -189,10 +190,25 @@ def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**fields)
 
 
+_OPTIMIZER = " x distributed optimizer "
+
+
 def layout_signature(role: Role) -> str:
     """Layouts with the same signature draw the same random numbers on the same ranks."""
     parallel = role.layout.config
-    return f"{role.layout.describes} x virtual {parallel.virtual_stages} x sequence {parallel.sequence}"
+    stages = f"{role.layout.describes} x virtual {parallel.virtual_stages} x sequence {parallel.sequence}"
+    return f"{stages}{_OPTIMIZER}{parallel.distributed_optimizer}"
+
+
+def _require_same_optimizer(folder: Path, name: str, saved: SavedRole) -> None:
+    # Megatron-Core's two kinds of optimizer state do not load into each other.
+    signature = read_meta(folder)["roles"].get(name, {}).get("layout", "")
+    written, wanted = (text.rpartition(_OPTIMIZER)[2] for text in (signature, layout_signature(saved.role)))
+    if saved.optimizer is not None and written != wanted:
+        raise UserError(
+            f"distributed_optimizer={wanted} of {name}'s layout: {folder} was saved with {written}, and the two kinds of "
+            f"optimizer state do not convert; resume with {written}, or start a new run from these weights with init_from"
+        )
 
 
 def _same_layout(folder: Path, name: str, role: Role) -> bool:

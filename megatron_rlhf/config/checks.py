@@ -28,7 +28,7 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, key: str) -> None:
         if not divides:
             raise UserError(message)
 
-    t, stages = parallel.tensor, parallel.pipeline * parallel.virtual_stages
+    t = parallel.tensor
     groups = model.num_query_groups or model.num_attention_heads
     require(
         model.head_dim is not None or model.hidden_size % model.num_attention_heads == 0,
@@ -44,15 +44,34 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, key: str) -> None:
         ("ffn_hidden_size", model.ffn_hidden_size or 4 * model.hidden_size),
     ):
         require(value % t == 0, f"{key}.tensor={t} does not divide {name} {value}")
-    require(
-        model.num_layers % stages == 0,
-        f"{key}: pipeline {parallel.pipeline} x virtual_stages {parallel.virtual_stages} = {stages} stages do not "
-        f"divide num_layers {model.num_layers}",
-    )
+    _check_stages(model.num_layers, parallel, key)
     if parallel.sequence and model.positions is Positions.learned and model.max_sequence_length % t:
         raise UserError(
             f"{key}.sequence=true splits sequences over {key}.tensor={t} ranks, which does not divide "
             f"max_sequence_length {model.max_sequence_length}"
+        )
+
+
+def _check_stages(layers: int, parallel: ParallelConfig, key: str) -> None:
+    last = parallel.last_stage_layers
+    if last is not None:
+        others = parallel.pipeline - 1
+        if others < 1 or parallel.virtual_stages > 1 or last < 1 or layers <= last or (layers - last) % others:
+            raise UserError(
+                f"{key}.last_stage_layers={last} leaves {layers - last} of {layers} layers, which {others} plain pipeline "
+                "stages cannot share evenly"
+            )
+        return
+    stages = parallel.pipeline * parallel.virtual_stages
+    if layers % stages:
+        even = -(-layers // parallel.pipeline)
+        rest = layers - even * (parallel.pipeline - 1)
+        hint = (
+            f"; {key}.last_stage_layers={rest} would make it {even} a stage and {rest} on the last" if rest > 0 else ""
+        )
+        raise UserError(
+            f"{key}: pipeline {parallel.pipeline} x virtual_stages {parallel.virtual_stages} = {stages} stages do not "
+            f"divide num_layers {layers}{hint if parallel.virtual_stages == 1 else ''}"
         )
 
 
@@ -87,7 +106,9 @@ def check_sft(config: SFTConfig) -> None:
     if data.pretraining_mix == 1 and sft.max_steps is None:
         raise UserError("data.pretraining_mix=1 has no epochs: give sft.max_steps")
     if config.policy.init_from is None and config.model is None:
-        raise UserError("give policy.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_125m)")
+        raise UserError(
+            "give policy.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_125m)"
+        )
     _check_positive("sft", sft.batch_size, "batch_size")
     _check_positive("sft", sft.micro_batch_size, "micro_batch_size")
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
@@ -101,7 +122,9 @@ def check_reward_model(config: RewardModelConfig) -> None:
     _check_positive("reward_model", config.reward_model.batch_size, "batch_size")
     _check_positive("reward_model", config.reward_model.micro_batch_size, "micro_batch_size")
     if not 0 <= config.data.validation_fraction < 1:
-        raise UserError(f"data.validation_fraction={config.data.validation_fraction} must be at least 0 and less than 1")
+        raise UserError(
+            f"data.validation_fraction={config.data.validation_fraction} must be at least 0 and less than 1"
+        )
 
 
 def check_ppo(config: PPOConfig) -> None:
@@ -124,7 +147,9 @@ def check_ppo(config: PPOConfig) -> None:
         )
     check_sampling(config.rollout, "rollout")
     if config.rollout.temperature <= 0:
-        raise UserError(f"rollout.temperature={config.rollout.temperature} must be positive: greedy text has no gradient")
+        raise UserError(
+            f"rollout.temperature={config.rollout.temperature} must be positive: greedy text has no gradient"
+        )
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -122,6 +122,8 @@ class ParallelConfig:
     """Ranks that split the layers into stages; must divide the number of layers."""
     virtual_stages: int = 1
     """Model chunks on each pipeline rank (interleaved schedule, smaller bubble); pipeline x this must divide the layers."""
+    last_stage_layers: int | None = None
+    """Layers on the last pipeline stage, where all stages cannot have the same number; the other stages share the rest."""
     context: int = 1
     """Ranks that split the sequence inside attention; needs Transformer Engine."""
     sequence: bool = False

@@ -40,7 +40,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model in one layout."""
     parallel = layout.config
-    recompute: dict[str, Any] = {} if parallel.recompute.value == "none" else {"recompute_granularity": parallel.recompute.value}
+    recompute: dict[str, Any] = (
+        {} if parallel.recompute.value == "none" else {"recompute_granularity": parallel.recompute.value}
+    )
     if parallel.recompute.value == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     dtype = _DTYPES[precision]
@@ -69,6 +71,7 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         virtual_pipeline_model_parallel_size=layout.virtual_stages,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
@@ -256,5 +259,3 @@ class SequenceParallelNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
-
-

@@ -41,6 +41,12 @@ class Role:
         """A model with random weights."""
         return cls(name, model, layout, build_chunks(model, layout, precision, scalar, dropout), scalar)
 
+    def reset_head(self, seed: int) -> None:
+        """New weights for the scalar head, which depend on the seed and on nothing else."""
+        for chunk in self.modules:
+            if chunk.post_process:
+                chunk.output_layer.reset(seed)
+
     @property
     def modules(self) -> list[GPTModel]:
         """The chunks without the wrapper that data parallelism puts around them."""

@@ -19,9 +19,15 @@ class ScalarHead(MegatronModule):
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, device=torch.cuda.current_device()))
         self.bias = torch.nn.Parameter(torch.zeros(1, device=torch.cuda.current_device()))
-        # Drawn from the generator that tensor-parallel ranks share, so that all hold the same weights.
-        torch.nn.init.normal_(self.weight, std=(config.hidden_size + 1) ** -0.5)
         self.tp_group = groups.tp
+        self.reset(seed=0)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Draw the weights again, from a generator of their own: the same numbers on every rank of every layout."""
+        drawn = torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+        self.weight.copy_(drawn * (self.config.hidden_size + 1) ** -0.5)
+        self.bias.zero_()
 
     def forward(
         self, hidden_sbh: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None

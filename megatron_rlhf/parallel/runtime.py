@@ -26,9 +26,7 @@ class Launch:
 def detect_launch(environment: dict[str, str] | os._Environ = os.environ) -> Launch:
     """Read rank and world size from torchrun's variables, else Slurm's, else take one rank."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Launch(
-            int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0"))
-        )
+        return Launch(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
     # An interactive shell inside an allocation has SLURM_NTASKS too, but only a step started by srun has a step id.
     if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         return Launch(
@@ -73,7 +71,9 @@ def shutdown() -> None:
 def _slurm_rendezvous() -> tuple[str, str]:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
-        raise UserError("MASTER_ADDR is not set and there is no SLURM_JOB_NODELIST to take it from: use torchrun or srun")
+        raise UserError(
+            "MASTER_ADDR is not set and there is no SLURM_JOB_NODELIST to take it from: use torchrun or srun"
+        )
     first = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     name = first.stdout.split()[0]
     shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False).stdout

@@ -38,7 +38,12 @@ class TokenBatch:
 
 
 def language_model_microbatches(
-    batch: TokenBatch, role: Role, micro_batch_size: int, metric: str, weight: float = 1.0, normalizer: float | None = None
+    batch: TokenBatch,
+    role: Role,
+    micro_batch_size: int,
+    metric: str,
+    weight: float = 1.0,
+    normalizer: float | None = None,
 ) -> list[Microbatch]:
     """This data-parallel rank's share of the batch: weight / (targets of the whole batch) times the sum over targets."""
     normalizer = float(normalizer or max(batch.num_targets, 1))
@@ -85,5 +90,7 @@ def language_model_nll(role: Role, batch: TokenBatch, micro_batch_size: int) -> 
 
 def interleave(first: Sequence[Microbatch], second: Sequence[Microbatch]) -> list[Microbatch]:
     """Both kinds in one list, spread evenly, so that a pipeline's stages see a steady mix."""
-    keyed = [((i + 0.5) / len(part), which, i, m) for which, part in enumerate((first, second)) for i, m in enumerate(part)]
+    keyed = [
+        ((i + 0.5) / len(part), which, i, m) for which, part in enumerate((first, second)) for i, m in enumerate(part)
+    ]
     return [entry[3] for entry in sorted(keyed, key=lambda entry: entry[:3])]

@@ -117,7 +117,9 @@ class PPOTrainer(Trainer):
             timer=self.session.timer,
         )
         unstopped = ~rollout.responses.stopped_b
-        return dataclasses.replace(rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped)
+        return dataclasses.replace(
+            rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped
+        )
 
     def _next_prompts(self) -> list[int]:
         """Always a whole batch: a small set of prompts is gone through as often as it takes."""

@@ -72,5 +72,3 @@ def _experience_microbatches(
 
 def _named(prefix: str, loss: Tensor, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/loss": loss.detach(), **{f"{prefix}/{name}": value for name, value in statistics.items()}}
-
-

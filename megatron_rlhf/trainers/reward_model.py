@@ -81,9 +81,7 @@ class RewardModelTrainer(Trainer):
         """One update on the rankings of one batch of prompts."""
         algorithm, optimizer = self.config.reward_model, self.config.reward.optimizer
         comparisons = [self.training[i] for i in next(self.batches)]
-        lr = cosine_lr(
-            self.step, self.total_steps, optimizer.lr, algorithm.final_lr_fraction, algorithm.warmup_steps
-        )
+        lr = cosine_lr(self.step, self.total_steps, optimizer.lr, algorithm.final_lr_fraction, algorithm.warmup_steps)
         update = self.reward.update(ranking_microbatches(comparisons, self.reward, algorithm.micro_batch_size), lr)
         statistics = update.statistics
         tokens = sum(len(c.prompt_tokens) + len(r) for c in comparisons for r in c.responses_tokens)

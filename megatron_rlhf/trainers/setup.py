@@ -120,11 +120,12 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     checks.check_model(model, config.parallel, "parallel")
     checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
     checks.check_model(value_model, config.critic_parallel, "critic_parallel")
-    for shape in (model, critic_model):
+    for shape in (model, critic_model, value_model):
         keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
         checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
     tokenizer = _tokenizer(config.data.tokenizer, model)
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
+    require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
     prompts = load_prompts(
         config.data.prompts, tokenizer, config.data.max_prompt_tokens, max_per_user=config.data.max_per_user
     )
@@ -209,6 +210,8 @@ def _role(
     dropout: float = 0.0,
 ) -> Role:
     role = Role.build(name, model, layout, config.precision, scalar, dropout)
+    if scalar:
+        role.reset_head(config.run.seed)
     if source is not None:
         source.load_into(role)
     origin = f", from {source.path}" if source else ", random weights"

@@ -194,6 +194,7 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
         adam_beta2=config.betas[1],
         adam_eps=config.epsilon,
         clip_grad=config.clip_norm,
+        initial_loss_scale=2.0**16,  # fp16; Megatron-Core's 2**32 would skip the first sixteen updates
         bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
         fp16=precision is Precision.fp16,
         params_dtype=role.modules[0].config.params_dtype,

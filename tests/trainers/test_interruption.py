@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,3 +96,17 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) != before
     interruption.ignore()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_no_helper_outlives_a_rank() -> None:
+    """Checkpoints start a process that keeps the rank's output open; a job step would last until it ends."""
+    script = """
+from multiprocessing import get_context
+from megatron_rlhf import cli
+if __name__ == "__main__":
+    manager = get_context("spawn").Manager()
+    with cli.exit_code_on_failure():
+        raise cli.Interrupted("asked to stop")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 75, done.stderr
