@@ -17,7 +17,9 @@ from megatron_rlhf.parallel.accelerators import import_megatron_quietly
 
 _CPU = torch.device("cpu")
 # Functions with `device=`: Megatron-Core passes "cuda" literals to them (`FP32Optimizer._scale`, the schedules' token count).
-_FACTORIES = "arange as_tensor empty empty_like full full_like ones ones_like rand rand_like randn randn_like tensor zeros zeros_like"
+_FACTORIES = """
+    arange as_tensor empty empty_like full full_like ones ones_like rand rand_like randn randn_like tensor zeros zeros_like
+"""
 
 
 class _Stream:
