@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_rlhf.compose import compose_config, help_text
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
@@ -94,11 +96,10 @@ def exit_code_on_failure() -> Iterator[None]:
         time.sleep(SECONDS_TO_LEAVE)
         _leave(INTERRUPTED)
     except UserError as error:
-        where = ""
         if rank > 0:  # the first rank has most likely met the same mistake: it speaks, and the launcher ends us
             time.sleep(SECONDS_TO_LEAVE)
-            where = f" on rank {rank}"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
+            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
     except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves, every rank saw them
         if rank == 0:

@@ -110,10 +110,21 @@ run_stage() {
     done
     # Tasks that were signalled before they could listen end by the signal: they go on from the last checkpoint.
     if ((code == INTERRUPTED || (signalled && code > 128))); then
-        echo "interrupted: job $SLURM_JOB_ID is queued again"
-        scontrol requeue "$SLURM_JOB_ID" || echo "it could not be (is it being requeued already?)" >&2
+        queue_again
     fi
     return "$code"
+}
+
+# `scancel` sends the same signal as a time limit or a preemption; only the job's state tells them apart.
+queue_again() {
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)
+    if [[ $state == RUNNING ]]; then
+        echo "interrupted: job $SLURM_JOB_ID is queued again"
+        scontrol requeue "$SLURM_JOB_ID" || echo "it could not be (is it being requeued already?)" >&2
+    else
+        echo "interrupted: job $SLURM_JOB_ID is ${state:-gone}: not queued again"
+    fi
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this script with sbatch"

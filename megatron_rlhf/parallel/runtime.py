@@ -62,6 +62,12 @@ def initialize(timeout_minutes: float = 30) -> Launch:
     return launch
 
 
+def is_first_to_report(message: str) -> bool:
+    """Whether no other rank has said the same before; only to be asked once the world is joined."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(f"reported {message}", 1) == 1
+
+
 def shutdown() -> None:
     """Leave the world quietly; safe to call twice."""
     if dist.is_initialized():
