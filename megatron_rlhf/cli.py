@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.compose import compose_config, help_text
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
@@ -101,7 +102,7 @@ def exit_code_on_failure() -> Iterator[None]:
         if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves, every rank saw them
+    except (TrainingDiverged, RolloutMismatch, NotWritten) as error:  # they explain themselves, every rank saw them
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)

@@ -19,7 +19,11 @@ class RunConfig:
     save_every: int = 100
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep_last: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept; older ones are deleted. 0 keeps all."""
+    keep_every: int = 0
+    """Of the older ones, keep those of every n-th step all the same (such as 1000); 0: none."""
+    async_save: bool = False
+    """Write checkpoints while the next steps run; costs host memory for a copy of each rank's part."""
     stop_at_step: int | None = None
     """Save and stop at this step although the schedule is longer (to continue later with resume)."""
     wandb_project: str | None = None

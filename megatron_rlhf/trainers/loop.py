@@ -58,8 +58,7 @@ class Trainer(ABC):
                 session.log(self.step, metrics)
                 figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
                 progress.advance(1, **figures)
-                if session.save_is_due(self.step, last):
-                    session.save(f"step_{self.step}", self.trained, self._state())
+                session.checkpoint(self.step, last, self.trained, self._state)
         session.close()
 
     def _state(self) -> dict[str, Any]:
@@ -68,9 +67,9 @@ class Trainer(ABC):
 
     def _restore(self) -> None:
         state = self.session.restore(self.trained)
-        if not state:
-            return
-        self.step = state["step"]
-        for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
-            trained.skipped_in_a_row = skipped
-        self.load_state_dict(state)
+        if state:
+            self.step = state["step"]
+            for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
+                trained.skipped_in_a_row = skipped
+            self.load_state_dict(state)
+        self.session.begin(self.step if state else -1)  # a fresh run forgets whatever the folder had

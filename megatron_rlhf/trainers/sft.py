@@ -155,10 +155,11 @@ class SFTTrainer(Trainer):
             metrics["sft/validation_reward"] = self.mean_reward()
         epoch = self.step // self.steps_per_epoch if self.steps_per_epoch else 1
         name = f"epoch_{epoch}"
-        self.session.save(name, [self.policy], {"step": self.step, "metrics": metrics}, with_optimizer=False)
+        state = {"step": self.step, "metrics": metrics}
+        written = self.session.save(name, [self.policy], state, with_optimizer=False)
         by_reward = self.config.sft.select_by is Selection.reward_model
         figure = -metrics["sft/validation_reward"] if by_reward else loss
-        if figure is not None and (self.best is None or figure < self.best[0]):
+        if written and figure is not None and (self.best is None or figure < self.best[0]):
             self.best = (figure, name)
             if dist.get_rank() == 0:
                 sharded.point(self.session.checkpoints, "best", name)
