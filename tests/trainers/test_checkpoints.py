@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from recipe import Recipe, read_metrics, run_stage
+from recipe import Recipe, file_checksums, read_metrics, run_stage
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.checkpoint.integrity import MANIFEST
@@ -126,11 +126,11 @@ def test_a_checkpoint_written_while_later_steps_run_is_of_its_own_step(recipe, u
     events, _ = run_ranks(2, save_slowly, sft(recipe, "background", *more), timeout=120)
     assert events.index("step 3") < events.index("wrote .step_2.writing") < events.index("step 6")
     for step in (2, 4, 6):
-        manifests = [
-            (recipe.root / name / "checkpoints" / f"step_{step}" / MANIFEST).read_text()
+        checksums = [
+            file_checksums(recipe.root / name / "checkpoints" / f"step_{step}")
             for name in ("background", "undisturbed")
         ]
-        assert manifests[0] == manifests[1], (
+        assert checksums[0] == checksums[1], (
             f"step {step}: every byte is that of a checkpoint written in the foreground"
         )
 
