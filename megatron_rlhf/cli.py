@@ -23,10 +23,12 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.trainers import setup
+from megatron_rlhf.trainers.agreement import RanksDisagree
 from megatron_rlhf.trainers.interruption import Interrupted
 from megatron_rlhf.trainers.ppo import RolloutMismatch
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainingDiverged
+from megatron_rlhf.trainers.watchdog import Watchdog
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -76,8 +78,11 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     entry.check(config)
     setup.check_machine(config, runtime.detect_launch().world_size)
     runtime.initialize()
-    trainer = entry.build(config, Session.open(config.run, resolved))
-    trainer.run()
+    with Watchdog(config.watchdog.timeout_s) as watchdog:
+        session = Session.open(config.run, resolved)
+        trainer = entry.build(config, session)
+        watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0))
+        trainer.run()
     return trainer
 
 
@@ -102,7 +107,12 @@ def exit_code_on_failure() -> Iterator[None]:
         if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    except (TrainingDiverged, RolloutMismatch, NotWritten) as error:  # they explain themselves, every rank saw them
+    except (
+        TrainingDiverged,
+        RolloutMismatch,
+        RanksDisagree,
+        NotWritten,
+    ) as error:  # they explain themselves, every rank saw them
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)

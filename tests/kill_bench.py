@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,32 @@ class Run:
     labels: Path
 
     @classmethod
-    def start(cls, stage: str, arguments: list[str], ranks: int, folder: Path) -> "Run":
+    def start(
+        cls,
+        stage: str,
+        arguments: list[str],
+        ranks: int,
+        folder: Path,
+        prepare: Callable[[int, str], None] | None = None,
+        how: str = "",
+    ) -> "Run":
+        """`prepare(rank, how)` is called in each process first."""
         folder.mkdir(parents=True, exist_ok=True)
         labels, port = folder / "labels", free_port()
         labels.write_bytes(bytes(LABEL * ranks))
         processes = []
         for rank in range(ranks):
-            args = (rank, ranks, port, SCRIPTS[stage], tuple(arguments), folder / f"output_{rank}", labels)
+            args = (
+                rank,
+                ranks,
+                port,
+                SCRIPTS[stage],
+                tuple(arguments),
+                folder / f"output_{rank}",
+                labels,
+                prepare,
+                how,
+            )
             processes.append(CONTEXT.Process(target=_rank, args=args))
             processes[-1].start()
         return cls(processes, labels)
@@ -83,8 +103,18 @@ class Run:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path, labels: Path
+    rank: int,
+    ranks: int,
+    port: int,
+    script: str,
+    arguments: tuple[str, ...],
+    output: Path,
+    labels: Path,
+    prepare: Callable[[int, str], None] | None,
+    how: str,
 ) -> None:
+    if prepare is not None:
+        prepare(rank, how)
     _label_phases(rank, labels)
     run_command(rank, ranks, port, script, arguments, output)
 

@@ -12,6 +12,7 @@ from megatron_rlhf.config.training import (
     SamplingConfig,
     Selection,
     TrainedRoleConfig,
+    WatchdogConfig,
 )
 
 
@@ -21,6 +22,8 @@ class BaseConfig:
 
     run: RunConfig
     """Run folder, seed, checkpoints."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """What is done about ranks that hang or die."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the model being trained (PPO: of policy and reference)."""
     precision: Precision = Precision.fp32

@@ -33,6 +33,15 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """Ends a job in which a rank has died, hangs, or waits for something that the others do not do."""
+
+    timeout_s: float = 1800.0
+    """The job ends within this many seconds, and says which rank was at fault; 0 switches it off. It has to be longer than
+    one rank may keep the others waiting, such as for a slow file system."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """Adam with decoupled weight decay; fp32 moments and master weights."""
 

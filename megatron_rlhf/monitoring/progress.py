@@ -98,14 +98,22 @@ class PhaseTimer:
     def __init__(self, synchronize: Callable[[], object] | None = None):
         self._synchronize = synchronize or (lambda: None)
         self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """The innermost phase that is being timed now."""
+        return self._open[-1] if self._open else "between steps"
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Charge the time spent in the block to `phase`. Blocks may nest; each counts its whole length."""
         began = self._now()
+        self._open.append(phase)
         try:
             yield
         finally:
+            self._open.pop()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
 
     def _now(self) -> float:

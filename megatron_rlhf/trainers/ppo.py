@@ -22,6 +22,7 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.rollout.collect import Judges, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
+from megatron_rlhf.trainers.agreement import require_same_batch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
 from megatron_rlhf.trainers.microbatches import (
@@ -104,6 +105,7 @@ class PPOTrainer(Trainer):
     def _collect(self) -> Rollout:
         indices = self._next_prompts()
         prompts = [self.prompts[i] for i in indices]
+        require_same_batch(self.step, (prompt.tokens for prompt in prompts))
         rollout = collect_rollout(
             self.policy.role,
             self.judges,

@@ -109,7 +109,8 @@ class Session:
         self, name: str, roles: Sequence[TrainedRole], state: Mapping[str, Any], with_optimizer: bool = True
     ) -> bool:
         """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
-        return self.writer.save(name, roles, state, with_optimizer)
+        with self.timer("save"):
+            return self.writer.save(name, roles, state, with_optimizer)
 
     def checkpoint(self, step: int, last_step: int, roles: Sequence[TrainedRole], state: Callable[[], Any]) -> None:
         """Save after this step if it is time, the end, or the run was asked to stop; publish what is written. Collective.
@@ -118,12 +119,14 @@ class Session:
             Interrupted: after saving, when the run was asked to stop.
             NotWritten: when the last checkpoint of the schedule cannot be written.
         """
-        self.writer.publish_if_written()
+        with self.timer("save"):
+            self.writer.publish_if_written()
         if not self.save_is_due(step, last_step):
             return
         name = f"step_{step}"
         if self.config.async_save and step < last_step and not self._stops:
-            self.writer.save_in_background(name, roles, state())
+            with self.timer("save"):
+                self.writer.save_in_background(name, roles, state())
             return
         written = self.save(name, roles, state())
         if self._stops:

@@ -20,6 +20,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.trainers.agreement import require_same_batch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
 from megatron_rlhf.trainers.session import Session
@@ -103,6 +104,7 @@ class SFTTrainer(Trainer):
             data, start = self.pretraining.train, self.step * self.pretraining_per_batch
             sequences += [data[(start + i) % len(data)] for i in range(self.pretraining_per_batch)]
             first_targets += [1] * self.pretraining_per_batch
+        require_same_batch(self.step, sequences)
         return TokenBatch.pack(sequences, first_targets)
 
     def validation_loss(self) -> float | None:
