@@ -107,13 +107,9 @@ def exit_code_on_failure() -> Iterator[None]:
         if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    except (
-        TrainingDiverged,
-        RolloutMismatch,
-        RanksDisagree,
-        NotWritten,
-    ) as error:  # they explain themselves, every rank saw them
-        if rank == 0:
+    # They explain themselves; all ranks of a layout saw them.
+    except (TrainingDiverged, RolloutMismatch, RanksDisagree, NotWritten) as error:
+        if runtime.is_first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:

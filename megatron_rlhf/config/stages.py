@@ -175,6 +175,70 @@ class PromptDataConfig:
     """Text for the pretraining gradients."""
 
 
+class PlacementKind(Enum):
+    """Whether the critic's roles share the policy's ranks."""
+
+    colocated = "colocated"
+    disaggregated = "disaggregated"
+
+
+@dataclass(kw_only=True)
+class PlacementConfig:
+    """Which ranks hold which roles. The numbers are the same either way."""
+
+    kind: PlacementKind = PlacementKind.colocated
+    """colocated: every rank holds its part of all four roles; disaggregated: the last ranks hold reward and value model,
+    which score and learn while the others go on."""
+    critic_ranks: int = 0
+    """disaggregated: ranks, the last of the job, that hold reward and value model; the others hold policy and reference."""
+
+    def ranks(self, world_size: int) -> tuple[range, range]:
+        """Ranks of the policy's side, and of the critic's."""
+        if self.kind is PlacementKind.colocated:
+            return range(world_size), range(world_size)
+        first = world_size - self.critic_ranks
+        return range(first), range(first, world_size)
+
+
+@dataclass(kw_only=True)
+class OffloadConfig:
+    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
+
+    reference: bool = False
+    """The reference's weights, but for the pass that judges a rollout."""
+    reward: bool = False
+    """The reward model's weights, but for the pass that scores a rollout."""
+    optimizer: bool = False
+    """Master weights and moments of policy and value model, but for their updates."""
+
+
+@dataclass(kw_only=True)
+class GenerationLayoutConfig:
+    """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
+
+    tensor: int | None = None
+    """Ranks that split each matrix while sampling."""
+    pipeline: int | None = None
+    """Stages while sampling; 1 spares a token its way through the stages."""
+    last_stage_layers: int | None = None
+    """Layers on the last stage, where they do not divide."""
+
+    def of(self, training: ParallelConfig) -> ParallelConfig | None:
+        """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
+        tensor, pipeline = self.tensor or training.tensor, self.pipeline or training.pipeline
+        if (tensor, pipeline) == (training.tensor, training.pipeline):
+            return None
+        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=self.last_stage_layers)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(SamplingConfig):
+    """How responses are sampled, and at what layout."""
+
+    parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
+    """Given: the policy's weights move to a second copy at this layout, every iteration, by Megatron-Core's resharding."""
+
+
 class KLControl(Enum):
     """Whether the KL coefficient stays or follows a target."""
 
@@ -251,7 +315,11 @@ class PPOConfig(BaseConfig):
     """Layout of reward and value model."""
     critic_model: ModelConfig | None = None
     """Shape of reward and value model, checked against their checkpoint where it is given."""
-    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which ranks hold which roles."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What rests in host memory while it is not used."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are sampled."""
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
     """Batches, clipping, KL, pretraining mix."""
