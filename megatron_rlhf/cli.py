@@ -24,6 +24,7 @@ from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelCo
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.trainers import setup
 from megatron_rlhf.trainers.agreement import RanksDisagree
+from megatron_rlhf.trainers.guards import NotFinite
 from megatron_rlhf.trainers.interruption import Interrupted
 from megatron_rlhf.trainers.ppo import RolloutMismatch
 from megatron_rlhf.trainers.session import Session
@@ -108,7 +109,7 @@ def exit_code_on_failure() -> Iterator[None]:
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
     # They explain themselves; all ranks of a layout saw them.
-    except (TrainingDiverged, RolloutMismatch, RanksDisagree, NotWritten) as error:
+    except (TrainingDiverged, RolloutMismatch, RanksDisagree, NotFinite, NotWritten) as error:
         if runtime.is_first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)

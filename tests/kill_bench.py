@@ -174,7 +174,7 @@ class Stage:
 
     def arguments(self, run: str) -> list[str]:
         starts = self.recipe.root / "sft", self.recipe.root / "reward_model"
-        common = ("run.save_every=1", "run.auto_resume=true", *self.more)
+        common = ("run.save_every=1", "run.auto_resume=true", "watchdog.timeout_s=20", *self.more)
         if self.name == "sft":
             return self.recipe.sft(run, "sft.epochs=3", "sft.dropout=0.2", *common)
         if self.name == "reward_model":

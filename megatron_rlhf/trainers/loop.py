@@ -49,8 +49,11 @@ class Trainer(ABC):
         """All steps, from the checkpoint if the run is resumed."""
         self._restore()
         session, last = self.session, self.session.last_step(self.total_steps)
+        for trained in self.trained:
+            trained.guard = session.guard
         with session.progress(self.total_steps, self.step, self.description) as progress:
             while self.step < last:
+                session.guard.begin(self.step + 1)
                 with session.timer("step"):
                     metrics = self.train_step()
                 self.step += 1

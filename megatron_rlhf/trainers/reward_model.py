@@ -81,7 +81,13 @@ class RewardModelTrainer(Trainer):
     def train_step(self) -> dict[str, float]:
         """One update on the rankings of one batch of prompts."""
         algorithm, optimizer = self.config.reward_model, self.config.reward.optimizer
-        comparisons = [self.training[i] for i in next(self.batches)]
+        indices = next(self.batches)
+        comparisons = [self.training[i] for i in indices]
+        for index, comparison in zip(indices, comparisons, strict=True):
+            texts = [
+                [*comparison.prompt_tokens.tolist(), *response.tolist()] for response in comparison.responses_tokens
+            ]
+            self.session.guard.name(f"comparison {index}, response", range(len(texts)), texts)
         require_same_batch(
             self.step, (tokens for c in comparisons for tokens in (c.prompt_tokens, *c.responses_tokens))
         )

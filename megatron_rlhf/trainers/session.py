@@ -23,6 +23,7 @@ from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
 from megatron_rlhf.parallel.collectives import largest
 from megatron_rlhf.trainers.checkpoints import CheckpointWriter, choose_checkpoint
+from megatron_rlhf.trainers.guards import Guard
 from megatron_rlhf.trainers.interruption import Interrupted, Interruption
 from megatron_rlhf.trainers.run_lock import RunLock
 from megatron_rlhf.trainers.step import TrainedRole
@@ -41,6 +42,7 @@ class Session:
     lock: RunLock
     writer: CheckpointWriter
     resolved_config: str
+    guard: Guard
     timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
     interruption: Interruption = field(default_factory=Interruption)
     _stops: bool = False
@@ -71,6 +73,7 @@ class Session:
             lock=lock,
             writer=CheckpointWriter(folder / "checkpoints", config, on_saved=lambda: write_report(folder)),
             resolved_config=resolved_config,
+            guard=Guard(folder / "replay"),
         )
         session.interruption.listen()
         log.info(describe_accelerators())

@@ -97,12 +97,17 @@ class SFTTrainer(Trainer):
         first_targets: list[int] = []
         if self.batches is not None:
             assert self.demonstrations is not None
-            for index in next(self.batches):
+            indices = next(self.batches)
+            for index in indices:
                 sequences.append(self.demonstrations[index].tokens)
                 first_targets.append(self.demonstrations[index].prompt_length)
+            self.session.guard.name("demonstration", indices, sequences)
         if self.pretraining is not None:
             data, start = self.pretraining.train, self.step * self.pretraining_per_batch
-            sequences += [data[(start + i) % len(data)] for i in range(self.pretraining_per_batch)]
+            numbers = [(start + i) % len(data) for i in range(self.pretraining_per_batch)]
+            texts = [data[number] for number in numbers]
+            sequences += texts
+            self.session.guard.name("text", numbers, texts)
             first_targets += [1] * self.pretraining_per_batch
         require_same_batch(self.step, sequences)
         return TokenBatch.pack(sequences, first_targets)

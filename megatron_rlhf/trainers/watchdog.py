@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 EXIT_CODE = 70
 """Of every rank when the watchdog ends a job (EX_SOFTWARE)."""
-LONGEST_INTERVAL = 5.0
+LONGEST_INTERVAL = 2.0
 LONGEST_SILENCE = 120.0
 """A heartbeat is never this late, whatever the main thread does. Python's own lock may hold it up for a few seconds."""
 _numbers = itertools.count()
