@@ -98,15 +98,15 @@ class CheckpointWriter:
 
     def _give_up(self, name: str, error: NotWritten) -> None:
         """Say that there is no such checkpoint, and free what was written of it: it may be what fills the disk."""
+        if self._draft is not None:
+            self._draft.discard()
+            self._draft = None
         free = shutil.disk_usage(self.root.parent).free / 1e9
         newest = sharded.latest(self.root)
         stays = f"the last good checkpoint, {newest.name}, stays" if newest else "there is none yet"
         log.warning(
             "checkpoint %s could not be written: %s (%.3f GB free); %s; the run goes on", name, error, free, stays
         )
-        if self._draft is not None:
-            self._draft.discard()
-            self._draft = None
 
 
 def choose_checkpoint(root: Path, config: RunConfig) -> tuple[Path | None, dict[str, str]]:
