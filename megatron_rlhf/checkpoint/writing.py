@@ -6,6 +6,7 @@ is to start processes, and those outlive a rank that is killed.
 
 import contextlib
 import dataclasses
+import io
 import queue
 import shutil
 import threading
@@ -14,12 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -68,8 +70,10 @@ class RoleFiles:
         if first:
             try:
                 folder.mkdir(parents=True)
-                TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
-            except (OSError, RuntimeError) as problem:  # torch's own writer turns a full disk into a RuntimeError
+                content = io.BytesIO()  # to a path, torch would write with errors that do not say "disk full"
+                torch.save(common, content)
+                (folder / COMMON_STATE_FNAME).write_bytes(content.getvalue())
+            except OSError as problem:
                 error = problem
         agree(error)
         strategy = _Plan(BACKEND, VERSION)

@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(recipe,
     assert newest == [None, "step_1", "step_2", "step_2", "step_2", "step_5"]
     said = [warning for warning in warnings if "could not be written" in warning]
     assert [warning.split()[1] for warning in said] == ["step_3", "step_4"]
-    assert all("No space left" in warning or "file write failed" in warning for warning in said), said
+    assert all("No space left" in warning for warning in said), said
     assert all("the last good checkpoint, step_2, stays; the run goes on" in line for line in said)
     assert read_metrics(recipe.root / name) == read_metrics(undisturbed)
     assert sharded.latest(small_disk / "checkpoints").name == "step_6"
