@@ -82,7 +82,8 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     with Watchdog(config.watchdog.timeout_s) as watchdog:
         session = Session.open(config.run, resolved)
         trainer = entry.build(config, session)
-        watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0))
+        roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
+        watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
         trainer.run()
     return trainer
 

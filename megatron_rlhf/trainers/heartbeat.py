@@ -6,17 +6,24 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-
-from megatron_rlhf.models.roles import Role
-from megatron_rlhf.trainers.step import TrainedRole
 
 # Frames of these files mean that the rank waits for others; the innermost function's name is the collective's.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 # Megatron-Core waits here for the gradients' reduction that it started earlier.
 _GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
+# Phases that are about other roles than all trained ones.
+_ROLES = {
+    "policy": "policy",
+    "value": "value",
+    "rollout": "policy",
+    "resharding": "policy",
+    "pretraining_ahead": "policy",
+    "scoring": "policy, reference, reward, value",
+}
 
 
 class State(str, Enum):
@@ -39,7 +46,6 @@ class Place:
     """Name of the collective that it waits in; None outside of any."""
     line: str
     """Of our own code, or the innermost one."""
-    role: str | None
 
 
 @dataclasses.dataclass
@@ -49,11 +55,13 @@ class Beat:
     rank: int
     count: int = 0
     state: State = State.running
+    role: str = ""
+    """What is being worked on."""
     phase: str = "start"
     step: int = 0
     still_s: float = 0.0
     """Seconds for which the main thread has not moved."""
-    place: Place = dataclasses.field(default_factory=lambda: Place(None, "?", None))
+    place: Place = dataclasses.field(default_factory=lambda: Place(None, "?"))
     host: str = dataclasses.field(default_factory=socket.gethostname)
     pid: int = dataclasses.field(default_factory=os.getpid)
     space: str = dataclasses.field(default_factory=lambda: _process_space())
@@ -69,7 +77,7 @@ class Beat:
 
     def describe(self) -> str:
         """rank, host, role, phase, step, collective."""
-        role = f"role {self.place.role}, " if self.place.role else ""
+        role = f"role {self.role}, " if self.role else ""
         waits = f"waiting in {self.place.collective}" if self.place.collective else "in no collective"
         return (
             f"rank {self.rank} on {self.host}: {role}phase {self.phase}, step {self.step}, {waits} ({self.place.line})"
@@ -92,10 +100,10 @@ class MainThread:
     def place(self) -> Place:
         frames = self._frames()
         if not frames:
-            return Place(None, "?", None)
+            return Place(None, "?")
         ours = next((frame for frame in frames if "megatron_rlhf" in frame.f_code.co_filename), frames[0])
         line = f"{Path(ours.f_code.co_filename).name}:{ours.f_lineno} {ours.f_code.co_name}"
-        return Place(_collective(frames), line, _role(frames))
+        return Place(_collective(frames), line)
 
     def _frames(self) -> list[FrameType]:
         """The innermost first."""
@@ -119,17 +127,9 @@ def _collective(frames: list[FrameType]) -> str | None:
     return found
 
 
-def _role(frames: list[FrameType]) -> str | None:
-    """The role whose method, or whose data, is being worked on."""
-    for frame in frames:
-        if "megatron_rlhf" not in frame.f_code.co_filename:
-            continue
-        for value in list(frame.f_locals.values()):
-            if isinstance(value, TrainedRole):
-                return value.role.name
-            if isinstance(value, Role):
-                return value.name
-    return None
+def role_at_work(phase: str, trained: Sequence[str]) -> str:
+    """The role that a phase is about; outside of PPO's phases, those that the run trains."""
+    return _ROLES.get(phase, ", ".join(trained))
 
 
 def _process_space() -> str:

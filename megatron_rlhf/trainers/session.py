@@ -15,6 +15,7 @@ from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.training import RunConfig
+from megatron_rlhf.monitoring.files import replacing
 from megatron_rlhf.monitoring.logs import setup_logging
 from megatron_rlhf.monitoring.memory import peak_bytes
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
@@ -104,7 +105,8 @@ class Session:
     def begin(self, step: int) -> None:
         """Nothing was refused, `step` steps are done: from here on this run's files replace those of the one before."""
         if dist.get_rank() == 0:
-            (self.folder / "config.yaml").write_text(self.resolved_config)
+            with replacing(self.folder / "config.yaml") as file:
+                file.write(self.resolved_config.encode())
             folders.sweep(self.checkpoints)
         self.metrics.truncate(step)
         self.samples.truncate(step)

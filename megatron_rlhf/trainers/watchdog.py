@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_rlhf.trainers.heartbeat import Beat, MainThread, State
+from megatron_rlhf.trainers.heartbeat import Beat, MainThread, State, role_at_work
 from megatron_rlhf.trainers.interruption import Interrupted
 
 log = logging.getLogger(__name__)
@@ -55,12 +55,13 @@ class Watchdog:
         self._beat = Beat(dist.get_rank())
         self._phases: Phases | None = None
         self._step: Callable[[], int] = lambda: 0
+        self._roles: Sequence[str] = ()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def follow(self, phases: Phases, step: Callable[[], int]) -> None:
-        """Where to read the phase and the number of steps done."""
-        self._phases, self._step = phases, step
+    def follow(self, phases: Phases, step: Callable[[], int], roles: Sequence[str]) -> None:
+        """Where to read the phase and the number of steps done, and which roles are trained."""
+        self._phases, self._step, self._roles = phases, step, roles
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_s > 0:
@@ -91,10 +92,13 @@ class Watchdog:
     # --- everything below runs in the thread -------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        still_since = time.monotonic()
+        still_since = last = time.monotonic()
         while True:
             stopping = self._stop.is_set()
             now = time.monotonic()
+            if now - last > 4 * self._interval:  # the whole process was suspended: that is not the main thread's fault
+                still_since += now - last
+            last = now
             if self._main.has_moved():
                 still_since = now
             self._update(now - still_since)
@@ -119,6 +123,7 @@ class Watchdog:
         beat.step = self._step() + 1
         if self._phases is not None:
             beat.phase = self._phases.current
+        beat.role = role_at_work(beat.phase, self._roles)
 
     def _judge(self) -> None:
         first = self._beat.rank == 0

@@ -81,7 +81,7 @@ def ended(run: Run, folder: Path, limit: float = TIMEOUT + 1) -> list[str]:
 
 
 # Seen by the rank that speaks: who it is about, and what that one was last seen doing.
-SEEN = r"rank {rank} on {host}: (role policy, )?phase \w+( \w+)?, step \d+, (waiting in \w+|in no collective) \("
+SEEN = r"rank {rank} on {host}: role policy, phase \w+( \w+)?, step \d+, (waiting in \w+|in no collective) \("
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,9 @@ def test_a_rank_that_fails_says_so_and_the_others_only_follow(recipe, tmp_path):
 
 
 def beat(rank: int, collective: str | None, line: str = "step.py:1 f", still_s: float = 9.0) -> Beat:
-    return Beat(rank, phase="policy", step=7, still_s=still_s, place=Place(collective, line, "policy"), host=f"n{rank}")
+    return Beat(
+        rank, role="policy", phase="policy", step=7, still_s=still_s, place=Place(collective, line), host=f"n{rank}"
+    )
 
 
 def test_the_one_outside_of_the_collective_is_at_fault_even_while_it_moves():
