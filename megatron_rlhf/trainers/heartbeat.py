@@ -45,7 +45,7 @@ class Place:
     collective: str | None
     """Name of the collective that it waits in; None outside of any."""
     line: str
-    """Of our own code, or the innermost one."""
+    """The innermost one that is not a library's."""
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ class MainThread:
         frames = self._frames()
         if not frames:
             return Place(None, "?")
-        ours = next((frame for frame in frames if "megatron_rlhf" in frame.f_code.co_filename), frames[0])
+        ours = next((frame for frame in frames if "/site-packages/" not in frame.f_code.co_filename), frames[0])
         line = f"{Path(ours.f_code.co_filename).name}:{ours.f_lineno} {ours.f_code.co_name}"
         return Place(_collective(frames), line)
 
