@@ -4,10 +4,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from commands import ROOT
 from kill_bench import Run
 from recipe import Recipe
 
@@ -143,6 +147,38 @@ def test_a_rank_that_fails_says_so_and_the_others_only_follow(recipe, tmp_path):
     assert "a mistake on purpose" in printed[1]
     assert "Traceback" not in printed[0] and "watchdog: " not in printed[0]
     assert run.codes == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_torchrun_ends_with_the_message_and_no_process_is_left(recipe, tmp_path, number):
+    arguments = recipe.sft(str(tmp_path / "run"), "sft.epochs=400", "run.save_every=0", f"watchdog.timeout_s={TIMEOUT}")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "examples/train_sft.py",
+        *arguments,
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    with (tmp_path / "output").open("w") as output:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.1)
+    ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(launcher.pid).children(recursive=True)}
+    ranks[1].send_signal(number)
+    assert launcher.wait(TIMEOUT + 10) != 0
+    assert not [rank for rank in ranks.values() if rank.is_running()]
+    printed = (tmp_path / "output").read_text()
+    assert printed.count("watchdog: ") == 1, printed
+    assert re.search(r"watchdog: rank 1 is dead or frozen.*last seen: " + SEEN.format(rank=1, host=HOST), printed)
 
 
 # --- who is at fault -------------------------------------------------------------------------------------------------
