@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, TracebackType
 
 # Frames of these files mean that the rank waits for others; the innermost function's name is the collective's.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
@@ -98,12 +98,7 @@ class MainThread:
         return moved
 
     def place(self) -> Place:
-        frames = self._frames()
-        if not frames:
-            return Place(None, "?")
-        ours = next((frame for frame in frames if "/site-packages/" not in frame.f_code.co_filename), frames[0])
-        line = f"{Path(ours.f_code.co_filename).name}:{ours.f_lineno} {ours.f_code.co_name}"
-        return Place(_collective(frames), line)
+        return _place([(frame.f_code, frame.f_lineno) for frame in self._frames()])
 
     def _frames(self) -> list[FrameType]:
         """The innermost first."""
@@ -115,11 +110,27 @@ class MainThread:
         return frames
 
 
-def _collective(frames: list[FrameType]) -> str | None:
-    """The outermost function of torch's, of those called without a break from the innermost frame on."""
+def place_of(trace: TracebackType | None) -> Place:
+    """Where an exception came from."""
+    calls = []
+    while trace is not None:
+        calls.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return _place(calls[::-1])
+
+
+def _place(calls: Sequence[tuple[CodeType, int]]) -> Place:
+    """From the stack's functions and lines, the innermost first."""
+    if not calls:
+        return Place(None, "?")
+    code, number = next((call for call in calls if "/site-packages/" not in call[0].co_filename), calls[0])
+    return Place(_collective([code for code, _ in calls]), f"{Path(code.co_filename).name}:{number} {code.co_name}")
+
+
+def _collective(codes: Sequence[CodeType]) -> str | None:
+    """The outermost function of torch's collectives, of those not far from the innermost call."""
     found = None
-    for frame in frames[:8]:
-        code = frame.f_code
+    for code in codes[:8]:
         if code.co_filename.endswith(_COLLECTIVES):
             found = code.co_name
         elif code.co_filename.endswith(_GRADIENTS[0]) and code.co_name == _GRADIENTS[1]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_rlhf.trainers.heartbeat import Beat, MainThread, State, role_at_work
+from megatron_rlhf.trainers.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
 from megatron_rlhf.trainers.interruption import Interrupted
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Watchdog:
         self._phases: Phases | None = None
         self._step: Callable[[], int] = lambda: 0
         self._roles: Sequence[str] = ()
+        self._broken_at: Place | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -82,6 +83,7 @@ class Watchdog:
             self._thread.join()
         elif is_broken_connection(error):
             # The message of this error names an address. The watchdog will soon know which rank is gone, and end us.
+            self._broken_at = place_of(trace)
             self._beat.state = State.broken
             self._thread.join(self._silent_after + self._soon)
         else:
@@ -107,7 +109,7 @@ class Watchdog:
                 if stopping:
                     return
                 # The only call that comes back when the store's process is frozen.
-                self._store.wait(["0"], timedelta(seconds=self._silent_after + self._soon))
+                self._store.wait(["0"], timedelta(seconds=self._silent_after))
                 self._end_if_told()
                 self._judge()
             except (dist.DistError, RuntimeError) as error:  # the store is gone, or does not answer
@@ -119,7 +121,7 @@ class Watchdog:
         beat = self._beat
         beat.count += 1
         beat.still_s = still_s
-        beat.place = self._main.place()
+        beat.place = self._broken_at or self._main.place()
         beat.step = self._step() + 1
         if self._phases is not None:
             beat.phase = self._phases.current
