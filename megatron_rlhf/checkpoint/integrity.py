@@ -29,7 +29,7 @@ def agree(error: Exception | None) -> None:
     Without it the rank with the full disk would leave, and the others would wait for it for ever.
     """
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else str(error))
+    dist.all_gather_object(failures, None if error is None else str(error) or repr(error))
     for rank, failure in enumerate(failures):
         if failure is not None:
             raise NotWritten(f"{failure} (rank {rank})" if len(failures) > 1 else failure) from error

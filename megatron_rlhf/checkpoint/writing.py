@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rlhf.checkpoint import folders
-from megatron_rlhf.checkpoint.integrity import META, agree, digest, seal
+from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal
 
 BACKEND, VERSION = "torch_dist", 1
 # Otherwise Megatron-Core starts a server process for this queue. We hand results over ourselves.
@@ -188,13 +188,17 @@ def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
     try:
         try:
             yield temporary
+        except NotWritten:  # all ranks have it
+            raise
         except OSError as problem:
             error = problem
         agree(error)
         _publish(temporary, folder, {}, keep_last, 0)
-    except BaseException:
+    except BaseException as problem:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(problem, NotWritten):
+            dist.barrier()
         raise
 
 
