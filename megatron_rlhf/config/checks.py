@@ -33,13 +33,6 @@ def check_generation(model: ModelConfig, sampling: ParallelConfig, training: Par
             f"rollout.parallel.pipeline={sampling.pipeline} is more than parallel.pipeline={training.pipeline}: stages make "
             "a token wait, and weights that the first and last stage share would have to be made up"
         )
-    rows = model.padded_vocab_size(training.tensor)
-    if rows % sampling.tensor:
-        raise UserError(
-            f"rollout.parallel.tensor={sampling.tensor} does not divide the {rows} rows of the embedding (vocabulary "
-            f"{model.vocab_size}, padded for parallel.tensor={training.tensor}): train with "
-            f"model.vocab_multiple={sampling.tensor}"
-        )
 
 
 def check_layout(parallel: ParallelConfig, ranks: int, key: str, whose: str = "of this job") -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -134,6 +135,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     checks.check_model(model, config.parallel, "parallel")
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         checks.check_generation(model, sampling, config.parallel)
+        model = _padded_for_both(model, config.parallel.tensor, sampling.tensor)
     checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
     checks.check_model(value_model, config.critic_parallel, "critic_parallel")
     for shape in (model, critic_model, value_model):
@@ -177,12 +179,18 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     )
 
 
+def _padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:
+    """The same model, its embedding padded so that either number of tensor-parallel ranks divides the rows."""
+    multiple = math.lcm(model.vocab_multiple * training, sampling)
+    return dataclasses.replace(model, vocab_multiple=multiple // training)
+
+
 def _sampler(policy: Role, config: PPOConfig) -> Role:
     """The policy, or an empty copy of it at the layout to sample at."""
     layout = config.rollout.parallel.of(config.parallel)
     if layout is None:
         return policy
-    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # as many in the copy, so that every row has a place
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
     return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), config.precision).frozen()
 

@@ -122,9 +122,6 @@ CASES: dict[str, Case] = {
     "generation_stages": Case(
         "ppo", ["rollout.parallel.pipeline=2"], [r"rollout\.parallel\.pipeline=2 is more than"], ranks=2
     ),
-    "generation_vocabulary": Case(
-        "ppo", ["rollout.parallel.tensor=2"], ["divide the 301 rows", r"model\.vocab_multiple=2"], ranks=2
-    ),
     "minimum_above_maximum": Case(
         "ppo", ["rollout.min_response_tokens=13"], ["min_response_tokens=13", "max_response_tokens=12"]
     ),
