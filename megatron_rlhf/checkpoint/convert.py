@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint import companions as along
 from megatron_rlhf.checkpoint import hf_export, nemo, sharded
 from megatron_rlhf.checkpoint.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
+from megatron_rlhf.checkpoint.check_tokens import check_batches
 from megatron_rlhf.checkpoint.companions import Companions
-from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, sample_rows
+from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors
 from megatron_rlhf.checkpoint.hf_export import AsType, Exported, choose_architecture, write_weights
 from megatron_rlhf.checkpoint.hf_folder import same_bits
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
@@ -171,8 +172,8 @@ def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check:
     def compare() -> Report:
         described, converting = theirs.described, _peak_bytes()
         tensors = compare_tensors(exported, theirs)
-        rows = sample_rows(described.model, check.text_tokens, check.length)
-        difference, largest = compare_outputs(ours, theirs, layout, rows)
+        batches = check_batches(described.model, check.text_tokens, check.length)
+        difference, largest = compare_outputs(ours, theirs, layout, batches)
         name = described.architecture.model_type
         return Report(name, described.head, tensors, difference, largest, converting, _peak_bytes())
 

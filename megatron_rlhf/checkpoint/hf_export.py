@@ -16,7 +16,7 @@ from megatron_rlhf.checkpoint import hf_config, key_maps
 from megatron_rlhf.checkpoint.architecture import FINAL_NORM, HEAD, HEAD_BIAS, Architecture, Head
 from megatron_rlhf.checkpoint.hf_folder import INDEX, WEIGHTS
 from megatron_rlhf.checkpoint.hf_weights import Described
-from megatron_rlhf.checkpoint.whole import Place, TensorSource, places
+from megatron_rlhf.checkpoint.whole import EVERY_ROW, Place, TensorSource, places
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 
@@ -66,8 +66,8 @@ class AsType:
     def dtype(self, key: str) -> torch.dtype:
         return self.as_dtype or self.source.dtype(key)
 
-    def read(self, place: Place) -> Tensor:
-        return self.source.read(place).to(self.dtype(place.key))
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        return self.source.read(place, rows).to(self.dtype(place.key))
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Exported:
         # The sum would lose the score's bias to rounding in a shorter type.
         return torch.float32 if key == _FINAL_BIAS and self.score_bias else self.source.dtype(key)
 
-    def read(self, place: Place) -> Tensor:
-        tensor = self.source.read(place)
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        tensor = self.source.read(place, rows)
         if place.key == _FINAL_BIAS and self.score_bias:
             head = self.source.read(Place(HEAD, None)).double()[0]
-            tensor = tensor.double() + self.score_bias * head / head.square().sum()
+            tensor = tensor.double() + (self.score_bias * head / head.square().sum())[rows]
         return tensor.to(self.dtype(place.key))
 
 

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from megatron_rlhf.checkpoint.architecture import (
     tensor_shapes,
 )
 from megatron_rlhf.checkpoint.hf_folder import unpickle
-from megatron_rlhf.checkpoint.whole import CheckpointReader, Place, TensorSource
+from megatron_rlhf.checkpoint.whole import EVERY_ROW, CheckpointReader, Place, TensorSource
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, without_implied
 
@@ -146,6 +146,8 @@ class NemoWeights:
     model: ModelConfig
     ranks: tuple[tuple[Path, ...], ...]
     """Files of weights, [pipeline stage][tensor-parallel rank]."""
+    _last: dict[Place, Tensor] = field(default_factory=dict)
+    """The tensor read last: its rows are asked for piece by piece."""
 
     @property
     def num_layers(self) -> int:
@@ -158,7 +160,13 @@ class NemoWeights:
     def dtype(self, key: str) -> torch.dtype:
         return self._parts(Place(key, 0 if is_layer(key) else None))[0].dtype
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        if place not in self._last:
+            self._last.clear()
+            self._last[place] = self._whole(place)
+        return self._last[place][rows].clone()
+
+    def _whole(self, place: Place) -> Tensor:
         axis, parts = _SPLIT.get(place.key), self._parts(place)
         if axis is None or len(parts) == 1:
             whole = parts[0]
@@ -170,7 +178,7 @@ class NemoWeights:
         shape = self.shapes[place.key]
         if tuple(whole.shape) != shape:
             raise UserError(f"{self.folder}: {place} is {list(whole.shape)}; {CONFIG} calls for {list(shape)}")
-        return whole.clone()
+        return whole
 
     def _parts(self, place: Place) -> list[Tensor]:
         per_stage = self.num_layers // len(self.ranks)
