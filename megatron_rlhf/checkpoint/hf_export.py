@@ -118,14 +118,16 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
     """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files."""
     shards = _plan_shards(exported, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
-        tensors = {
-            name: tensor
-            for place in shards[i]
-            for name, tensor in exported.described.to_theirs(place, exported.read(place))
-        }
-        save_file(tensors, folder / names[i], metadata={"format": "pt"})
-        del tensors
+    failure: UserError | None = None
+    try:
+        for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
+            _write_shard(folder / names[i], exported, shards[i])
+    except UserError as error:
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)  # what one rank cannot read, all ranks stop at
+    for failure in filter(None, failures):
+        raise failure
     if len(shards) > 1 and dist.get_rank() == 0:
         listed = {
             tensor: name
@@ -136,6 +138,13 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
         total = sum(_bytes(exported, place) for shard in shards for place in shard)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2))
     dist.barrier()
+
+
+def _write_shard(path: Path, exported: Exported, shard: list[Place]) -> None:
+    tensors = {
+        name: tensor for place in shard for name, tensor in exported.described.to_theirs(place, exported.read(place))
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _plan_shards(exported: Exported, limit: int) -> list[list[Place]]:

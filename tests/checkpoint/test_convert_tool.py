@@ -57,7 +57,16 @@ def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
     source = hf_models.save(tmp_path / "source", "gpt2")
     capsys.readouterr()
     assert run("hf-to-megatron", "--hf", tmp_path / "nothing", "--output", tmp_path / "ours") == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing' / 'config.json'}: no such file\n"
+    missing = f"error: --hf {tmp_path / 'nothing'}: no such folder; a model of the Hub has to be downloaded first\n"
+    assert capsys.readouterr().err == missing
+    assert run("megatron-to-hf", "--checkpoint", source, "--output", tmp_path / "x") == 2
+    assert "is a Hugging Face folder already" in capsys.readouterr().err
+    assert run("hf-to-megatron", "--hf", source, "--output", source / "config.json" / "x") == 2
+    assert "Not a directory" in capsys.readouterr().err
+    for wrong in (("--check-length", "0"), ("--check-length", "-3")):
+        with pytest.raises(SystemExit, match="2"):
+            run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours", *wrong)
+        assert "must be more than 0" in capsys.readouterr().err
     assert run("hf-to-megatron", "--hf", source, "--role", "reward", "--output", tmp_path / "ours") == 2
     assert "--role reward" in capsys.readouterr().err
     assert run("megatron-to-hf", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "x") == 2
