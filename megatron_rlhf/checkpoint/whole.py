@@ -125,6 +125,11 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: the checkpoint is damaged, {place} cannot be read: {reason}") from error
         return result.reshape(part)
 
+    def keys(self) -> list[str]:
+        """Every tensor that is there, by our names where it has one."""
+        stored = self._metadata.state_dict_metadata
+        return sorted(k.removeprefix(self.prefix) for k, v in stored.items() if isinstance(v, TensorStorageMetadata))
+
     def stored_rows(self, key: str) -> int:
         """Rows of a stored tensor outside the layers, with their padding."""
         return self._stored(key).size[0]

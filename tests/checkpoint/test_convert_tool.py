@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rlhf.checkpoint import convert
+from megatron_rlhf.checkpoint import convert, sharded
 from megatron_rlhf.checkpoint.hf_check import CheckFailed
+from megatron_rlhf.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -88,6 +90,28 @@ def test_a_failed_check_exits_with_1_and_removes_the_output(world, run, tmp_path
     assert "check failed" in (message := capsys.readouterr().err)
     assert "transformer.wte.weight" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+KILLED_BEFORE_THE_CHECK = """
+import os, runpy, signal, sys
+from megatron_rlhf.checkpoint import convert, sharded
+convert.compare_tensors = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_killed_conversion_leaves_no_folder_that_looks_whole(world, run, tmp_path):
+    """Killed when all is written and nothing checked; the next attempt clears up what was left."""
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    there = ["hf-to-megatron", "--hf", source, "--output", tmp_path / "ours"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_BEFORE_THE_CHECK, TOOL, *there], cwd=ROOT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ours.writing", "source"]
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        sharded.find_checkpoint(tmp_path, "--checkpoint")
+    assert run(*there) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
 
 
 def test_help_says_what_becomes_of_each_role():
