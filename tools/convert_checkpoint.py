@@ -30,7 +30,7 @@ import transformers
 
 import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core
 from megatron_rlhf.checkpoint import convert, key_maps, sharded
-from megatron_rlhf.checkpoint.companions import Companions
+from megatron_rlhf.checkpoint.companions import Companions, holds_tokenizer
 from megatron_rlhf.checkpoint.convert import CheckOptions
 from megatron_rlhf.checkpoint.hf import is_hf_folder
 from megatron_rlhf.checkpoint.hf_check import CheckFailed
@@ -79,8 +79,9 @@ def import_model(options: argparse.Namespace) -> str:
     source = Path(options.hf)
     if not source.is_dir():
         raise UserError(f"--hf {source}: no such folder; a model of the Hub has to be downloaded first")
-    check = CheckOptions(_text(_tokenizer(source)), options.check_length)
-    return str(convert.import_huggingface(source, output, options.role, check, options.allow_pickle))
+    tokenizer, remark = _tokenizer(source, "no tokenizer is there: tried on random tokens alone")
+    check = CheckOptions(_text(tokenizer), options.check_length)
+    return f"{convert.import_huggingface(source, output, options.role, check, options.allow_pickle)}{remark}"
 
 
 def export_model(options: argparse.Namespace) -> str:
@@ -88,7 +89,8 @@ def export_model(options: argparse.Namespace) -> str:
         raise UserError(f"--checkpoint {options.checkpoint}: is a Hugging Face folder already ({CONFIG})")
     checkpoint = sharded.find_checkpoint(options.checkpoint, "--checkpoint")
     companions = Companions.find(checkpoint, Path(options.like) if options.like else None)
-    tokenizer = _tokenizer(companions.tokenizer)
+    none = "no tokenizer came along (name a folder that has one with --like)"
+    tokenizer, remark = _tokenizer(companions.tokenizer, none)
     if tokenizer is not None:
         companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     report = convert.export_huggingface(
@@ -101,8 +103,7 @@ def export_model(options: argparse.Namespace) -> str:
         CheckOptions(_text(tokenizer), options.check_length),
         round(options.shard_gb * 1e9),
     )
-    without = "" if tokenizer else "; no tokenizer came along (name a folder that has one with --like)"
-    return f"{report}{without}"
+    return f"{report}{remark}"
 
 
 def _only_role(checkpoint: Path) -> str:
@@ -110,11 +111,14 @@ def _only_role(checkpoint: Path) -> str:
     return roles[0] if len(roles) == 1 else "policy"
 
 
-def _tokenizer(folder: Path | None) -> Tokenizer | None:
+def _tokenizer(folder: Path | None, none: str) -> tuple[Tokenizer | None, str]:
+    """A folder's tokenizer, and what to remark where there is none, or none that can be used."""
+    if folder is None or not holds_tokenizer(folder):
+        return None, f"; {none}"
     try:
-        return None if folder is None else load_tokenizer(folder)
-    except UserError:  # a model without a usable tokenizer is converted all the same
-        return None
+        return load_tokenizer(folder), ""
+    except UserError as error:  # the model is converted all the same
+        return None, f"; tried on random tokens alone, since its tokenizer cannot be used: {error}"
 
 
 def _text(tokenizer: Tokenizer | None) -> list[int]:

@@ -55,6 +55,15 @@ def test_type_and_shards_can_be_chosen(world, run, tmp_path, capsys):
         assert torch.equal(load_file(tmp_path / "theirs" / file)[name], whole[name].bfloat16()), name
 
 
+def test_a_tokenizer_that_cannot_be_read_is_remarked(world, run, tmp_path, capsys):
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "one") == 0
+    assert "no tokenizer is there: tried on random tokens alone" in capsys.readouterr().out
+    (source / "tokenizer.json").write_text("{")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "two") == 0
+    assert "since its tokenizer cannot be used: " in capsys.readouterr().out
+
+
 def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
     source = hf_models.save(tmp_path / "source", "gpt2")
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import hf_models
 import pytest
@@ -210,10 +211,14 @@ def test_companions_travel_along(world, tmp_path, shared_data):
     shutil.copytree(shared_data / "tinystories_260k", source)
     (source / "generation_config.json").write_text('{"do_sample": true}')
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (source / "notes.txt").write_text("not a companion")
     round_trip(source, tmp_path, "policy")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "theirs" / name).read_bytes() == (source / name).read_bytes(), name
+    more = Path("additional_chat_templates", "tools.jinja")
+    assert (tmp_path / "theirs" / more).read_text() == "{{ tools }}"
     assert not (tmp_path / "theirs" / "notes.txt").exists()
 
 
