@@ -159,7 +159,9 @@ def _packages() -> Finding:
 
 
 def _transformer_engine() -> Finding:
-    fix = f"pip install 'megatron_rlhf[gpu]', or {_CONTAINER}; or remove it: pip uninstall transformer-engine"
+    fix = (
+        f"pip install --no-build-isolation -e '.[gpu]', or {_CONTAINER}; or remove it: pip uninstall transformer-engine"
+    )
     return _optional("Transformer Engine", "transformer-engine", "transformer_engine.pytorch", "fused layers, fp8", fix)
 
 

@@ -84,7 +84,7 @@ def check_precision(
     if precision is Precision.fp8_hybrid and not transformer_engine:
         raise UserError(
             "precision=fp8_hybrid needs Transformer Engine and a GPU, and it cannot be imported here: use NVIDIA's PyTorch "
-            "container or `pip install megatron_rlhf[gpu]`, or choose precision=bf16"
+            "container or install it (docs/cluster.md), or choose precision=bf16"
         )
     if precision is Precision.fp8_hybrid and capability < FP8_CAPABILITY:
         raise UserError(
