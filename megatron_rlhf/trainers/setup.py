@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint.source import Source
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import PretrainingDataConfig
 from megatron_rlhf.data.comparisons import load_comparisons
@@ -44,7 +44,9 @@ SCALAR = ("reward", "value", "policy")
 def check_machine(config: BaseConfig, world_size: int) -> None:
     """Layouts against the world, precision and context parallelism against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
-    checks.check_precision(config.precision, engine, torch.cuda.is_available())
+    gpu = torch.cuda.is_available()
+    checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
+    checks.check_fp8(config)
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         checks.check_layout(parallel, ranks, key, whose)
@@ -192,7 +194,8 @@ def _sampler(policy: Role, config: PPOConfig) -> Role:
         return policy
     rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
-    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), config.precision).frozen()
+    precision = config.precision_of("sampler")
+    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
@@ -249,7 +252,11 @@ def _role(
     scalar: bool = False,
     dropout: float = 0.0,
 ) -> Role:
-    role = Role.build(name, model, layout, config.precision, scalar, dropout)
+    precision = config.precision_of(name)
+    if precision is Precision.fp8_hybrid:
+        key = "critic_parallel" if layout.config is getattr(config, "critic_parallel", None) else "parallel"
+        checks.check_fp8_shape(model, layout.config, config.fp8.recipe, key)
+    role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
     if scalar:
         role.reset_head(config.run.seed)
     if source is not None:
