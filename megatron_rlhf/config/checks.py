@@ -132,9 +132,9 @@ def check_fp8(config: BaseConfig) -> None:
     if config.fp8.gate_max_gap <= 0:
         raise UserError(f"fp8.gate_max_gap={config.fp8.gate_max_gap} must be positive")
     _check_positive("fp8", config.fp8.gate_samples, "gate_samples")
-    if isinstance(config, PPOConfig) and config.rollout.precision is Precision.fp8_hybrid:
-        if config.rollout.parallel.of(config.parallel) is not None:
-            raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
+    copied = isinstance(config, PPOConfig) and config.rollout.parallel.of(config.parallel) is not None
+    if isinstance(config, PPOConfig) and copied and config.rollout.precision is Precision.fp8_hybrid:
+        raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
     for key in ("rollout", "sampling"):
         sampling: SamplingConfig | None = getattr(config, key, None)
         if sampling is None or sampling.precision is None:

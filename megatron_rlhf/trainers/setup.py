@@ -240,6 +240,7 @@ def _start(
         return None, shape
     source = Source.find(init_from, key, tuple(wanted))
     source.require_shape(shape, shape_key)
+    source.require_undamaged(key)
     return source, source.model
 
 
