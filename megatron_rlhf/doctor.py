@@ -1,7 +1,9 @@
 """What of this machine works: packages and their versions, GPUs, collectives, one training step."""
 
 import importlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
 MEGATRON_CORE = "0.16.1"
 SELF_TEST_TIMEOUT = 180
+PACKAGES = (
+    "hydra omegaconf datasets transformers einops psutil safetensors tensorboard tqdm jinja2 matplotlib numpy".split()
+)
 _CONTAINER = "use NVIDIA's PyTorch container (Dockerfile)"
 
 
@@ -37,6 +42,7 @@ def examine() -> list[Finding]:
         _cuda,
         _nccl,
         _megatron_core,
+        _packages,
         _transformer_engine,
         _apex,
         _flash_attention,
@@ -66,8 +72,7 @@ def self_test() -> Finding:
         hint = "ranks cannot reach each other: check the firewall, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
         return Finding("self-test", BROKEN, f"{what} did not end in {SELF_TEST_TIMEOUT} s", "", hint)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line]
-        reason = errors[0].strip() if errors else f"exit code {done.returncode}"
+        reason = _first_exception(done.stderr) or f"exit code {done.returncode}"
         return Finding("self-test", BROKEN, f"{what}: {reason}", "", f"run `{' '.join(command)}` to see it whole")
     return Finding("self-test", OK, what, "")
 
@@ -142,8 +147,21 @@ def _megatron_core() -> Finding:
     return Finding("Megatron-Core", OK, found, buys)
 
 
+def _packages() -> Finding:
+    """What Python code of ours and of Megatron-Core's imports besides; looked for, not imported, which would take seconds."""
+    buys = "configuration, data, tokenizers, reports"
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return Finding(
+            "packages", BROKEN, f"not installed: {', '.join(missing)}", buys, "pip install -e . in the repository"
+        )
+    return Finding("packages", OK, f"{len(PACKAGES)} found", buys)
+
+
 def _transformer_engine() -> Finding:
-    fix = f"pip install 'megatron_rlhf[gpu]', or {_CONTAINER}; or remove it: pip uninstall transformer-engine"
+    fix = (
+        f"pip install --no-build-isolation -e '.[gpu]', or {_CONTAINER}; or remove it: pip uninstall transformer-engine"
+    )
     return _optional("Transformer Engine", "transformer-engine", "transformer_engine.pytorch", "fused layers, fp8", fix)
 
 
@@ -206,6 +224,12 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _first_exception(printed: str) -> str:
+    """What the first traceback of a rank ended with: 'RuntimeError: ...'; later ones only follow from it."""
+    found = re.search(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)$", printed, re.MULTILINE)
+    return found.group(1).strip() if found else ""
 
 
 def _first_line(error: Exception) -> str:

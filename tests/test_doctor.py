@@ -1,6 +1,8 @@
 """tools/doctor.py: what it calls broken, what merely absent, and what it says to do."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,29 @@ def test_a_failing_self_test_is_broken(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     finding = doctor.self_test()
     assert finding.state == BROKEN
+    assert "nosuch0" in finding.detail, "the reason, not just that there is one"
     assert "--module megatron_rlhf.doctor" in finding.fix
+
+
+def test_the_reason_is_the_first_ranks_exception():
+    printed = """[rank1]: Traceback (most recent call last):
+[rank1]:   File "layout.py", line 102, in create
+[rank1]:     raise RuntimeError(
+[rank1]: RuntimeError: einops is not installed.
+[rank0]: torch.distributed.DistBackendError: Connection closed by peer
+"""
+    assert doctor._first_exception(printed) == "RuntimeError: einops is not installed."
+    assert doctor._first_exception("nothing of the kind") == ""
+
+
+def test_a_machine_with_nothing_installed_is_told_what_to_install(tmp_path):
+    """The tool runs from the clone, by a Python that has no package at all."""
+    bare = [sys.executable, "-I", "-S", str(TOOL)]
+    done = subprocess.run(bare, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "No module named 'torch'" in done.stdout
+    assert "not installed: hydra, omegaconf" in done.stdout
+    assert "fix: pip install -e . in the repository" in done.stdout
 
 
 def test_another_megatron_core_is_broken(monkeypatch, tool, capsys):

@@ -10,6 +10,11 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a machine where nothing is installed is a case for the doctor
 
 from megatron_rlhf import doctor
 

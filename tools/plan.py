@@ -2,6 +2,7 @@
 
     python tools/plan.py recipe=instructgpt_175b cluster=h100_80gb cluster.nodes=64
     python tools/plan.py --stage ppo recipe=instructgpt_6b parallel.tensor=4 --json
+    python tools/plan.py --presets cluster=a100_80gb
     python tools/plan.py --stage sft policy.init_from=llama3/ data.tokenizer=llama3/ cluster=a100_80gb cluster.nodes=2
 
 Overrides are those of the stages; one that only some stages know goes to those. `cluster=NAME` is a file of
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, print, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if options.presets:
+            print(report.presets(_presets(options.overrides)))
+            return 0
         stages = [options.stage] if options.stage else list(SCHEMAS)
         plans = [_plan(stage, options.overrides, options.layouts) for stage in stages]
     except UserError as error:
@@ -50,6 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for plan in refused:
         print(f"\n{plan.stage} does not fit: {plan.arithmetic()}", file=sys.stderr)
     return DOES_NOT_FIT if refused else 0
+
+
+def _presets(overrides: Sequence[str]) -> list[tuple[str, Plan]]:
+    """Every recipe that says for how many nodes it is made, and each of its stages."""
+    return [
+        (name, _plan(stage, [f"recipe={name}", *overrides], layouts=0)[0])
+        for name in sorted(recipes("plan"), key=_size_in_name)
+        for stage in SCHEMAS
+    ]
+
+
+def _size_in_name(recipe: str) -> float:
+    return float(recipe.split("_", 1)[1].rstrip("b").replace("_", "."))
 
 
 def _plan(stage: str, overrides: Sequence[str], layouts: int) -> tuple[Plan, list[Plan]]:
@@ -97,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(SCHEMAS), help="plan one stage (default: all of them)")
     parser.add_argument("--layouts", type=int, default=5, metavar="N", help="rank the N cheapest layouts (0: none)")
+    parser.add_argument("--presets", action="store_true", help="the recipes' table of docs/cluster.md, on this cluster")
     parser.add_argument("--json", action="store_true", help="print plain data")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the stage that is planned")
     return parser

@@ -155,8 +155,11 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
-    fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
-    return ModelConfig(**fields)
+    try:
+        fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
+        return ModelConfig(**fields)
+    except (TypeError, ValueError) as error:  # written by hand, or by another version
+        raise UserError(f"{META}: not a model's shape as this version knows it: {error}") from error
 
 
 _OPTIMIZER = " x distributed optimizer "

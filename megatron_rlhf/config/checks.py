@@ -1,8 +1,9 @@
 """Contradictions in a configuration, found before any model is built; messages name key, value and what would be right."""
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, Precision
+from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.stages import (
+    BaseConfig,
     EvaluateConfig,
     PlacementConfig,
     PlacementKind,
@@ -11,6 +12,8 @@ from megatron_rlhf.config.stages import (
     SFTConfig,
 )
 from megatron_rlhf.config.training import PretrainingDataConfig, SamplingConfig
+
+FP8_CAPABILITY = (8, 9)
 
 
 def check_placement(placement: PlacementConfig, world_size: int) -> None:
@@ -32,13 +35,6 @@ def check_generation(model: ModelConfig, sampling: ParallelConfig, training: Par
         raise UserError(
             f"rollout.parallel.pipeline={sampling.pipeline} is more than parallel.pipeline={training.pipeline}: stages make "
             "a token wait, and weights that the first and last stage share would have to be made up"
-        )
-    rows = model.padded_vocab_size(training.tensor)
-    if rows % sampling.tensor:
-        raise UserError(
-            f"rollout.parallel.tensor={sampling.tensor} does not divide the {rows} rows of the embedding (vocabulary "
-            f"{model.vocab_size}, padded for parallel.tensor={training.tensor}): train with "
-            f"model.vocab_multiple={sampling.tensor}"
         )
 
 
@@ -111,15 +107,66 @@ def _check_stages(layers: int, parallel: ParallelConfig, key: str) -> None:
         )
 
 
-def check_precision(precision: Precision, transformer_engine: bool, gpu: bool) -> None:
-    """fp8 is Transformer Engine's; fp16 wants a GPU's kernels."""
+def check_precision(
+    precision: Precision, transformer_engine: bool, gpu: bool, capability: tuple[int, int] = FP8_CAPABILITY
+) -> None:
+    """fp8 is Transformer Engine's, on GPUs that have it; fp16 wants a GPU's kernels."""
     if precision is Precision.fp8_hybrid and not transformer_engine:
         raise UserError(
             "precision=fp8_hybrid needs Transformer Engine and a GPU, and it cannot be imported here: use NVIDIA's PyTorch "
-            "container or `pip install megatron_rlhf[gpu]`, or choose precision=bf16"
+            "container or install it (docs/cluster.md), or choose precision=bf16"
+        )
+    if precision is Precision.fp8_hybrid and capability < FP8_CAPABILITY:
+        raise UserError(
+            f"precision=fp8_hybrid needs compute capability 8.9 (Ada) or 9.0 (Hopper); this GPU has "
+            f"{capability[0]}.{capability[1]}: choose precision=bf16"
         )
     if precision is Precision.fp16 and not gpu:
         raise UserError("precision=fp16 needs a GPU; on a CPU choose precision=fp32 or bf16")
+
+
+def check_fp8(config: BaseConfig) -> None:
+    """The gate's numbers, and where sampling may be in fp8."""
+    if config.fp8.gate_every < 0:
+        raise UserError(f"fp8.gate_every={config.fp8.gate_every} must not be negative (0: never)")
+    if config.fp8.gate_max_gap <= 0:
+        raise UserError(f"fp8.gate_max_gap={config.fp8.gate_max_gap} must be positive")
+    _check_positive("fp8", config.fp8.gate_samples, "gate_samples")
+    copied = isinstance(config, PPOConfig) and config.rollout.parallel.of(config.parallel) is not None
+    if isinstance(config, PPOConfig) and copied and config.rollout.precision is Precision.fp8_hybrid:
+        raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
+    for key in ("rollout", "sampling"):
+        sampling: SamplingConfig | None = getattr(config, key, None)
+        if sampling is None or sampling.precision is None:
+            continue
+        fp8 = config.precision is Precision.fp8_hybrid
+        allowed = (Precision.bf16, Precision.fp8_hybrid) if fp8 else (config.precision,)
+        if sampling.precision not in allowed:
+            raise UserError(
+                f"{key}.precision={sampling.precision.value}: with precision={config.precision.value} the model that trains "
+                f"can sample in {' or '.join(choice.value for choice in allowed)}"
+            )
+
+
+def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Recipe, key: str) -> None:
+    """Matrices and sequences in multiples of what fp8 products take."""
+    groups = model.num_query_groups or model.num_attention_heads
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
+    split = {
+        "the heads' width": head * model.num_attention_heads,
+        "the width of queries, keys and values": head * (model.num_attention_heads + 2 * groups),
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+    }
+    needed = {f"{name} on each of {key}.tensor={parallel.tensor}": n // parallel.tensor for name, n in split.items()}
+    needed["hidden_size"] = model.hidden_size
+    if model.positions is Positions.learned:  # sequences are padded, never beyond the last position
+        needed["max_sequence_length"] = model.max_sequence_length // (parallel.tensor if parallel.sequence else 1)
+    for name, size in needed.items():
+        if size % recipe.multiple:
+            raise UserError(
+                f"precision=fp8_hybrid with fp8.recipe={recipe.value} needs multiples of {recipe.multiple}: {name} is {size}; "
+                f"choose another {key}.tensor, or precision=bf16"
+            )
 
 
 def check_context(parallel: ParallelConfig, transformer_engine: bool, key: str) -> None:

@@ -35,8 +35,9 @@ class ClusterConfig:
     """Bandwidth between the GPUs of a node, for each GPU and direction."""
     network_gb_per_s: float
     """Bandwidth between nodes, for each GPU and direction."""
-    decode_layer_overhead_us: float = 60.0
-    """Launches and tensor-parallel latency of one layer for one decoded token."""
+    decode_layer_overhead_us: float = 250.0
+    """Of one layer for one decoded token: a dozen kernels launched one by one (there are no CUDA graphs) and two small sums
+    over tensor-parallel ranks. An estimate."""
     price_per_gpu_hour: float = 0.0
     """Money for a GPU and hour, in dollars; prices differ a lot, so set your own."""
 

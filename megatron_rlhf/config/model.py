@@ -52,6 +52,19 @@ class Precision(Enum):
     fp8_hybrid = "fp8_hybrid"
 
 
+class Fp8Recipe(Enum):
+    """How Transformer Engine finds the scales that carry numbers into fp8's range."""
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+
+    @property
+    def multiple(self) -> int:
+        """Tokens and widths of a matrix product must be multiples of this: fp8 kernels' alignment, or a whole block."""
+        return 128 if self is Fp8Recipe.blockwise else 16
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """A decoder-only transformer: GPT-3's shape by default, Llama's by `positions=rope norm=rmsnorm activation=swiglu`."""

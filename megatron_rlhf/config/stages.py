@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
+from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import (
+    ColumnTemplates,
+    Fp8Config,
     OptimizerConfig,
     PretrainingDataConfig,
     RoleConfig,
@@ -28,23 +31,23 @@ class BaseConfig:
     """Layout of the model being trained (PPO: of policy and reference)."""
     precision: Precision = Precision.fp32
     """fp32, bf16, fp16 or fp8_hybrid (Transformer Engine)."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """Scales and safeguards of precision=fp8_hybrid."""
     model: ModelConfig | None = None
     """Shape for training from scratch; left out when `init_from` brings one, and must agree with it when both are given."""
 
+    trained_roles: ClassVar[tuple[str, ...]] = ()
 
-@dataclass(kw_only=True)
-class ColumnTemplates:
-    """How to make a prompt and a response out of a record's own columns."""
+    def precision_of(self, role: str) -> Precision:
+        """A role's own arithmetic. fp8 is for roles that train: scales of a frozen model would never be found.
 
-    prompt: str | None = None
-    """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
-    response: str | None = None
-    """A format template, e.g. "{output}"; not given: the column `response`."""
-
-    def given(self) -> dict[str, str] | None:
-        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
-        pairs = {"prompt": self.prompt, "response": self.response}
-        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
+        The delayed recipe reduces the scales of all models of a process at the end of every forward pass, which deadlocks
+        where two models lie differently over pipeline stages: there the policy has it for itself.
+        """
+        if self.precision is not Precision.fp8_hybrid:
+            return self.precision
+        mine = role in self.trained_roles and not (role == "value" and self.fp8.recipe is Fp8Recipe.delayed)
+        return Precision.fp8_hybrid if mine else Precision.bf16
 
 
 @dataclass(kw_only=True)
@@ -96,6 +99,8 @@ class SFTAlgorithmConfig:
 @dataclass(kw_only=True)
 class SFTConfig(BaseConfig):
     """`examples/train_sft.py`."""
+
+    trained_roles = ("policy",)
 
     data: DemonstrationDataConfig
     """Demonstrations, tokenizer, pretraining mix."""
@@ -150,6 +155,8 @@ class RewardAlgorithmConfig:
 @dataclass(kw_only=True)
 class RewardModelConfig(BaseConfig):
     """`examples/train_reward_model.py`."""
+
+    trained_roles = ("reward",)
 
     data: ComparisonDataConfig
     """Comparisons and tokenizer."""
@@ -303,6 +310,8 @@ class PPOAlgorithmConfig:
 @dataclass(kw_only=True)
 class PPOConfig(BaseConfig):
     """`examples/train_ppo.py`."""
+
+    trained_roles = ("policy", "value")
 
     data: PromptDataConfig
     """Prompts, tokenizer, pretraining text."""

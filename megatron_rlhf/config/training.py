@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from megatron_rlhf.config.model import Fp8Recipe, Precision
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -89,6 +91,23 @@ class SamplingConfig:
     """Stop tokens have no probability before this many tokens."""
     batch_size: int = 64
     """Sequences decoded together on one data-parallel rank."""
+    precision: Precision | None = None
+    """Arithmetic of sampling where precision=fp8_hybrid: bf16 (when not given) or fp8_hybrid; elsewhere the model's own."""
+
+
+@dataclass(kw_only=True)
+class Fp8Config:
+    """`precision=fp8_hybrid`: the layers of models that train compute in fp8, heads and frozen models never do."""
+
+    recipe: Fp8Recipe = Fp8Recipe.tensorwise
+    """tensorwise: a tensor's scale from its own largest number; delayed: from those of its past (in PPO the value model then
+    stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper)."""
+    gate_every: int = 50
+    """Steps between comparisons of the policy's log-probabilities in fp8 with those in bf16; 0 for never."""
+    gate_max_gap: float = 0.05
+    """Largest mean difference of a token's log-probability, in nats; beyond it the policy goes on in bf16 for good."""
+    gate_samples: int = 8
+    """Texts that are compared, always the same: the first prompts of PPO, the first examples of fine-tuning."""
 
 
 class Selection(Enum):
@@ -96,6 +115,21 @@ class Selection(Enum):
 
     validation_loss = "validation_loss"
     reward_model = "reward_model"
+
+
+@dataclass(kw_only=True)
+class ColumnTemplates:
+    """How to make a prompt and a response out of a record's own columns."""
+
+    prompt: str | None = None
+    """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
+    response: str | None = None
+    """A format template, e.g. "{output}"; not given: the column `response`."""
+
+    def given(self) -> dict[str, str] | None:
+        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
+        pairs = {"prompt": self.prompt, "response": self.response}
+        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
 
 
 @dataclass(kw_only=True)

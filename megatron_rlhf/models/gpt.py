@@ -13,10 +13,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, Precision, RopeScaling
+from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.layout import ParallelLayout
+
+# e4m3 for activations and weights, e5m2 for their gradients.
+FP8_FORMAT = "hybrid"
 
 # A logit that no softmax gives any probability, yet finite: p * log p stays 0 and not NaN in fp16 too.
 PADDED_LOGIT = -3e4
@@ -36,7 +39,11 @@ _DTYPES = {
 
 
 def transformer_config(
-    model: ModelConfig, layout: ParallelLayout, precision: Precision, dropout: float = 0.0
+    model: ModelConfig,
+    layout: ParallelLayout,
+    precision: Precision,
+    dropout: float = 0.0,
+    fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model in one layout."""
     parallel = layout.config
@@ -84,13 +91,27 @@ def transformer_config(
         calculate_per_token_loss=True,  # data parallelism sums gradients: losses are normalised by global counts
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        fp8="hybrid" if precision is Precision.fp8_hybrid else None,
+        **(_fp8_settings(fp8_recipe) if precision is Precision.fp8_hybrid else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # The interleaved schedule frees what it is still sending. CUDA's streams put that in order; gloo reads freed memory.
         deallocate_pipeline_outputs=layout.virtual_stages is None or torch.cuda.is_available(),
         **recompute,
     )
+
+
+def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
+    """The layers' matrix products alone: attention's scores, embeddings and heads stay out of fp8."""
+    return {
+        "fp8": FP8_FORMAT,
+        "fp8_recipe": recipe.value,
+        # Delayed scaling: PPO and pretraining microbatches alternate and their gradients differ in size; a long memory of
+        # the largest covers both.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        # Data-parallel ranks may have different numbers of microbatches, so they cannot meet after each for a common scale.
+        "tp_only_amax_red": True,
+    }
 
 
 class LanguageModel(GPTModel):
@@ -125,9 +146,10 @@ def build_chunks(
     precision: Precision,
     scalar: bool = False,
     dropout: float = 0.0,
+    fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
 ) -> list[GPTModel]:
     """This rank's part of a model: one chunk, or one for each virtual stage. Weights are random."""
-    config = transformer_config(model, layout, precision, dropout)
+    config = transformer_config(model, layout, precision, dropout, fp8_recipe)
     virtual = layout.config.virtual_stages
     chunks = []
     with layout:

@@ -10,7 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from megatron_rlhf.config.model import ModelConfig, Precision
+from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
+from megatron_rlhf.models import fp8
 from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -40,9 +41,10 @@ class Role:
         precision: Precision,
         scalar: bool = False,
         dropout: float = 0.0,
+        fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
     ) -> "Role":
         """A model with random weights."""
-        chunks = build_chunks(model, layout, precision, scalar, dropout) if layout.is_member else []
+        chunks = build_chunks(model, layout, precision, scalar, dropout, fp8_recipe) if layout.is_member else []
         return cls(name, model, layout, chunks, scalar)
 
     def reset_head(self, seed: int) -> None:
@@ -70,8 +72,9 @@ class Role:
         self.resting.rest()
 
     def pad_length(self, length: int) -> int:
-        """The length to which sequences of `length` tokens are padded: sequence parallelism splits it evenly."""
+        """The length to which sequences of `length` tokens are padded: sequence parallelism and fp8 want multiples."""
         parts = self.layout.config.tensor if self.layout.config.sequence else 1
+        parts *= fp8.token_multiple(self.modules)
         return (length + parts - 1) // parts * parts
 
     @functools.cached_property
@@ -84,6 +87,32 @@ class Role:
         first = self.layout.tp_rank == 0
         here = sum(p.numel() for p in parameters if first or getattr(p, "tensor_model_parallel", False))
         return int(collectives.sum_over(here, self.layout.groups.mp))
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether its layers compute in fp8 now."""
+        return fp8.is_on(self.modules)
+
+    def switch_fp8(self, on: bool) -> None:
+        """Layers in fp8 or in bf16, from the next forward pass on."""
+        fp8.switch(self.modules, on)
+
+    @contextlib.contextmanager
+    def without_fp8(self) -> Iterator[None]:
+        """Layers in bf16 for a while."""
+        with fp8.switched(self.modules, on=False):
+            yield
+
+    @contextlib.contextmanager
+    def decoding(self, in_fp8: bool = False) -> Iterator[None]:
+        """`evaluating` for many passes of one token each: fp8 only where it is asked for, and the model trains in it."""
+        with contextlib.ExitStack() as stack:
+            if self.in_fp8 and in_fp8:
+                stack.enter_context(fp8.decoding(self.chunks, fp8.token_multiple(self.modules)))
+            else:
+                stack.enter_context(self.without_fp8())
+            stack.enter_context(self.evaluating(decoding=True))
+            yield
 
     @contextlib.contextmanager
     def evaluating(self, decoding: bool = False) -> Iterator[None]:

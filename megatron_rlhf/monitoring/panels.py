@@ -85,6 +85,13 @@ GROUPS = (
                 logarithmic=True,
             ),
             Panel(
+                "fp8 against bf16",
+                "gap of a token's log-probability",
+                {"fp8/logprob_gap_mean": "mean", "fp8/logprob_gap_max": "largest"},
+                logarithmic=True,
+            ),
+            Panel("Policy computes in fp8", "1 = yes", {"fp8/active": ""}, from_zero=True),
+            Panel(
                 "Gradient norm",
                 "before clipping",
                 {

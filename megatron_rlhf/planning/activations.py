@@ -30,7 +30,7 @@ def training_peak(
 ) -> dict[str, float]:
     """What a rank of a stage holds at its fullest, in a schedule of `microbatches` on each data-parallel copy."""
     chunks = _chunks_in_flight(placed, stage, microbatches)
-    chunk_layers = placed.stage_layers / placed.parallel.virtual_stages
+    chunk_layers = placed.stage_layers(stage) / placed.parallel.virtual_stages
     first, last = stage == 0, stage == placed.parallel.pipeline - 1
     layer = layer_saved(placed, shape, dropout)
     stream = _stream(placed, shape)
@@ -101,11 +101,11 @@ def forward_working(placed: PlacedModel, shape: Shape) -> float:
     return tokens * e * (inner / placed.parallel.tensor + 3 * model.hidden_size)
 
 
-def cache_bytes(placed: PlacedModel, rows: int, length: int, batch_rows: int) -> float:
-    """Keys and values of `rows` sequences on one rank; dropping finished rows copies one batch of them at a time."""
+def cache_bytes(placed: PlacedModel, stage: int, rows: int, length: int, batch_rows: int) -> float:
+    """Keys and values of `rows` sequences on one rank of a stage; dropping finished rows copies one batch of them at a time."""
     model = placed.model
     heads = parameters.query_groups(model) * parameters.head_dim(model) / placed.parallel.tensor
-    row = 2 * placed.stage_layers * heads * length * placed.element
+    row = 2 * placed.stage_layers(stage) * heads * length * placed.element
     return row * (rows + min(batch_rows, rows))
 
 

@@ -55,11 +55,19 @@ def norm_parameters(model: ModelConfig, width: int) -> int:
     return width if model.norm is Norm.rmsnorm else 2 * width
 
 
+def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Layers on a pipeline stage, over all its virtual stages."""
+    if parallel.last_stage_layers is None:
+        return model.num_layers // parallel.pipeline
+    last = parallel.last_stage_layers
+    return last if stage == parallel.pipeline - 1 else (model.num_layers - last) // (parallel.pipeline - 1)
+
+
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, scalar: bool) -> int:
     """Weights on one rank of a pipeline stage. A tied embedding lives on the first and on the last stage."""
     h, last = model.hidden_size, parallel.pipeline - 1
     embedding = padded_vocabulary(model, parallel.tensor) // parallel.tensor * h
-    total = model.num_layers // parallel.pipeline * layer_parameters(model, parallel.tensor)
+    total = stage_layers(model, parallel, stage) * layer_parameters(model, parallel.tensor)
     if stage == 0:
         total += embedding
         if model.positions is Positions.learned:

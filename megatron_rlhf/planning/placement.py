@@ -38,10 +38,19 @@ class PlacedModel:
         """Ranks among which norms and the residual stream are split."""
         return self.parallel.tensor if self.parallel.sequence else 1
 
+    def stage_layers(self, stage: int) -> int:
+        """Layers on one rank of a stage, over all its virtual stages."""
+        return parameters.stage_layers(self.model, self.parallel, stage)
+
     @property
-    def stage_layers(self) -> int:
-        """Layers on one rank, over all its virtual stages."""
-        return self.model.num_layers // self.parallel.pipeline
+    def ends(self) -> tuple[int, int]:
+        """First and last stage: those that have what no other has."""
+        return 0, self.parallel.pipeline - 1
+
+    @property
+    def most_layers(self) -> int:
+        """Layers of the fullest stage."""
+        return max(map(self.stage_layers, self.ends))
 
     @property
     def recomputes(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_rlhf.planning.parameters import total_parameters
 from megatron_rlhf.planning.placement import GIB
-from megatron_rlhf.planning.plan import Plan, describe_layout
+from megatron_rlhf.planning.plan import Plan, PlannedRole, describe_layout
 
 
 def as_data(plan: Plan, cheaper: Sequence[Plan] = ()) -> dict[str, Any]:
@@ -52,12 +52,38 @@ def totals(plans: Sequence[Plan]) -> str:
     return _table(["stage", "hours", "GPU hours", "$"], rows)
 
 
+def presets(plans: Sequence[tuple[str, Plan]]) -> str:
+    """Recipes and their plans as the Markdown table of docs/cluster.md."""
+    lines = [
+        "| recipe, stage | model | GPUs | layout (PPO: policy; critic) | GiB | seconds a step | hours | GPU hours |"
+    ]
+    lines.append("|" + " --- |" * lines[0].count(" |"))
+    for recipe, plan in plans:
+        layouts = dict.fromkeys(describe_layout(role.placed).split(",")[0] for role in plan.roles)
+        sizes = dict.fromkeys(_size(role) for role in plan.roles)
+        cells = [
+            f"`{recipe}` {plan.stage}",
+            "; ".join(sizes),
+            f"{plan.cluster.nodes} x {plan.cluster.gpus_per_node}",
+            "; ".join(layouts),
+            f"{plan.peak_bytes / GIB:.0f}",
+            _three_digits(plan.step_seconds),
+            f"{plan.hours:.1f}",
+            f"{plan.gpu_hours:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _size(role: PlannedRole) -> str:
+    return f"{total_parameters(role.placed.model, role.placed.scalar) / 1e9:.3g}B"
+
+
 def _heading(plan: Plan) -> str:
     cluster = plan.cluster
     lines = [f"{plan.stage} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.name}, {plan.microbatch}"]
     for role in plan.roles:
-        billions = total_parameters(role.placed.model, role.placed.scalar) / 1e9
-        lines.append(f"  {role.name:<10} {billions:.3g}B  {describe_layout(role.placed)}")
+        lines.append(f"  {role.name:<10} {_size(role)}  {describe_layout(role.placed)}")
     return "\n".join(lines)
 
 
@@ -87,7 +113,7 @@ def _phases(plan: Plan) -> str:
     rows = [
         [
             phase.name,
-            f"{phase.seconds:,.2f}",
+            _three_digits(phase.seconds),
             f"{phase.seconds / plan.step_seconds:.0%}",
             f"{phase.flops:.2e}",
             f"{phase.flops / phase.seconds / plan.cluster.gpus / 1e12:.3g}",
@@ -101,7 +127,7 @@ def _phases(plan: Plan) -> str:
 def _cost(plan: Plan) -> str:
     cluster = plan.cluster
     return (
-        f"{plan.steps:,} steps of {plan.step_seconds:,.1f} s = {plan.hours:,.1f} hours x {cluster.gpus} GPUs = "
+        f"{plan.steps:,} steps of {_three_digits(plan.step_seconds)} s = {plan.hours:,.1f} hours x {cluster.gpus} GPUs = "
         f"{plan.gpu_hours:,.0f} GPU hours, ${plan.price:,.0f} at ${cluster.price_per_gpu_hour:g}; "
         f"{plan.flops:.2e} FLOPs ({plan.flops / 8.64e19:.3g} petaflop/s-days)"
     )
@@ -127,6 +153,11 @@ def _ranking(plans: Sequence[Plan]) -> str:
     if not any(row[1] for row in rows):
         header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
     return f"the cheapest layouts that fit these {plans[0].cluster.gpus} GPUs\n" + _table(header, rows)
+
+
+def _three_digits(x: float) -> str:
+    """0.0694, 35.0, 1,234."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
 
 
 def _gib(size: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from megatron_rlhf.config.checks import check_layout, check_model
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
@@ -48,7 +49,7 @@ def stage_name(config: BaseConfig) -> str:
 def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """Supervised fine-tuning; validation and the choice of the best epoch are left out."""
     sft, data = config.sft, config.data
-    placed = _place(config.model, config.parallel, config, cluster, "model", "parallel")
+    placed = _place("policy", config.model, config.parallel, config, cluster, "model", "parallel")
     from_text = round(sft.batch_size * data.pretraining_mix)
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
     mean: float = workload.prompt_tokens + workload.response_tokens
@@ -74,7 +75,7 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """The reward model; all completions of a prompt share a microbatch, so the largest K decides its memory."""
     algorithm, data = config.reward_model, config.data
-    placed = _place(config.model, config.parallel, config, cluster, "model", "parallel", scalar=True)
+    placed = _place("reward", config.model, config.parallel, config, cluster, "model", "parallel", scalar=True)
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
     mean = workload.prompt_tokens + workload.response_tokens
     prompts, count = _microbatches(algorithm.batch_size, algorithm.micro_batch_size, placed)
@@ -88,21 +89,25 @@ def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workloa
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """PPO-ptx: the four roles together on all GPUs; the alignment tax's forward passes are left out."""
-    policy = _place(config.model, config.parallel, config, cluster, "model", "parallel")
-    critic = _place(
-        config.critic_model, config.critic_parallel, config, cluster, "critic_model", "critic_parallel", scalar=True
+    policy = _place("policy", config.model, config.parallel, config, cluster, "model", "parallel")
+    value = _place(
+        "value", config.critic_model, config.critic_parallel, config, cluster, "critic_model", "critic_parallel", True
     )
+    reference = replace(policy, precision=config.precision_of("reference"))
+    reward = replace(value, precision=config.precision_of("reward"))
+    sampling = replace(policy, precision=config.rollout.precision or reference.precision)
     roles = [
         PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0),
-        PlannedRole("reference", policy, trained=False),
-        PlannedRole("reward", critic, trained=False),
-        PlannedRole("value", critic, trained=True),
+        PlannedRole("reference", reference, trained=False),
+        PlannedRole("reward", reward, trained=False),
+        PlannedRole("value", value, trained=True),
     ]
     phases = [
-        _rollout_phase(config, policy, cluster, workload),
-        *_scoring_phases(config, policy, critic, cluster, workload),
+        _rollout_phase(config, sampling, cluster, workload),
+        _scoring_phase("scoring by policy and reference", [policy, reference], config, cluster, workload),
+        _scoring_phase("scoring by reward and value", [reward, value], config, cluster, workload),
         *_policy_phases(config, policy, cluster, workload),
-        _value_phase(config, critic, cluster, workload),
+        _value_phase(config, value, cluster, workload),
     ]
     ppo = config.ppo
     microbatch = (
@@ -123,7 +128,7 @@ def _rollout_phase(
 
     def memory(stage: int) -> dict[str, float]:
         return {
-            "kv cache": cache_bytes(policy, in_flight, length, together),
+            "kv cache": cache_bytes(policy, stage, in_flight, length, together),
             "buffers": forward_working(policy, Shape(together, config.data.max_prompt_tokens)),
         }
 
@@ -132,20 +137,18 @@ def _rollout_phase(
     return PlannedPhase("rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory)
 
 
-def _scoring_phases(
-    config: PPOConfig, policy: PlacedModel, critic: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
-) -> list[PlannedPhase]:
-    """Policy and reference read the episodes, then reward and value model."""
+def _scoring_phase(
+    name: str, readers: list[PlacedModel], config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    """Two models of one shape and layout read the episodes, one after the other."""
     episodes, length = config.ppo.batch_size, config.data.max_prompt_tokens + config.rollout.max_response_tokens
     mean = workload.prompt_tokens + workload.response_tokens
-    phases = []
-    for name, placed in (("scoring by policy and reference", policy), ("scoring by reward and value", critic)):
-        rows, count = _microbatches(episodes, config.ppo.micro_batch_size, placed)
-        memory = _on_every_stage(scoring_peak(placed, Shape(rows, length)))
-        seconds = 2 * sum(schedule_seconds(placed, cluster, [Batch(count, rows * mean, mean)], backward=False))
-        flops = 2 * forward_flops(placed, episodes * mean, mean)
-        phases.append(PlannedPhase(name, seconds, flops, placed, memory, bubble(placed, count)))
-    return phases
+    rows, count = _microbatches(episodes, config.ppo.micro_batch_size, readers[0])
+    batch = Batch(count, rows * mean, mean)
+    seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
+    flops = sum(forward_flops(placed, episodes * mean, mean) for placed in readers)
+    memory = _on_every_stage(scoring_peak(readers[0], Shape(rows, length)))
+    return PlannedPhase(name, seconds, flops, readers[0], memory, bubble(readers[0], count))
 
 
 def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]:
@@ -226,6 +229,7 @@ def _training_phase(
 
 
 def _place(
+    role: str,
     model: ModelConfig | None,
     parallel: ParallelConfig,
     config: BaseConfig,
@@ -241,7 +245,7 @@ def _place(
         )
     check_layout(parallel, cluster.gpus, parallel_key)
     check_model(model, parallel, parallel_key)
-    return PlacedModel(model, parallel, config.precision, cluster.gpus, scalar)
+    return PlacedModel(model, parallel, config.precision_of(role), cluster.gpus, scalar)
 
 
 def _microbatches(sequences: int, micro_batch_size: int, placed: PlacedModel) -> tuple[int, int]:

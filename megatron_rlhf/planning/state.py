@@ -1,6 +1,7 @@
 """Bytes that stay on a GPU for the whole run: weights, gradients, optimizer state, moving average."""
 
 from megatron_rlhf.config.model import Precision
+from megatron_rlhf.planning.parameters import layer_parameters
 from megatron_rlhf.planning.placement import FP32, PlacedModel
 
 Bytes = dict[str, float]
@@ -25,6 +26,8 @@ def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Byt
         "gradients": count * FP32,
         "optimizer": count * copies * FP32 / shards,
     }
+    if placed.precision is Precision.fp8_hybrid:  # kept between microbatches: one for each of the two matrix layouts
+        state["fp8 weights"] = 2 * placed.stage_layers(stage) * layer_parameters(placed.model, placed.parallel.tensor)
     if average:
         state["ema"] = count * FP32
     return state

@@ -53,7 +53,7 @@ def microbatch_seconds(placed: PlacedModel, cluster: ClusterConfig, batch: Batch
     share = _slowest_stage_share(placed)
     compute = passes * forward_flops(placed, batch.tokens, batch.length) * share / (parallel.tensor * parallel.context)
     tensor = batch.tokens / parallel.context * model.hidden_size * placed.element
-    communication = placed.stage_layers * sums * _all_reduce(tensor, parallel.tensor, _link(cluster, parallel.tensor))
+    communication = placed.most_layers * sums * _all_reduce(tensor, parallel.tensor, _link(cluster, parallel.tensor))
     if parallel.pipeline > 1:
         messages = (2 if backward else 1) * parallel.virtual_stages
         communication += messages * tensor / placed.sequence_parts / (_link(cluster, cluster.gpus) * _GB)
@@ -63,7 +63,7 @@ def microbatch_seconds(placed: PlacedModel, cluster: ClusterConfig, batch: Batch
 def update_seconds(placed: PlacedModel, cluster: ClusterConfig, average: bool = False) -> float:
     """After the schedule: sum gradients over data parallelism, Adam, gather weights, moving average."""
     parallel = placed.parallel
-    count = max(placed.parameters(stage) for stage in {0, parallel.pipeline - 1})
+    count = max(placed.parameters(stage) for stage in placed.ends)
     spanned = parallel.tensor * parallel.context * placed.data
     link = _link(cluster, spanned)
     shards = placed.data * parallel.context if parallel.distributed_optimizer else 1
@@ -85,12 +85,12 @@ def decode_seconds(
     batch_rows = min(batch_rows, rows)
     batches = -(-rows // batch_rows)
     split = placed.parallel.tensor * placed.parallel.context
-    weights = max(placed.parameters(stage) for stage in {0, stages - 1}) * placed.element
+    weights = max(placed.parameters(stage) for stage in placed.ends) * placed.element
     heads = parameters.query_groups(placed.model) * parameters.head_dim(placed.model) / placed.parallel.tensor
-    cache = batch_rows * (prompt + steps / 2) * 2 * heads * placed.stage_layers * placed.element
+    cache = batch_rows * (prompt + steps / 2) * 2 * heads * placed.most_layers * placed.element
     products = forward_flops(placed, batch_rows, prompt + steps / 2) * _slowest_stage_share(placed) / split
     stage_step = max((weights + cache) / _memory_rate(cluster), products / cluster.flops_per_s(placed.precision))
-    stage_step += placed.stage_layers * cluster.decode_layer_overhead_us * _MICROSECOND
+    stage_step += placed.most_layers * cluster.decode_layer_overhead_us * _MICROSECOND
     waves = [min(stages, batches - start) for start in range(0, batches, stages)]
     decoding = steps * stage_step * sum(in_flight + stages - 1 for in_flight in waves)
     prefill = schedule_seconds(placed, cluster, [Batch(batches, batch_rows * prompt, prompt)], backward=False)
@@ -98,10 +98,11 @@ def decode_seconds(
 
 
 def _slowest_stage_share(placed: PlacedModel) -> float:
-    """The last stage's share of the FLOPs: its layers and the unembedding."""
+    """The slowest stage's share of the FLOPs: its layers, and on the last stage the unembedding."""
     whole = parameters.matmul_parameters(placed.model, placed.scalar)
     layers = parameters.matmul_parameters(placed.model, scalar=True)
-    return (layers / placed.parallel.pipeline + whole - layers) / whole
+    first, last = (layers * placed.stage_layers(stage) / placed.model.num_layers for stage in placed.ends)
+    return max(first, last + whole - layers) / whole
 
 
 def _all_reduce(size: float, ranks: int, gb_per_s: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.attention import KeyValueCache
 from megatron_rlhf.models.roles import Role
@@ -37,7 +38,7 @@ def generate(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     completions: dict[int, Completion] = {}
     in_flight = role.layout.config.pipeline
-    with role.evaluating(decoding=True):
+    with role.decoding(in_fp8=config.precision is Precision.fp8_hybrid):
         for start in range(0, len(batches), in_flight):
             decoders = [
                 Decoder(role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids))

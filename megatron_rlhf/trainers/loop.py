@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
 
@@ -14,6 +15,8 @@ class Trainer(ABC):
     session: Session
     step: int = 0
     """Steps done."""
+    gate: Fp8Gate | None = None
+    """Guards a policy that computes in fp8."""
     description: ClassVar[str]
     """What the progress bar calls the stage."""
     figures: ClassVar[Mapping[str, str]]
@@ -54,8 +57,9 @@ class Trainer(ABC):
         with session.progress(self.total_steps, self.step, self.description) as progress:
             while self.step < last:
                 session.guard.begin(self.step + 1)
+                checked = self.gate.check(self.step) if self.gate else {}
                 with session.timer("step"):
-                    metrics = self.train_step()
+                    metrics = self.train_step() | checked
                 self.step += 1
                 metrics |= self.after_step()
                 session.log(self.step, metrics)
@@ -66,7 +70,8 @@ class Trainer(ABC):
 
     def _state(self) -> dict[str, Any]:
         skipped = [trained.skipped_in_a_row for trained in self.trained]
-        return {"step": self.step, "skipped_in_a_row": skipped, **self.state_dict()}
+        gate = self.gate.state_dict() if self.gate else None
+        return {"step": self.step, "skipped_in_a_row": skipped, "fp8_gate": gate, **self.state_dict()}
 
     def _restore(self) -> None:
         state = self.session.restore(self.trained)
@@ -74,5 +79,7 @@ class Trainer(ABC):
             self.step = state["step"]
             for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
                 trained.skipped_in_a_row = skipped
+            if self.gate and state.get("fp8_gate"):
+                self.gate.load_state_dict(state["fp8_gate"])
             self.load_state_dict(state)
         self.session.begin(self.step if state else -1)  # a fresh run forgets whatever the folder had

@@ -26,6 +26,7 @@ from megatron_rlhf.parallel.resharding import copy_weights
 from megatron_rlhf.rollout.collect import Roles, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.trainers.agreement import require_same_batch
+from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
 from megatron_rlhf.trainers.microbatches import (
@@ -76,6 +77,9 @@ class PPOTrainer(Trainer):
         self.pretraining_cursor = 0
         self.tokens_seen = 0
         self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
+        guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
+        temperature = self.config.rollout.temperature
+        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch_size, temperature)
 
     @property
     def total_steps(self) -> int:

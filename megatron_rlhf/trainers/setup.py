@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint.source import Source
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import PretrainingDataConfig
 from megatron_rlhf.data.comparisons import load_comparisons
@@ -43,7 +44,9 @@ SCALAR = ("reward", "value", "policy")
 def check_machine(config: BaseConfig, world_size: int) -> None:
     """Layouts against the world, precision and context parallelism against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
-    checks.check_precision(config.precision, engine, torch.cuda.is_available())
+    gpu = torch.cuda.is_available()
+    checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
+    checks.check_fp8(config)
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         checks.check_layout(parallel, ranks, key, whose)
@@ -134,6 +137,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     checks.check_model(model, config.parallel, "parallel")
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         checks.check_generation(model, sampling, config.parallel)
+        model = _padded_for_both(model, config.parallel.tensor, sampling.tensor)
     checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
     checks.check_model(value_model, config.critic_parallel, "critic_parallel")
     for shape in (model, critic_model, value_model):
@@ -177,14 +181,21 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     )
 
 
+def _padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:
+    """The same model, its embedding padded so that either number of tensor-parallel ranks divides the rows."""
+    multiple = math.lcm(model.vocab_multiple * training, sampling)
+    return dataclasses.replace(model, vocab_multiple=multiple // training)
+
+
 def _sampler(policy: Role, config: PPOConfig) -> Role:
     """The policy, or an empty copy of it at the layout to sample at."""
     layout = config.rollout.parallel.of(config.parallel)
     if layout is None:
         return policy
-    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # as many in the copy, so that every row has a place
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
-    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), config.precision).frozen()
+    precision = config.precision_of("sampler")
+    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
@@ -242,7 +253,11 @@ def _role(
     scalar: bool = False,
     dropout: float = 0.0,
 ) -> Role:
-    role = Role.build(name, model, layout, config.precision, scalar, dropout)
+    precision = config.precision_of(name)
+    if precision is Precision.fp8_hybrid:
+        key = "critic_parallel" if layout.config is getattr(config, "critic_parallel", None) else "parallel"
+        checks.check_fp8_shape(model, layout.config, config.fp8.recipe, key)
+    role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
     if scalar:
         role.reset_head(config.run.seed)
     if source is not None:

@@ -21,6 +21,7 @@ from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
 from megatron_rlhf.trainers.agreement import require_same_batch
+from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
 from megatron_rlhf.trainers.session import Session
@@ -55,6 +56,15 @@ class SFTTrainer(Trainer):
             self.steps_per_epoch = self.batches.batches_per_epoch
         self.tokens_seen = 0
         self.best: tuple[float, str] | None = None
+        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, self._first_texts(), sft.micro_batch_size)
+
+    def _first_texts(self) -> list[Any]:
+        if self.demonstrations is not None:
+            count = min(len(self.demonstrations), self.config.fp8.gate_samples)
+            return [self.demonstrations[i].tokens.tolist() for i in range(count)]
+        assert self.pretraining is not None
+        text = self.pretraining.train
+        return [text[i] for i in range(min(len(text), self.config.fp8.gate_samples))]
 
     @property
     def total_steps(self) -> int:

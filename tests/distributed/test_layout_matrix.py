@@ -162,9 +162,11 @@ def one_rank(recipe):
     return results_of(recipe, "one_rank", Case(1, ""))
 
 
-def compare(recipe, one_rank, name, case, timeout=400, only=STAGES):
+def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STAGES):
+    """All figures and weights against one rank's; tools/benchmark.py layouts makes a table of what is recorded."""
     weights, metrics, samples = results_of(recipe, name, case, timeout, only)
     expected_weights, expected_metrics, expected_samples = one_rank
+    figures, gaps = [], []
     for stage in only:
         rows = expected_metrics[stage]
         assert len(metrics[stage]) == len(rows)
@@ -173,32 +175,39 @@ def compare(recipe, one_rank, name, case, timeout=400, only=STAGES):
             for key, value in expected.items():
                 wanted = pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE.get(key, 1e-9))
                 assert row[key] == wanted, f"{stage}, step {row['step']}: {key}"
+                if value and key not in ABSOLUTE:
+                    figures.append(abs(row[key] / value - 1))
         for role, arrays in expected_weights[stage].items():
-            assert_close(weights[stage][role], arrays, relative=RELATIVE)
+            gaps.append(assert_close(weights[stage][role], arrays, relative=RELATIVE))
     texts = [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in samples]
     assert texts == [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in expected_samples]
+    record_property("ranks", case.ranks)
+    for column, text in (("trained at", case.layout), ("critic at", case.critic), ("PPO with", case.ppo)):
+        record_property(column, text)
+    record_property("figures", f"{max(figures):.1e}")
+    record_property("weights", f"{max(gaps):.1e}")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_figure_at_every_layout(name, recipe, one_rank):
-    compare(recipe, one_rank, name, CASES[name])
+def test_every_figure_at_every_layout(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, CASES[name])
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_ppo_is_the_same_wherever_its_roles_are(name, recipe, one_rank):
-    compare(recipe, one_rank, name, PLACEMENTS[name], only=["ppo"])
+def test_ppo_is_the_same_wherever_its_roles_are(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, PLACEMENTS[name], only=["ppo"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE_PLACEMENTS)
-def test_ppo_is_the_same_at_many_more_placements(name, recipe, one_rank):
-    compare(recipe, one_rank, name, LARGE_PLACEMENTS[name], only=["ppo"])
+def test_ppo_is_the_same_at_many_more_placements(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, LARGE_PLACEMENTS[name], only=["ppo"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_every_figure_at_many_more_layouts(name, recipe, one_rank):
-    compare(recipe, one_rank, name, LARGE[name], timeout=500)
+def test_every_figure_at_many_more_layouts(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, LARGE[name], timeout=500)
 
 
 def test_the_micro_batch_size_changes_nothing_but_speed(recipe, one_rank):

@@ -34,6 +34,7 @@ STATE = [
     (2, GPT, layout(tensor=2, sequence=True), "bf16"),
     (2, LLAMA, layout(pipeline=2), "fp32"),
     (2, GPT, layout(distributed_optimizer=True), "bf16"),
+    (2, GPT, layout(pipeline=2, last_stage_layers=1), "bf16"),
     (4, GPT, layout(tensor=2, pipeline=2), "fp32"),
     (4, LLAMA, layout(pipeline=2, distributed_optimizer=True), "bf16"),
 ]
@@ -41,6 +42,7 @@ SAVED = [
     (2, GPT, layout(tensor=2), "fp32", 1),
     (2, LLAMA, layout(tensor=2, sequence=True), "fp32", 1),
     (2, GPT, layout(pipeline=2), "fp32", 4),
+    (2, GPT, layout(pipeline=2, last_stage_layers=1), "fp32", 4),
     (2, GPT, layout(pipeline=2, virtual_stages=2), "fp32", 4),
     (2, GPT, layout(pipeline=2, recompute="full"), "fp32", 4),
 ]
@@ -130,9 +132,9 @@ def test_cache_is_what_decoding_allocates() -> None:
         cache.append(layer, torch.zeros(8, 3, 2, 16), torch.zeros(8, 3, 2, 16))
     real = sum(x.untyped_storage().nbytes() for pair in cache.layers.values() for x in pair)
     placed = PlacedModel(LLAMA, layout(), Precision.fp32, 1)
-    assert cache_bytes(placed, 3, 24, 0) == real
+    assert cache_bytes(placed, 0, 3, 24, 0) == real
     # Rows that finish: the smaller copy is made before the old one goes.
-    assert cache_bytes(placed, 3, 24, 3) == 2 * real
+    assert cache_bytes(placed, 0, 3, 24, 3) == 2 * real
 
 
 def test_parameters_of_the_published_shapes() -> None:

@@ -69,6 +69,12 @@ class Job:
         return int(self.fields["ExitCode"].split(":")[0])
 
     @property
+    def seconds(self) -> int:
+        """How long it has run."""
+        hours, minutes, seconds = map(int, self.fields["RunTime"].split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+
+    @property
     def restarts(self) -> int:
         return int(self.fields["Restarts"])
 
