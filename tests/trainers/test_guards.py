@@ -52,9 +52,6 @@ def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe
             assert token in entry["tokens"][0] or entry["statistics"]["sft/loss"] == "nan"
     assert named == {lines[i]["response"] for i in spoilt}
     log = (folder / "log.txt").read_text()
-    assert re.search(
-        r"step \d, policy: sft/loss not finite; microbatch \d(, \d)* of rank 0, made of demonstration", log
-    )
     assert "update skipped" in log and read_metrics(folder)[-1]["step"] == 3, "the run goes on"
 
 
@@ -73,6 +70,10 @@ def spoil_gradient(overrides: Sequence[str]) -> None:
 
 def test_a_gradient_alone_keeps_the_whole_minibatch(recipe: Recipe) -> None:
     run_ranks(1, spoil_gradient, recipe.sft("bad_gradient", "run.stop_at_step=1", "data.validation=null"))
+    log = (recipe.root / "bad_gradient" / "log.txt").read_text()
+    assert re.search(
+        r"step 1, policy: gradient not finite; microbatch 0, 1, .* of rank 0, made of \w+ \d+, .* and 4 more", log
+    )
     (content,) = replays(recipe.root / "bad_gradient").values()
     assert content["not_finite"] == "gradient"
     samples = [sample for entry in content["microbatches"] for sample in entry["samples"]]
