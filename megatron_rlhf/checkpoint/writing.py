@@ -7,6 +7,7 @@ is to start processes, and those outlive a rank that is killed.
 import contextlib
 import dataclasses
 import io
+import logging
 import queue
 import shutil
 import threading
@@ -27,6 +28,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_rlhf.checkpoint import folders
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal
+
+log = logging.getLogger(__name__)
 
 BACKEND, VERSION = "torch_dist", 1
 # Otherwise Megatron-Core starts a server process for this queue. We hand results over ourselves.
@@ -233,10 +236,14 @@ def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: 
     if dist.get_rank() == 0:
         try:
             folders.publish(temporary, folder)
-            folders.delete_old(folder, keep_last, keep_every)
         except OSError as problem:
             error = problem
     agree(error)
+    if dist.get_rank() == 0:
+        try:
+            folders.delete_old(folder, keep_last, keep_every)
+        except OSError as problem:
+            log.warning("an old checkpoint could not be deleted: %s", problem)
 
 
 def _copied(bucket: Any, planned: Any) -> Any:
