@@ -40,7 +40,7 @@ def check_generation(model: ModelConfig, sampling: ParallelConfig, training: Par
 
 def check_layout(parallel: ParallelConfig, ranks: int, key: str, whose: str = "of this job") -> None:
     """The layout must divide its ranks."""
-    for name in ("tensor", "pipeline", "virtual_stages", "context"):
+    for name in ("tensor", "pipeline", "virtual_stages", "context", "expert"):
         if getattr(parallel, name) < 1:
             raise UserError(f"{key}.{name}={getattr(parallel, name)} must be at least 1")
     needed = parallel.model_ranks
@@ -169,11 +169,20 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
             )
 
 
-def check_context(parallel: ParallelConfig, transformer_engine: bool, key: str) -> None:
-    """Context parallelism is Transformer Engine's attention."""
-    if parallel.context > 1 and not transformer_engine:
+def check_one_token(parallel: ParallelConfig, because: str) -> None:
+    """Decoding goes token by token, and a context has nothing to share out."""
+    if parallel.context > 1:
         raise UserError(
-            f"{key}.context={parallel.context} needs Transformer Engine's attention, which cannot be imported here; set it to 1"
+            f"parallel.context={parallel.context}: {because} samples token by token; use parallel.context=1"
+        )
+
+
+def check_experts(parallel: ParallelConfig, key: str) -> None:
+    """Experts are a mixture's; the models here have one MLP a layer."""
+    if parallel.expert > 1:
+        raise UserError(
+            f"{key}.expert={parallel.expert} would spread the experts of a mixture over ranks, and models here have none; set "
+            f"it to 1, and split each MLP with {key}.tensor"
         )
 
 
@@ -196,6 +205,8 @@ def check_sft(config: SFTConfig) -> None:
     _check_positive("sft", sft.micro_batch_size, "micro_batch_size")
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
+    if config.sft.select_by.value == "reward_model":
+        check_one_token(config.parallel, "sft.select_by=reward_model")
 
 
 def check_reward_model(config: RewardModelConfig) -> None:
@@ -242,6 +253,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
     _check_positive("evaluate", config.evaluate.samples, "samples")
     check_sampling(config.sampling, "sampling")
+    check_one_token(config.parallel, "evaluation")
 
 
 def check_sampling(sampling: SamplingConfig, key: str) -> None:

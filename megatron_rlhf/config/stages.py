@@ -233,8 +233,8 @@ class GenerationLayoutConfig:
     def of(self, training: ParallelConfig) -> ParallelConfig | None:
         """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
         tensor, pipeline = self.tensor or training.tensor, self.pipeline or training.pipeline
-        if (tensor, pipeline) == (training.tensor, training.pipeline):
-            return None
+        if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
+            return None  # one token cannot be shared out over a context
         return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=self.last_stage_layers)
 
 

@@ -150,7 +150,7 @@ class PPOTrainer(Trainer):
         policy, sampler = self.policy.role, self.roles.sampler
         if sampler is not policy:
             with self.session.timer("resharding"):
-                copy_weights(policy.modules, policy.layout, sampler.chunks, sampler.layout)
+                copy_weights(policy.modules, sampler.chunks)
 
     def _pretrain_ahead(self) -> None:
         """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""

@@ -42,7 +42,7 @@ SCALAR = ("reward", "value", "policy")
 
 
 def check_machine(config: BaseConfig, world_size: int) -> None:
-    """Layouts against the world, precision and context parallelism against what is installed. No process group is needed."""
+    """Layouts against the world, precision against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
     gpu = torch.cuda.is_available()
     checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
@@ -50,7 +50,7 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         checks.check_layout(parallel, ranks, key, whose)
-        checks.check_context(parallel, engine, key)
+        checks.check_experts(parallel, key)
 
 
 def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:

@@ -86,7 +86,12 @@ CASES: dict[str, Case] = {
         "ppo", ["rollout.precision=fp8_hybrid"], [r"rollout\.precision=fp8_hybrid", "precision=fp32", "sample in fp32"]
     ),
     "fp8_recipe": Case("sft", ["fp8.recipe=mxfp8"], [r"fp8\.recipe=mxfp8", "tensorwise"]),
-    "context": Case("sft", ["parallel.context=2"], [r"parallel\.context=2", "Transformer Engine"], ranks=2),
+    "context": Case(
+        "evaluate", ["parallel.context=2"], [r"parallel\.context=2: evaluation samples", "context=1"], ranks=2
+    ),
+    "experts": Case(
+        "sft", ["parallel.expert=2"], [r"parallel\.expert=2", "models here have none", r"parallel\.tensor"], ranks=2
+    ),
     "tokenizer_larger_than_vocabulary": Case(
         "sft", ["model.vocab_size=100"], [r"model\.vocab_size=100", r"has 29\d ids", r"at least 29\d"]
     ),
