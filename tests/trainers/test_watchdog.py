@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT
-from kill_bench import Run
+from processes import Run
 from recipe import Recipe
 
 from megatron_rlhf.trainers.agreement import fingerprint
