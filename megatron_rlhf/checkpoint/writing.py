@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rlhf.checkpoint import folders
-from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal
+from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal, sync_tree
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +235,8 @@ def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: 
     error = None
     if dist.get_rank() == 0:
         try:
+            if not whole[0]:
+                sync_tree(temporary)
             folders.publish(temporary, folder)
         except OSError as problem:
             error = problem
