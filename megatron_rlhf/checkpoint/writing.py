@@ -246,6 +246,7 @@ def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: 
             folders.delete_old(folder, keep_last, keep_every)
         except OSError as problem:
             log.warning("an old checkpoint could not be deleted: %s", problem)
+    dist.barrier()
 
 
 def _copied(bucket: Any, planned: Any) -> Any:
