@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,7 +117,7 @@ class TrainedRole:
         statistics = [*(ahead or []), *forward_backward(self.role.chunks, microbatches, layout)]
         totals = collectives.reduce_statistics(statistics, layout)
         with layout:
-            grad_norm, skipped = self._apply_gradients(lr)
+            grad_norm, skipped = self._apply_gradients(lr, loss_is_finite(totals))
         # In fp16 gradients overflow now and then: the loss scale is lowered, and that is all there is to it.
         by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
         if skipped and self.guard is not None and not by_scale:
@@ -159,7 +159,7 @@ class TrainedRole:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _apply_gradients(self, lr: float) -> tuple[float, bool]:
+    def _apply_gradients(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
         optimizer = self.optimizer
         assert optimizer is not None
         for part in optimizer.chained_optimizers:
@@ -169,7 +169,7 @@ class TrainedRole:
                 group["weight_decay"] = part.config.weight_decay * group["wd_mult"]
         overflow = optimizer.prepare_grads()
         grad_norm = float("inf") if overflow else float(optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm) or not loss_is_finite:
             return grad_norm, True
         for part in optimizer.chained_optimizers:
             parameters = part.get_parameters()
@@ -190,6 +190,11 @@ class TrainedRole:
                 f"{self.skipped_in_a_row} updates in a row were skipped (run.max_skipped_steps={self.max_skipped}); {cause}. "
                 "Lower the learning rate, or look at the data of these steps."
             )
+
+
+def loss_is_finite(statistics: Mapping[str, float]) -> bool:
+    """Whether every loss is. Its gradient alone does not tell: that of a constant NaN is 0."""
+    return all(math.isfinite(value) for name, value in statistics.items() if name.endswith("/loss"))
 
 
 @dataclass
