@@ -8,6 +8,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
@@ -185,6 +186,30 @@ def test_export_from_any_layout_on_many_ranks(tmp_path, model):
     assert_same_tensors(tmp_path / "from_one", tmp_path / "from_four")
     embeddings = "transformer.wte.weight" if model.tied_embeddings else "model.embed_tokens.weight"
     assert tensors(tmp_path / "from_four")[embeddings].shape == (67, 32)
+
+
+def export_where_one_rank_cannot_read(checkpoint, output):
+    if dist.get_rank() == 1:
+        read = whole.CheckpointReader.read
+
+        def fail(reader, place, *rows):
+            if place.layer == 2:
+                raise UserError(f"{place} cannot be read here")
+            return read(reader, place, *rows)
+
+        whole.CheckpointReader.read = fail
+    try:
+        export(checkpoint, output, shard_bytes=20_000)
+    except UserError as error:
+        return str(error)
+
+
+def test_what_one_rank_cannot_read_all_ranks_tell(world, tmp_path):
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    convert.import_huggingface(source, tmp_path / "ours", None, CHECK)
+    messages = run_ranks(2, export_where_one_rank_cannot_read, tmp_path / "ours", tmp_path / "theirs")
+    assert all("layers.2" in message for message in messages), messages
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
 
 
 def import_on_ranks(source, output, parallel):
