@@ -228,6 +228,10 @@ def test_files_that_are_missing_torn_or_unlisted(world, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"holds {dropped}, which"):
         logprobs(tmp_path)
+    for broken in ({}, {"weight_map": [shard.name]}, {"weight_map": {dropped: 3}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="weight_map must name the file of every tensor"):
+            logprobs(tmp_path)
 
 
 def test_pickled_weights_are_not_read(world, tmp_path):
