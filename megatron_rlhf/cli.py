@@ -101,8 +101,8 @@ def exit_code_on_failure() -> Iterator[None]:
         if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves, every rank saw them
-        if rank == 0:
+    except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves; all ranks of a layout saw them
+        if runtime.is_first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:

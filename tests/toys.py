@@ -126,17 +126,20 @@ def assemble(ranks: Iterable[Iterable[Block]], vocab_size: int) -> Arrays:
     return arrays
 
 
-def assert_close(actual: Arrays, expected: Arrays, relative: float) -> None:
-    """Every tensor differs from the expected one by at most `relative` times that tensor's largest number.
+def assert_close(actual: Arrays, expected: Arrays, relative: float) -> float:
+    """Every tensor differs from the expected one by at most `relative` times that tensor's largest number; returns the most.
 
     A tensor of nothing but rounding (a gradient that is zero by symmetry) is measured by a tenth of the largest of all.
     """
     assert actual.keys() == expected.keys()
     floor = 0.1 * max(np.abs(array).max() for array in expected.values())
+    largest = 0.0
     for name, array in expected.items():
         scale = max(np.abs(array).max(), floor)
         gap = np.abs(actual[name] - array).max()
         assert gap <= relative * scale, f"{name}: differs by {gap:.3g}, largest number {scale:.3g}"
+        largest = max(largest, float(gap / scale))
+    return largest
 
 
 def _sharded(role: Role) -> list[ShardedTensor]:

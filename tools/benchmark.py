@@ -1,143 +1,29 @@
-"""Side-by-side timings against what users would pick instead, alternating in one process. Machines are noisy: read the ratios.
+"""Measurements to repeat on your own machine, side by side with what you would use instead.
 
-python tools/benchmark.py rollout [--layers 4 --hidden 256 --batch 16 --prompt 64 --response 128 --rounds 5]
+python tools/benchmark.py rollout [--arch llama]     sampling, against `generate` of transformers
+python tools/benchmark.py interleave --pipeline 2 4  one pipeline schedule for PPO and pretraining, against two
+python tools/benchmark.py layouts                    every figure of every stage at many layouts, against one rank
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import importlib
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, ParallelConfig, Positions, Precision
-from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel import runtime
-from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.rollout.generate import generate
-from megatron_rlhf.rollout.sampling import row_keys
-
-
-def rollout(options: argparse.Namespace) -> None:
-    """Sampling with our key/value cache against `transformers`' generate: same shape, batch, length, one process."""
-    runtime.initialize()
-    torch.set_num_threads(options.threads)
-    layout = ParallelLayout.create(ParallelConfig())
-    layout.seed(0)
-    ours = Role.build("policy", shape(options), layout, Precision.fp32).frozen()
-    theirs = peer(options).eval()
-    prompts = torch.randint(2, options.vocab, (options.batch, options.prompt))
-    keys = row_keys(0, 0, torch.arange(options.batch), torch.zeros(options.batch, dtype=torch.long))
-    sampling = SamplingConfig(
-        max_response_tokens=options.response, min_response_tokens=options.response, batch_size=options.batch
-    )
-
-    def run_ours() -> None:
-        completions = generate(ours, prompts.tolist(), keys, sampling, [0])
-        assert all(len(completion.tokens) == options.response for completion in completions)
-
-    def run_theirs() -> None:
-        with torch.no_grad():
-            output = theirs.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=options.response,
-                max_new_tokens=options.response,
-                pad_token_id=0,
-                eos_token_id=0,
-            )
-        assert output.shape[1] == options.prompt + options.response
-
-    tokens = options.batch * options.response
-    report({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds, tokens, "tokens/s")
-    runtime.shutdown()
-
-
-def report(contenders: dict[str, Callable[[], None]], rounds: int, units: int, unit: str) -> None:
-    """Run the contenders in turn, after one uncounted round; print each one's rate and the first's ratio to the second."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(rounds + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    for name, values in seconds.items():
-        rates = sorted(units / value for value in values)
-        print(f"{name:16} {statistics.median(rates):10.0f} {unit}  (of {rounds}: {rates[0]:.0f} .. {rates[-1]:.0f})")
-    first, second = (seconds[name] for name in contenders)
-    ratios = sorted(b / a for a, b in zip(first, second, strict=True))
-    print(f"{'ratio':16} {statistics.median(ratios):10.2f}  (pair by pair: {ratios[0]:.2f} .. {ratios[-1]:.2f})")
-
-
-def shape(options: argparse.Namespace) -> ModelConfig:
-    """Our model: GPT-2's or Llama's kind."""
-    llama: dict[str, Any] = {
-        "positions": Positions.rope,
-        "norm": Norm.rmsnorm,
-        "activation": Activation.swiglu,
-        "linear_bias": False,
-        "tied_embeddings": False,
-    }
-    return ModelConfig(
-        num_layers=options.layers,
-        hidden_size=options.hidden,
-        num_attention_heads=options.heads,
-        vocab_size=options.vocab,
-        max_sequence_length=options.prompt + options.response,
-        **(llama if options.arch == "llama" else {}),
-    )
-
-
-def peer(options: argparse.Namespace) -> PreTrainedModel:
-    """The same shape in `transformers`."""
-    context = options.prompt + options.response
-    if options.arch == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=options.vocab,
-                hidden_size=options.hidden,
-                intermediate_size=4 * options.hidden,
-                num_hidden_layers=options.layers,
-                num_attention_heads=options.heads,
-                num_key_value_heads=options.heads,
-                max_position_embeddings=context,
-            )
-        )
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=options.vocab,
-            n_positions=context,
-            n_embd=options.hidden,
-            n_layer=options.layers,
-            n_head=options.heads,
-        )
-    )
+COMMANDS = {
+    "rollout": "sampling, against transformers' generate",
+    "interleave": "one pipeline schedule for both kinds of microbatches, against two",
+    "layouts": "largest differences of figures and weights between layouts",
+}
 
 
 def main() -> None:
+    """Parse the command and run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("rollout", help="sampling against transformers' generate")
-    command.add_argument("--arch", choices=("gpt2", "llama"), default="gpt2")
-    for name, default in (
-        ("layers", 4),
-        ("hidden", 256),
-        ("heads", 4),
-        ("vocab", 1024),
-        ("batch", 16),
-        ("prompt", 64),
-        ("response", 128),
-        ("rounds", 5),
-        ("threads", 1),
-    ):
-        command.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    command.set_defaults(run=rollout)
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"benchmarks.{name}")
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.arguments(command)
+        command.set_defaults(run=module.run)
     options = parser.parse_args()
     options.run(options)
 

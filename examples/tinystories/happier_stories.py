@@ -76,7 +76,7 @@ class HappierStories:
         self.output.mkdir(parents=True, exist_ok=True)
         rng = random.Random(SEED)
         found = openings(self.stories.read_text(encoding="utf-8"), rng)
-        parts = {"test": found[:200], "ranked": found[200:400], "trained": found[400:]}
+        parts = {"test": found[:200], "ranked": found[200:600], "trained": found[600:]}
         parts["ranked"] = [prompt for prompt in parts["ranked"] for _ in range(rng.randint(4, 9))]
         for name, prompts in parts.items():
             write_lines(self.output / f"prompts_{name}.jsonl", [{"prompt": prompt} for prompt in prompts])

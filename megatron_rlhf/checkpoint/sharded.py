@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -27,6 +28,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.collectives import publish_object
+from megatron_rlhf.parallel.layout import ParallelLayout
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +82,10 @@ def save_role(folder: Path, saved: SavedRole) -> None:
     if dist.get_rank() == 0:
         target.mkdir(parents=True)
     dist.barrier()
-    with saved.role.layout:
-        dist_checkpointing.save(_sharded_state(saved, is_loading=False), str(target))
+    layout = saved.role.layout
+    with layout:
+        state = _sharded_state(saved, is_loading=False) if layout.is_member else {}
+        dist_checkpointing.save(_known_to_all(state, layout), str(target))
 
 
 def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
@@ -107,12 +112,21 @@ def write_description(
     dist.barrier()
 
 
+def _known_to_all(state: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
+    """What is not sharded is written by the first rank of the world, also for a role that lives on other ranks."""
+    if layout.spans_world:
+        return state
+    common = publish_object(extract_sharded_base(state)[1], layout)
+    return state if layout.is_member else common
+
+
 def load_role(folder: Path, saved: SavedRole) -> None:
     """Fill a role, its optimizer and (at the layout that saved it) its random state. Collective."""
     name = saved.role.name
     _require_same_optimizer(folder, name, saved)
     with saved.role.layout:
-        state = _sharded_state(saved, is_loading=True, with_random=_same_layout(folder, name, saved.role))
+        same = _same_layout(folder, name, saved.role)
+        state = _sharded_state(saved, is_loading=True, with_random=same) if saved.role.layout.is_member else {}
         loaded = _load(state, folder / name)
         for key, chunk in _keyed(saved.role).items():
             chunk.load_state_dict(loaded[key], strict=True)
@@ -125,7 +139,7 @@ def load_role(folder: Path, saved: SavedRole) -> None:
 def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = False) -> None:
     """Fill a role's weights from another role's, saved at any layout; `keep_head` leaves its scalar head alone. Collective."""
     with role.layout:
-        state = _sharded_state(SavedRole(role), is_loading=True)
+        state = _sharded_state(SavedRole(role), is_loading=True) if role.layout.is_member else {}
         # Extra state is the scaling history of fp8, not weights, and an imported model has none.
         for part in state.values():
             for name in [n for n in part if n.endswith("_extra_state") or (keep_head and _is_head(n))]:
@@ -241,9 +255,11 @@ def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True)
     if saved.optimizer is not None:
         state["optimizer"] = saved.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         if with_random:
-            rank, world = dist.get_rank(), dist.get_world_size()
+            ranks = saved.role.layout.ranks
             random = None if is_loading else _random_state()
-            state["random"] = ShardedObject("random", random, (world,), (rank,), replica_id=0)
+            state["random"] = ShardedObject(
+                "random", random, (len(ranks),), (dist.get_rank() - ranks.start,), replica_id=0
+            )
     return state
 
 

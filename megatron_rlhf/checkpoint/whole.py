@@ -7,6 +7,7 @@ and memory for little more than that one.
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, EnumMeta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -136,9 +137,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What Python before 3.11.4 writes enumeration members with `getattr` for, and nothing else that it could fetch."""
+    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}")
+    return kind.__members__[name]
 
 
 class _Into(dcp.DefaultLoadPlanner):

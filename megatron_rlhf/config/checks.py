@@ -1,23 +1,61 @@
 """Contradictions in a configuration, found before any model is built; messages name key, value and what would be right."""
 
+from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
-from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.config.training import PretrainingDataConfig, SamplingConfig
+from megatron_rlhf.config.stages import (
+    BaseConfig,
+    EvaluateConfig,
+    PlacementConfig,
+    PlacementKind,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+from megatron_rlhf.config.training import SamplingConfig
 
 FP8_CAPABILITY = (8, 9)
 
 
-def check_layout(parallel: ParallelConfig, world_size: int, key: str) -> None:
-    """The layout must divide the world."""
+def check_placement(placement: PlacementConfig, world_size: int) -> None:
+    """Two sides that share nothing leave at least one rank to each."""
+    if placement.kind is PlacementKind.disaggregated and not 0 < placement.critic_ranks < world_size:
+        raise UserError(
+            f"placement.critic_ranks={placement.critic_ranks}: placement=disaggregated splits the {world_size} ranks of this "
+            f"job, so it needs 1 to {world_size - 1} of them"
+            + ("" if world_size > 1 else ", which one rank cannot give")
+        )
+    if placement.kind is PlacementKind.colocated and placement.critic_ranks:
+        raise UserError(f"placement.critic_ranks={placement.critic_ranks} is for placement=disaggregated")
+
+
+def check_generation(model: ModelConfig, sampling: ParallelConfig, training: ParallelConfig) -> None:
+    """The copy of the policy that samples must be a layout that the weights can move to."""
+    check_model(model, sampling, "rollout.parallel")
+    if sampling.pipeline > training.pipeline:
+        raise UserError(
+            f"rollout.parallel.pipeline={sampling.pipeline} is more than parallel.pipeline={training.pipeline}: stages make "
+            "a token wait, and weights that the first and last stage share would have to be made up"
+        )
+    rows = model.padded_vocab_size(training.tensor)
+    if rows % sampling.tensor:
+        raise UserError(
+            f"rollout.parallel.tensor={sampling.tensor} does not divide the {rows} rows of the embedding (vocabulary "
+            f"{model.vocab_size}, padded for parallel.tensor={training.tensor}): train with "
+            f"model.vocab_multiple={sampling.tensor}"
+        )
+
+
+def check_layout(parallel: ParallelConfig, ranks: int, key: str, whose: str = "of this job") -> None:
+    """The layout must divide its ranks."""
     for name in ("tensor", "pipeline", "virtual_stages", "context"):
         if getattr(parallel, name) < 1:
             raise UserError(f"{key}.{name}={getattr(parallel, name)} must be at least 1")
     needed = parallel.model_ranks
-    if world_size % needed:
+    if ranks % needed:
         raise UserError(
             f"{key}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {needed} "
-            f"does not divide the {world_size} ranks of this job"
+            f"does not divide the {ranks} ranks {whose}"
         )
     if parallel.virtual_stages > 1 and parallel.pipeline == 1:
         raise UserError(f"{key}.virtual_stages={parallel.virtual_stages} needs {key}.pipeline of at least 2")
@@ -114,6 +152,12 @@ def check_fp8(config: BaseConfig) -> None:
                 f"can sample in {' or '.join(choice.value for choice in allowed)}"
             )
 
+    rollout = config.rollout if isinstance(config, PPOConfig) else None
+    if rollout and rollout.precision is Precision.fp8_hybrid and rollout.parallel.of(config.parallel) is not None:
+        raise UserError(
+            "rollout.precision=fp8_hybrid is for the copy that trains: leave rollout.parallel out, or sample in bf16"
+        )
+
 
 def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Recipe, key: str) -> None:
     """Matrices and sequences in multiples of what fp8 products take."""
@@ -193,7 +237,8 @@ def check_ppo(config: PPOConfig) -> None:
         raise UserError("reward.init_from is not given: PPO needs a reward model (examples/train_reward_model.py)")
     if config.parallel.virtual_stages > 1:
         raise UserError(
-            f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages; use 1 for PPO"
+            f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages, and "
+            "resharding moves weights from plain stages; use 1 for PPO"
         )
     check_sampling(config.rollout, "rollout")
     if config.rollout.temperature <= 0:

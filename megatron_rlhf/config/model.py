@@ -124,6 +124,11 @@ class ModelConfig:
     vocab_multiple: int = 1
     """The embedding's rows are padded to a multiple of this times the tensor-parallel size; padding gets no probability."""
 
+    def padded_vocab_size(self, tensor: int) -> int:
+        """Rows of the embedding: the vocabulary rounded up so that each of `tensor` ranks holds as many."""
+        multiple = self.vocab_multiple * tensor
+        return (self.vocab_size + multiple - 1) // multiple * multiple
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:

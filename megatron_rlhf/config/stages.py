@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
+from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import (
-    ColumnTemplates,
     Fp8Config,
+    KLControl,
     OptimizerConfig,
-    PretrainingDataConfig,
     RoleConfig,
     RunConfig,
     SamplingConfig,
@@ -45,28 +45,6 @@ class BaseConfig:
             return self.precision
         mine = role in self.trained_roles and not (role == "value" and self.fp8.recipe is Fp8Recipe.delayed)
         return Precision.fp8_hybrid if mine else Precision.bf16
-
-
-@dataclass(kw_only=True)
-class DemonstrationDataConfig:
-    """Prompts with responses to imitate."""
-
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    demonstrations: str | None = None
-    """JSON lines (or any `datasets` name) with `prompt` and `response`."""
-    validation: str | None = None
-    """The same for validation; without it, none is measured."""
-    columns: ColumnTemplates = field(default_factory=ColumnTemplates)
-    """Where records have other column names."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
-    max_response_tokens: int = 1024
-    """Longer responses are dropped and counted."""
-    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
-    """Text mixed in when pretraining_mix > 0."""
-    pretraining_mix: float = 0.0
-    """Share of a batch that is pretraining text: 0.1 for PPO's initialisation run; 1 trains a language model on text alone."""
 
 
 @dataclass(kw_only=True)
@@ -112,26 +90,6 @@ class SFTConfig(BaseConfig):
 
 
 @dataclass(kw_only=True)
-class ComparisonDataConfig:
-    """Responses that people have ranked."""
-
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    comparisons: str
-    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
-    validation: str | None = None
-    """The same, held out; without it `validation_fraction` of the comparisons is."""
-    validation_fraction: float = 0.1
-    """Share of the prompts held out when no validation file is given; 0 for none."""
-    demonstrations: str | None = None
-    """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted."""
-    max_response_tokens: int = 1024
-    """Longer responses are dropped and counted."""
-
-
-@dataclass(kw_only=True)
 class RewardAlgorithmConfig:
     """Reward model (Ouyang et al. 2022, section 3.5 and appendix C.2)."""
 
@@ -163,27 +121,68 @@ class RewardModelConfig(BaseConfig):
     """Epochs, batch, schedule."""
 
 
+class PlacementKind(Enum):
+    """Whether the critic's roles share the policy's ranks."""
+
+    colocated = "colocated"
+    disaggregated = "disaggregated"
+
+
 @dataclass(kw_only=True)
-class PromptDataConfig:
-    """Prompts to answer, and text to keep the policy from forgetting."""
+class PlacementConfig:
+    """Which ranks hold which roles. The numbers are the same either way."""
 
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    prompts: str
-    """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
-    max_per_user: int | None = 200
-    """At most this many prompts of one user (InstructGPT, section 3.2)."""
-    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
-    """Text for the pretraining gradients."""
+    kind: PlacementKind = PlacementKind.colocated
+    """colocated: every rank holds its part of all four roles; disaggregated: the last ranks hold reward and value model,
+    which score and learn while the others go on."""
+    critic_ranks: int = 0
+    """disaggregated: ranks, the last of the job, that hold reward and value model; the others hold policy and reference."""
+
+    def ranks(self, world_size: int) -> tuple[range, range]:
+        """Ranks of the policy's side, and of the critic's."""
+        if self.kind is PlacementKind.colocated:
+            return range(world_size), range(world_size)
+        first = world_size - self.critic_ranks
+        return range(first), range(first, world_size)
 
 
-class KLControl(Enum):
-    """Whether the KL coefficient stays or follows a target."""
+@dataclass(kw_only=True)
+class OffloadConfig:
+    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
 
-    fixed = "fixed"
-    adaptive = "adaptive"
+    reference: bool = False
+    """The reference's weights, but for the pass that judges a rollout."""
+    reward: bool = False
+    """The reward model's weights, but for the pass that scores a rollout."""
+    optimizer: bool = False
+    """Master weights and moments of policy and value model, but for their updates."""
+
+
+@dataclass(kw_only=True)
+class GenerationLayoutConfig:
+    """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
+
+    tensor: int | None = None
+    """Ranks that split each matrix while sampling."""
+    pipeline: int | None = None
+    """Stages while sampling; 1 spares a token its way through the stages."""
+    last_stage_layers: int | None = None
+    """Layers on the last stage, where they do not divide."""
+
+    def of(self, training: ParallelConfig) -> ParallelConfig | None:
+        """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
+        tensor, pipeline = self.tensor or training.tensor, self.pipeline or training.pipeline
+        if (tensor, pipeline) == (training.tensor, training.pipeline):
+            return None
+        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=self.last_stage_layers)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(SamplingConfig):
+    """How responses are sampled, and at what layout."""
+
+    parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
+    """Given: the policy's weights move to a second copy at this layout, every iteration, by Megatron-Core's resharding."""
 
 
 @dataclass(kw_only=True)
@@ -257,7 +256,11 @@ class PPOConfig(BaseConfig):
     """Layout of reward and value model."""
     critic_model: ModelConfig | None = None
     """Shape of reward and value model, checked against their checkpoint where it is given."""
-    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which ranks hold which roles."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What rests in host memory while it is not used."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are sampled."""
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
     """Batches, clipping, KL, pretraining mix."""

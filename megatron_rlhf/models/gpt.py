@@ -114,12 +114,6 @@ def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
     }
 
 
-def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds as many."""
-    multiple = model.vocab_multiple * tensor
-    return (model.vocab_size + multiple - 1) // multiple * multiple
-
-
 class LanguageModel(GPTModel):
     """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp]."""
 
@@ -164,7 +158,7 @@ def build_chunks(
             arguments: dict = {
                 "config": config,
                 "transformer_layer_spec": _block_spec(model, config, layout, vp_stage),
-                "vocab_size": padded_vocab_size(model, layout.config.tensor),
+                "vocab_size": model.padded_vocab_size(layout.config.tensor),
                 "max_sequence_length": model.max_sequence_length + model.position_offset,
                 "pre_process": layout.is_first_stage and stage == 0,
                 "post_process": layout.is_last_stage and stage == virtual - 1,

@@ -15,19 +15,22 @@ from megatron_rlhf.models import fp8
 from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
 from megatron_rlhf.parallel.vocab import entropy, token_logprobs
 
 
 @dataclass
 class Role:
-    """A model in its layout. `chunks` are this rank's part of it."""
+    """A model in its layout. `chunks` are this rank's part of it; a rank outside the layout has none, and computes nothing."""
 
     name: str
     model: ModelConfig
     layout: ParallelLayout
     chunks: Sequence[torch.nn.Module]
     scalar: bool
+    resting: HostMemory | None = None
+    """Frozen weights that are in host memory but for the passes that read them."""
 
     @classmethod
     def build(
@@ -41,7 +44,8 @@ class Role:
         fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
     ) -> "Role":
         """A model with random weights."""
-        return cls(name, model, layout, build_chunks(model, layout, precision, scalar, dropout, fp8_recipe), scalar)
+        chunks = build_chunks(model, layout, precision, scalar, dropout, fp8_recipe) if layout.is_member else []
+        return cls(name, model, layout, chunks, scalar)
 
     def reset_head(self, seed: int) -> None:
         """New weights for the scalar head, which depend on the seed and on nothing else."""
@@ -60,6 +64,13 @@ class Role:
             chunk.requires_grad_(False).eval()
         return self
 
+    def offload(self) -> None:
+        """From now on the frozen weights are in host memory but for the passes that read them."""
+        self.resting = HostMemory(
+            lambda: [parameter for chunk in self.chunks for parameter in chunk.parameters()], constant=True
+        )
+        self.resting.rest()
+
     def pad_length(self, length: int) -> int:
         """The length to which sequences of `length` tokens are padded: sequence parallelism and fp8 want multiples."""
         parts = self.layout.config.tensor if self.layout.config.sequence else 1
@@ -68,7 +79,10 @@ class Role:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Weights of the whole model; tied embeddings and weights that ranks repeat count once."""
+        """Weights of the whole model; tied embeddings and weights that ranks repeat count once. Collective over the world."""
+        return collectives.publish_object(self._count_parameters() if self.layout.is_member else 0, self.layout)
+
+    def _count_parameters(self) -> int:
         parameters = [p for chunk in self.modules for p in chunk.parameters() if not getattr(p, "shared", False)]
         first = self.layout.tp_rank == 0
         here = sum(p.numel() for p in parameters if first or getattr(p, "tensor_model_parallel", False))
@@ -105,7 +119,7 @@ class Role:
         """Dropout off, no gradients; decoding also switches sequence parallelism off: one token cannot be split."""
         modes = [chunk.training for chunk in self.chunks]
         modules = self.modules
-        sequence_parallel = decoding and modules[0].config.sequence_parallel
+        sequence_parallel = decoding and any(module.config.sequence_parallel for module in modules)
         for chunk in self.chunks:
             chunk.eval()
         if sequence_parallel:
@@ -120,12 +134,14 @@ class Role:
                 chunk.train(mode)
 
     def values(self, tokens_bs: Tensor, micro_batch_size: int) -> Tensor:
-        """The scalar head at every token, [b, s] fp32. `tokens_bs` is the whole batch, and so is the result, on every rank."""
+        """The scalar head at every token, [b, s] fp32. `tokens_bs` is the whole batch, and so is the result, on every rank
+        of the layout; zeros elsewhere."""
         assert self.scalar, f"{self.name} has no scalar head"
         return self._read(tokens_bs, lambda output, rows: output.squeeze(-1), micro_batch_size)
 
     def logprobs(self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each token but the first, given those before it: [b, s - 1] fp32, the whole batch, on every rank."""
+        """Log-probability of each token but the first, given those before it: [b, s - 1] fp32, the whole batch, on every rank
+        of the layout; zeros elsewhere."""
 
         def read(logits: Tensor, rows: Tensor) -> Tensor:
             return token_logprobs(logits, tokens_bs[rows, 1:], self.layout.groups.tp, temperature)
@@ -142,6 +158,8 @@ class Role:
         Each data-parallel rank passes its rows forward, `read` runs on the last stage, and all get all rows.
         """
         result = torch.zeros(inputs_bs.shape, device=inputs_bs.device)
+        if not self.layout.is_member:
+            return result
         width = inputs_bs.shape[1]
         padded = torch.nn.functional.pad(inputs_bs, (0, self.pad_length(width) - width))
 
@@ -153,7 +171,7 @@ class Role:
             return Microbatch(padded[rows], keep)
 
         mine = torch.arange(self.layout.dp_rank, len(inputs_bs), self.layout.dp_size, device=inputs_bs.device)
-        with self.evaluating():
+        with self.evaluating(), self.resting.awake() if self.resting else contextlib.nullcontext():
             if len(mine):
                 microbatches = [microbatch(rows) for rows in mine.split(micro_batch_size)]
                 forward_backward(self.chunks, microbatches, self.layout, forward_only=True)

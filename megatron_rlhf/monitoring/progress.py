@@ -89,30 +89,50 @@ def _clock(seconds: float) -> str:
 
 
 class PhaseTimer:
-    """Adds up the seconds of a step by phase: `with timer("rollout"): ...`, then `timer.take()`.
+    """Adds up the seconds of a step by phase, and notes its peak of memory: `with timer("rollout"): ...`, `timer.take()`.
 
     `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read, as kernels run behind
-    Python's back.
+    Python's back. `peak_bytes` gives the most bytes held since it was called before.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None):
+    def __init__(
+        self, synchronize: Callable[[], object] | None = None, peak_bytes: Callable[[], float] | None = None
+    ) -> None:
         self._synchronize = synchronize or (lambda: None)
+        self._peak_bytes = peak_bytes
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        self._open: list[str] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Charge the time spent in the block to `phase`. Blocks may nest; each counts its whole length."""
         began = self._now()
+        self._note_peak()
+        self._open.append(phase)
         try:
             yield
         finally:
+            self._note_peak()
+            self._open.pop()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+
+    def _note_peak(self) -> None:
+        """What was held since the last boundary counts for every phase that was open meanwhile."""
+        if self._peak_bytes is not None:
+            peak = self._peak_bytes()
+            for phase in self._open:
+                self._peaks[phase] = max(self._peaks.get(phase, 0.0), peak)
 
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
 
     def take(self) -> dict[str, float]:
-        """The metrics `time/<phase>_s` since the last call."""
+        """The metrics `time/<phase>_s` and `memory/<phase>_peak_bytes` since the last call."""
         seconds, self._seconds = self._seconds, {}
-        return {f"time/{phase}_s": value for phase, value in seconds.items()}
+        peaks, self._peaks = self._peaks, {}
+        return {
+            **{f"time/{phase}_s": value for phase, value in seconds.items()},
+            **{f"memory/{phase}_peak_bytes": value for phase, value in peaks.items()},
+        }

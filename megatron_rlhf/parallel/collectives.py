@@ -1,12 +1,15 @@
 """The few collectives that the algorithms need, on tensors and on plain Python objects."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlhf.parallel.layout import ParallelLayout
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -67,6 +70,30 @@ def share_rows(rows: Tensor, layout: ParallelLayout) -> Tensor:
     if layout.is_last_stage and layout.dp_size > 1:
         dist.all_reduce(rows, group=layout.groups.dp)
     return from_last_stage(rows, layout)
+
+
+def largest(figures: Mapping[str, float]) -> dict[str, float]:
+    """Each figure's largest value over the ranks of the world; a rank may lack some."""
+    parts: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, dict(figures))
+    names = {name: None for part in parts for name in part}
+    return {name: max(part[name] for part in parts if name in part) for name in names}
+
+
+def publish(tensor: Tensor, layout: ParallelLayout) -> Tensor:
+    """What all ranks of a layout hold, to ranks outside it as well, in place. Every rank of the world calls it."""
+    if not layout.spans_world:
+        dist.broadcast(tensor, src=layout.ranks.start)
+    return tensor
+
+
+def publish_object(value: T, layout: ParallelLayout) -> T:
+    """The same for Python objects."""
+    if layout.spans_world:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=layout.ranks.start)
+    return box[0]
 
 
 def _from_last_stage(names: list[str], layout: ParallelLayout) -> list[str]:

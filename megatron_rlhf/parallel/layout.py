@@ -117,6 +117,8 @@ class ParallelLayout:
 
     def seed(self, seed: int) -> None:
         """Seed weights and dropout: alike on tensor-parallel ranks where they must be, different elsewhere."""
+        if not self.is_member:
+            return
         with self:
             model_parallel_cuda_manual_seed(seed + 100 * self.pp_rank + 10_000 * self.dp_rank, force_reset_rng=True)
 
@@ -131,6 +133,16 @@ class ParallelLayout:
         values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = self.virtual_stages
         values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = 0 if self.virtual_stages else None
         return values
+
+    @property
+    def is_member(self) -> bool:
+        """This rank is part of the layout."""
+        return dist.get_rank() in self.ranks
+
+    @property
+    def spans_world(self) -> bool:
+        """Every rank of the job is part of the layout."""
+        return len(self.ranks) == dist.get_world_size()
 
     @property
     def virtual_stages(self) -> int | None:
@@ -151,7 +163,7 @@ class ParallelLayout:
 
     @property
     def dp_size(self) -> int:
-        return self.groups.dp.size()
+        return len(self.ranks) // self.config.model_ranks
 
     @property
     def is_first_stage(self) -> bool:

@@ -65,7 +65,10 @@ def initialize(timeout_minutes: float = 30) -> Launch:
 def is_first_to_report(message: str) -> bool:
     """Whether no other rank has said the same before; only to be asked once the world is joined."""
     store = dist.distributed_c10d._get_default_store()
-    return store.add(f"reported {message}", 1) == 1
+    try:
+        return store.add(f"reported {message}", 1) == 1
+    except dist.DistError:  # the store has gone with the first rank, which leaves after it has spoken
+        return False
 
 
 def shutdown() -> None:

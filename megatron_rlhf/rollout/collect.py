@@ -1,4 +1,4 @@
-"""One rollout: the policy answers, the other three roles judge."""
+"""One rollout: the policy answers, and all roles judge."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +17,12 @@ Timer = Callable[[str], AbstractContextManager]
 
 
 @dataclass
-class Judges:
-    """The roles that read what the policy wrote."""
+class Roles:
+    """The models of a rollout."""
 
+    policy: Role
+    sampler: Role
+    """Writes: the policy itself, or a copy of it at the layout to sample at."""
     reference: Role
     reward: Role
     value: Role
@@ -39,14 +42,15 @@ def sample_responses(
     """
     occurrences = _occurrences(prompt_ids)
     keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
+    if not policy.layout.is_member:
+        return collectives.publish_object([], policy.layout)
     mine = range(policy.layout.dp_rank, len(prompts), policy.layout.dp_size)
     completions = generate(policy, [prompts[i] for i in mine], keys[list(mine)], config, stop_ids) if mine else []
-    return collectives.gather_rows(completions, policy.layout)
+    return collectives.publish_object(collectives.gather_rows(completions, policy.layout), policy.layout)
 
 
 def collect_rollout(
-    policy: Role,
-    judges: Judges,
+    roles: Roles,
     prompts: Sequence[Sequence[int]],
     prompt_ids: Sequence[int],
     config: SamplingConfig,
@@ -55,14 +59,27 @@ def collect_rollout(
     seed: tuple[int, int],
     micro_batch_size: int,
     timer: Timer,
+    meanwhile: Callable[[], None],
 ) -> Rollout:
-    """Sample a response to each prompt, then score it. Every rank gets the whole rollout."""
+    """Sample a response to each prompt, then score it. Every rank gets the whole rollout.
+
+    `meanwhile` is what a rank does when its own roles have judged, before it waits for what those of other ranks have found.
+    """
     with timer("rollout"):
-        completions = sample_responses(policy, prompts, prompt_ids, config, stop_ids, seed)
+        completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed)
         responses = Responses.pack([list(p) for p in prompts], completions, pad_id, collectives.device())
     tokens_bs, temperature = responses.tokens_bs, config.temperature
     with timer("scoring"):
-        scores_bs = judges.reward.values(tokens_bs, micro_batch_size)
+        scores_bs = roles.reward.values(tokens_bs, micro_batch_size)
+        values_bs = roles.value.values(tokens_bs, micro_batch_size)
+        logprobs_bs = roles.policy.logprobs(tokens_bs, micro_batch_size, temperature)
+        ref_logprobs_bs = roles.reference.logprobs(tokens_bs, micro_batch_size, temperature)
+    meanwhile()
+    with timer("exchange"):
+        for judged in (scores_bs, values_bs):
+            collectives.publish(judged, roles.reward.layout)
+        for judged in (logprobs_bs, ref_logprobs_bs):
+            collectives.publish(judged, roles.policy.layout)
         sampled = torch.zeros(responses.mask_bt.shape, device=tokens_bs.device)
         sampled[responses.mask_bt] = torch.tensor(
             [logprob for completion in completions for logprob in completion.logprobs], device=tokens_bs.device
@@ -70,9 +87,9 @@ def collect_rollout(
         return Rollout(
             responses=responses,
             sampled_logprobs_bt=sampled,
-            logprobs_bt=responses.at_response(policy.logprobs(tokens_bs, micro_batch_size, temperature)),
-            ref_logprobs_bt=responses.at_response(judges.reference.logprobs(tokens_bs, micro_batch_size, temperature)),
-            values_bt=responses.at_response(judges.value.values(tokens_bs, micro_batch_size)),
+            logprobs_bt=responses.at_response(logprobs_bs),
+            ref_logprobs_bt=responses.at_response(ref_logprobs_bs),
+            values_bt=responses.at_response(values_bs),
             scores_b=scores_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1),
         )
 

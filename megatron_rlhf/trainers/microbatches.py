@@ -68,7 +68,10 @@ def local_rows(count: int, role: Role, micro_batch_size: int) -> list[tuple[Tens
     """Rows of a global batch in this data-parallel rank's microbatches.
 
     The flag is False where a rank has nothing to do and passes row 0 forward, uncounted: a schedule needs a microbatch.
+    Ranks outside the layout have none.
     """
+    if not role.layout.is_member:
+        return []
     mine = torch.arange(role.layout.dp_rank, count, role.layout.dp_size, device=collectives.device())
     if len(mine) == 0:
         return [(torch.zeros(1, dtype=torch.long, device=collectives.device()), False)]

@@ -1,5 +1,6 @@
 """PPO with pretraining gradients mixed in: PPO-ptx (Ouyang et al. 2022, section 3.5)."""
 
+import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.model import Precision
-from megatron_rlhf.config.stages import KLControl, PPOConfig
+from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.training import KLControl
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.rollout.collect import Judges, collect_rollout
+from megatron_rlhf.parallel.offload import HostMemory
+from megatron_rlhf.parallel.pipeline import Microbatch
+from megatron_rlhf.parallel.resharding import copy_weights
+from megatron_rlhf.rollout.collect import Roles, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.loop import Trainer
@@ -44,7 +49,8 @@ class RolloutMismatch(RuntimeError):
 
 @dataclass
 class PPOTrainer(Trainer):
-    """The four roles and their data."""
+    """The roles and their data. Where roles are on different ranks, each rank does the work of its own, and gets no figures
+    of the others' updates before the iteration ends: the two sides run side by side."""
 
     description = "PPO"
     figures = {"reward": "reward/score_mean", "kl": "kl/mean", "ptx": "ptx/loss"}
@@ -56,7 +62,7 @@ class PPOTrainer(Trainer):
     pretraining: PretrainingData | None
     policy: TrainedRole
     value: TrainedRole
-    judges: Judges
+    roles: Roles
 
     def __post_init__(self) -> None:
         ppo, seed = self.config.ppo, self.config.run.seed
@@ -71,6 +77,7 @@ class PPOTrainer(Trainer):
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch_size, temperature)
+        self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
 
     @property
     def total_steps(self) -> int:
@@ -98,6 +105,7 @@ class PPOTrainer(Trainer):
                         policy_updates.append(self._update_policy(minibatch))
                 with timer("value"):
                     value_updates.append(self._update_value(minibatch))
+        policy_updates, value_updates = self.policy.share(policy_updates), self.value.share(value_updates)
         kl_per_sequence = float(masked_sum(kl, rollout.mask_bt, dim=1).mean())
         metrics = self._metrics(rollout, returns, kl_per_sequence, policy_updates, value_updates)
         self.kl_control.update(kl_per_sequence, cfg.batch_size)
@@ -108,22 +116,39 @@ class PPOTrainer(Trainer):
     def _collect(self) -> Rollout:
         indices = self._next_prompts()
         prompts = [self.prompts[i] for i in indices]
-        rollout = collect_rollout(
-            self.policy.role,
-            self.judges,
-            [prompt.tokens.tolist() for prompt in prompts],
-            [prompt.id for prompt in prompts],
-            self.config.rollout,
-            self.tokenizer.stop_ids,
-            self.tokenizer.pad_id,
-            seed=(self.config.run.seed, self.step),
-            micro_batch_size=self.config.ppo.micro_batch_size,
-            timer=self.session.timer,
-        )
+        self._refresh_sampler()
+        with self.optimizer_memory.asleep() if self.config.offload.optimizer else contextlib.nullcontext():
+            rollout = collect_rollout(
+                self.roles,
+                [prompt.tokens.tolist() for prompt in prompts],
+                [prompt.id for prompt in prompts],
+                self.config.rollout,
+                self.tokenizer.stop_ids,
+                self.tokenizer.pad_id,
+                seed=(self.config.run.seed, self.step),
+                micro_batch_size=self.config.ppo.micro_batch_size,
+                timer=self.session.timer,
+                meanwhile=self._pretrain_ahead,
+            )
         unstopped = ~rollout.responses.stopped_b
         return dataclasses.replace(
             rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped
         )
+
+    def _refresh_sampler(self) -> None:
+        """The policy's present weights to the layout that samples."""
+        policy, sampler = self.policy.role, self.roles.sampler
+        if sampler is not policy:
+            with self.session.timer("resharding"):
+                copy_weights(policy.modules, policy.layout, sampler.chunks, sampler.layout)
+
+    def _pretrain_ahead(self) -> None:
+        """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""
+        if self.policy.role.layout.spans_world or self.step < self.config.ppo.critic_warmup_iterations:
+            return
+        if self.config.ppo.ptx_coef > 0:
+            with self.session.timer("pretraining_ahead"):
+                self.policy.accumulate(self._pretraining_microbatches())
 
     def _next_prompts(self) -> list[int]:
         """Always a whole batch: a small set of prompts is gone through as often as it takes."""
@@ -135,16 +160,15 @@ class PPOTrainer(Trainer):
     def _update_policy(self, minibatch: Experience) -> Update:
         """PPO and pretraining microbatches through one schedule into the same gradient buffers."""
         microbatches = policy_microbatches(minibatch, self.policy, self.config)
-        if self.config.ppo.ptx_coef > 0:
-            pretraining = language_model_microbatches(
-                self._next_pretraining(),
-                self.policy.role,
-                self.config.ppo.ptx_micro_batch_size,
-                "ptx/loss",
-                weight=self.config.ppo.ptx_coef,
-            )
-            microbatches = interleave(microbatches, pretraining)
+        if self.config.ppo.ptx_coef > 0 and self.policy.ahead is None:
+            microbatches = interleave(microbatches, self._pretraining_microbatches())
         return self.policy.update(microbatches, self.policy_lr())
+
+    def _pretraining_microbatches(self) -> list[Microbatch]:
+        ppo, batch = self.config.ppo, self._next_pretraining()
+        return language_model_microbatches(
+            batch, self.policy.role, ppo.ptx_micro_batch_size, "ptx/loss", weight=ppo.ptx_coef
+        )
 
     def _update_value(self, minibatch: Experience) -> Update:
         optimizer = self.config.value.optimizer
@@ -171,7 +195,7 @@ class PPOTrainer(Trainer):
         batch = TokenBatch.pack([data[i] for i in range(count)], [1] * count)
         micro = self.config.ppo.ptx_micro_batch_size
         policy, tokens = language_model_nll(self.policy.role, batch, micro)
-        reference, _ = language_model_nll(self.judges.reference, batch, micro)
+        reference, _ = language_model_nll(self.roles.reference, batch, micro)
         return {"tax/pretraining_loss": policy / tokens, "tax/reference_pretraining_loss": reference / tokens}
 
     def _metrics(

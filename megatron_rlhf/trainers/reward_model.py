@@ -149,7 +149,7 @@ class RewardModelTrainer(Trainer):
         for chunk in self.reward.role.modules:
             if chunk.post_process:
                 chunk.output_layer.bias -= mean
-        self.reward.optimizer.reload_model_params()  # master weights, where the optimizer keeps its own
+        self.reward.weights_have_changed()
         log.info("bias %.4f: %d demonstrations now score 0 on average", -mean, count)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,12 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.logs import setup_logging
+from megatron_rlhf.monitoring.memory import peak_bytes
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
+from megatron_rlhf.parallel.collectives import largest
 from megatron_rlhf.trainers.interruption import Interrupted, Interruption
 from megatron_rlhf.trainers.step import TrainedRole
 
@@ -35,9 +36,10 @@ class Session:
     metrics: MetricsLogger
     samples: SamplesLogger
     resume_from: Path | None
-    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize))
+    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
     interruption: Interruption = field(default_factory=Interruption)
     _stops: bool = False
+    _peak: float = 0.0
 
     @classmethod
     def open(cls, config: RunConfig, resolved_config: str) -> "Session":
@@ -135,11 +137,15 @@ class Session:
         return Progress(total, initial, description, enabled=dist.get_rank() == 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, with the phases' times and the peak memory so far.
+        """One line of metrics.jsonl, with the phases' times and peaks of memory, each of the rank that it was largest on.
 
-        `step_tokens` and `step_flops`, where a trainer gives them, become rates by the time of its phase "step".
+        Collective. `step_tokens` and `step_flops`, where a trainer gives them, become rates by the time of its phase "step".
         """
-        line = {**metrics, **self.timer.take(), "memory/peak_bytes": peak_memory()}
+        phases = largest(self.timer.take())
+        self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
+        line = {**metrics, **phases, "memory/peak_bytes": self._peak}
+        if "time/resharding_s" in line:
+            line["time/resharding_share"] = line["time/resharding_s"] / max(line["time/step_s"], 1e-9)
         for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):
             if name in line:
                 line[rate] = line.pop(name) / max(line["time/step_s"], 1e-9)
@@ -154,13 +160,6 @@ class Session:
         if dist.get_rank() == 0:
             log.info("report: %s", write_report(self.folder))
         dist.barrier()
-
-
-def peak_memory() -> float:
-    """Most bytes that this rank has held: on its GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _synchronize() -> None:

@@ -1,5 +1,6 @@
 """From a configuration to a trainer: data and starting points are checked first, then models are built."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ import torch.distributed as dist
 
 from megatron_rlhf.checkpoint.source import Source
 from megatron_rlhf.config import checks
+from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.config.training import PretrainingDataConfig
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
@@ -22,7 +23,7 @@ from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, require_toke
 from megatron_rlhf.models.gpt import transformer_engine_serves
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.rollout.collect import Judges
+from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.trainers.evaluate import Evaluator
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
@@ -45,11 +46,24 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     gpu = torch.cuda.is_available()
     checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
     checks.check_fp8(config)
-    for key in ("parallel", "critic_parallel"):
-        parallel: ParallelConfig | None = getattr(config, key, None)
-        if parallel is not None:
-            checks.check_layout(parallel, world_size, key)
-            checks.check_context(parallel, engine, key)
+    for key, (parallel, ranks) in _layouts(config, world_size).items():
+        whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
+        checks.check_layout(parallel, ranks, key, whose)
+        checks.check_context(parallel, engine, key)
+
+
+def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
+    """Each layout of a run, by its key, and on how many ranks it is."""
+    layouts = {"parallel": (config.parallel, world_size)}
+    if isinstance(config, EvaluateConfig):
+        layouts["critic_parallel"] = config.critic_parallel, world_size
+    if isinstance(config, PPOConfig):
+        checks.check_placement(config.placement, world_size)
+        policy, critic = map(len, config.placement.ranks(world_size))
+        layouts = {"parallel": (config.parallel, policy), "critic_parallel": (config.critic_parallel, critic)}
+        if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
+            layouts["rollout.parallel"] = sampling, policy
+    return layouts
 
 
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
@@ -120,6 +134,8 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         value_from, "value.init_from", ("value", "reward", "policy"), config.critic_model, "critic_model"
     )
     checks.check_model(model, config.parallel, "parallel")
+    if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
+        checks.check_generation(model, sampling, config.parallel)
     checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
     checks.check_model(value_model, config.critic_parallel, "critic_parallel")
     for shape in (model, critic_model, value_model):
@@ -137,13 +153,19 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         ppo = config.ppo
         examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.ptx_coef > 0 else 1
         pretraining = _pretraining(config.data.pretraining, tokenizer, model, examples, session)
-    layout = ParallelLayout.create(config.parallel)
-    critic_layout = ParallelLayout.create(config.critic_parallel)
-    layout.seed(config.run.seed)
+    policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
+    layout = ParallelLayout.create(config.parallel, policy_ranks)
+    critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
+    for each in (critic_layout, layout):
+        each.seed(config.run.seed)
     policy = _role("policy", model, layout, config, policy_source)
     reference = _role("reference", model, layout, config, policy_source).frozen()
     reward = _role("reward", critic_model, critic_layout, config, reward_source, scalar=True).frozen()
     value = _role("value", value_model, critic_layout, config, value_source, scalar=True)
+    for role, rests in ((reference, config.offload.reference), (reward, config.offload.reward)):
+        if rests:
+            role.offload()
+    roles = Roles(policy, _sampler(policy, config), reference, reward, value)
     skips = config.run.max_skipped_steps
     return PPOTrainer(
         config,
@@ -153,8 +175,20 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         pretraining,
         TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay),
         TrainedRole.create(value, config.value.optimizer, config.precision, skips),
-        Judges(reference, reward, value),
+        roles,
     )
+
+
+def _sampler(policy: Role, config: PPOConfig) -> Role:
+    """The policy, or an empty copy of it at the layout to sample at."""
+    layout = config.rollout.parallel.of(config.parallel)
+    if layout is None:
+        return policy
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # as many in the copy, so that every row has a place
+    model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
+    return Role.build(
+        "sampler", model, ParallelLayout.create(layout, policy.layout.ranks), config.precision_of("sampler")
+    ).frozen()
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:

@@ -24,7 +24,8 @@ from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
-from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
+from megatron_rlhf.parallel.offload import storage_of
+from megatron_rlhf.parallel.pipeline import Microbatch, Statistics, forward_backward
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,13 @@ class TrainedRole:
     """A role with gradients and an optimizer. Losses arrive divided by global counts: gradients are summed, not averaged."""
 
     role: Role
-    optimizer: MegatronOptimizer
+    optimizer: MegatronOptimizer | None
+    """None on ranks outside the role's layout."""
     max_skipped: int
     average: "MovingAverage | None" = None
     skipped_in_a_row: int = 0
+    ahead: list[Statistics] | None = None
+    """Statistics of the microbatches that the next update has accumulated already; None before its first."""
 
     @classmethod
     def create(
@@ -76,22 +80,35 @@ class TrainedRole:
                 assert isinstance(chunk, DistributedDataParallel)
                 chunk.broadcast_params()
                 _keep_padding_between_buckets(chunk)
+            if not layout.is_member:
+                return cls(role, None, max_skipped, average)
             optimizer = _build_optimizer(role, config, precision)
         transformer_config = role.modules[0].config
         transformer_config.finalize_model_grads_func = _finalize
         transformer_config.grad_scale_func = optimizer.scale_loss
         return cls(role, optimizer, max_skipped, average)
 
+    def accumulate(self, microbatches: Sequence[Microbatch]) -> None:
+        """Gradients of a first part of the next update's microbatches, in a schedule of their own, not yet reduced over ranks."""
+        self.ahead = []
+        if self.optimizer is None:
+            return
+        self._clear_gradients()
+        config = self.role.modules[0].config
+        config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
+        self.ahead = forward_backward(self.role.chunks, microbatches, self.role.layout)
+        config.finalize_model_grads_func = finalize
+
     def update(self, microbatches: Sequence[Microbatch], lr: float) -> Update:
-        """One optimizer step on the sum of the microbatches' losses."""
+        """One optimizer step on the sum of the microbatches' losses; on ranks outside the layout nothing, and no statistics."""
         layout = self.role.layout
-        for chunk in self.role.chunks:
-            assert isinstance(chunk, DistributedDataParallel)
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        ahead, self.ahead = self.ahead, None
+        if self.optimizer is None:
+            return Update({}, 0.0, False)
+        if ahead is None:
+            self._clear_gradients()
         statistics = forward_backward(self.role.chunks, microbatches, layout)
-        totals = collectives.reduce_statistics(statistics, layout)
+        totals = collectives.reduce_statistics([*(ahead or []), *statistics], layout)
         with layout:
             grad_norm, skipped = self._apply_gradients(lr)
         self._count_skips(skipped, grad_norm, totals)
@@ -99,9 +116,40 @@ class TrainedRole:
             self.average.update()
         return Update(totals, grad_norm, skipped)
 
+    def share(self, updates: list[Update]) -> list[Update]:
+        """What the role's ranks know of its updates, to all ranks of the world. Collective over the world."""
+        updates, self.skipped_in_a_row = collectives.publish_object((updates, self.skipped_in_a_row), self.role.layout)
+        return updates
+
+    def weights_have_changed(self) -> None:
+        """After a change of weights outside an update: the optimizer may keep master copies."""
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Master weights, moments and the moving average: what an update needs and nothing else does."""
+        if self.optimizer is None:
+            return []
+        weights = {storage_of(parameter) for chunk in self.role.modules for parameter in chunk.parameters()}
+        tensors = [tensor for shadow in self.average.shadows for tensor in shadow.values()] if self.average else []
+        for part in self.optimizer.chained_optimizers:
+            # In fp32 the optimizer works on the model's own weights, or on views of them.
+            tensors += [p for group in part.param_groups for p in group["params"] if storage_of(p) not in weights]
+            tensors += [t for state in part.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return tensors
+
+    def _clear_gradients(self) -> None:
+        assert self.optimizer is not None
+        for chunk in self.role.chunks:
+            assert isinstance(chunk, DistributedDataParallel)
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
     @torch.no_grad()
     def _apply_gradients(self, lr: float) -> tuple[float, bool]:
         optimizer = self.optimizer
+        assert optimizer is not None
         for part in optimizer.chained_optimizers:
             for group in part.param_groups:
                 group["lr"] = lr

@@ -1,5 +1,6 @@
 """NeMo's archives, built here in each of the forms they come in."""
 
+import io
 import pickle
 import tarfile
 
@@ -8,12 +9,13 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.planner import WriteItemType
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.checkpoint import convert, nemo, sharded
 from megatron_rlhf.checkpoint.architecture import is_layer, tensor_shapes
 from megatron_rlhf.checkpoint.hf import sharded_tensors
-from megatron_rlhf.checkpoint.whole import Place, places
+from megatron_rlhf.checkpoint.whole import Place, _MetadataUnpickler, places
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation
 
@@ -230,6 +232,15 @@ def test_archives_that_are_not_whole(world, tmp_path):
         convert.import_nemo(tmp_path / "text.nemo", tmp_path / "ours")
 
 
+def test_an_archive_writes_nothing_outside_itself(tmp_path):
+    (tmp_path / "payload").write_text("x")
+    with tarfile.open(tmp_path / "model.nemo", "w") as tar:
+        tar.add(tmp_path / "payload", arcname="../../escaped")
+    with pytest.raises(UserError, match=r"it holds \.\./\.\./escaped, a path outside of itself"):
+        convert.import_nemo(tmp_path / "model.nemo", tmp_path / "ours")
+    assert not (tmp_path / "escaped").exists()
+
+
 class Malicious:
     def __reduce__(self):
         return (print, ("code was run",))
@@ -245,3 +256,23 @@ def test_code_in_an_archive_is_never_run(world, tmp_path, capsys, form):
     with pytest.raises(UserError, match=r"objects other than tensors|it names builtins.print"):
         convert.import_nemo(pack(tmp_path / "model.nemo", CONFIGS["gpt2"], files), tmp_path / "ours")
     assert "code was run" not in capsys.readouterr().out
+
+
+class Fetched:
+    """As Python before 3.11.4 pickles members of enumerations."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self):
+        return (getattr, self.arguments)
+
+
+def test_metadata_may_fetch_members_of_enumerations_alone():
+    def read(value: object) -> object:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
+
+    assert read(Fetched(WriteItemType, "TENSOR")) is WriteItemType.TENSOR
+    for owner, name in ((torch.Size, "__new__"), (WriteItemType, "__call__"), (WriteItemType, "mro")):
+        with pytest.raises(pickle.UnpicklingError, match=f"it asks for {name}"):
+            read(Fetched(owner, name))

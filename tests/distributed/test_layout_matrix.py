@@ -14,6 +14,7 @@ The reward model starts from one that has a head: a fresh head is drawn by the l
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +22,7 @@ from ranks import run_ranks
 from recipe import Recipe, read_metrics, run_stage, whole_weights
 from toys import assert_close
 
+STAGES = ("sft", "reward_model", "ppo")
 RELATIVE = 1e-5
 ABSOLUTE = {
     "policy/loss": 1e-6,
@@ -33,11 +35,12 @@ ABSOLUTE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Ranks, the layout of whatever is trained, and for PPO another one for the critic."""
+    """Ranks, the layout of whatever is trained, and for PPO another one for the critic and other settings."""
 
     ranks: int
     layout: str
     critic: str = ""
+    ppo: str = ""
 
     def overrides(self, key: str, layout: str) -> list[str]:
         return [f"{key}.{entry}" for entry in layout.split()]
@@ -100,6 +103,7 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
             "value.optimizer.epsilon=1e-4",
             *policy,
             *critic,
+            *case.ppo.split(),
         ),
     }
 
@@ -108,17 +112,48 @@ def is_shape(argument: str) -> bool:
     return argument.startswith("model")
 
 
+# Of PPO alone: roles on ranks of their own, sampling at another layout, weights in host memory.
+PLACEMENTS = {
+    "disaggregated_tp2_and_pp2": Case(
+        4, "tensor=2", "pipeline=2", "placement=disaggregated placement.critic_ranks=2 offload.optimizer=true"
+    ),
+    "generation_tp2_of_tp2_pp2": Case(
+        4,
+        "tensor=2 pipeline=2",
+        "pipeline=4",
+        "rollout.parallel.pipeline=1 offload.reference=true offload.reward=true offload.optimizer=true",
+    ),
+}
+LARGE_PLACEMENTS = {
+    "disaggregated_dp2_and_one": Case(3, "", "", "placement=disaggregated placement.critic_ranks=1"),
+    "disaggregated_one_and_tp2": Case(3, "", "tensor=2", "placement=disaggregated placement.critic_ranks=2"),
+    "disaggregated_generation": Case(
+        6,
+        "pipeline=2 distributed_optimizer=true",
+        "distributed_optimizer=true",
+        "placement=disaggregated placement.critic_ranks=2 rollout.parallel.pipeline=1 rollout.parallel.tensor=2",
+    ),
+    "generation_dp4_of_tp2_pp2": Case(
+        4,
+        "tensor=2 pipeline=2 sequence=true",
+        "",
+        "rollout.parallel.tensor=1 rollout.parallel.pipeline=1",
+    ),
+    "generation_tp4_of_dp2": Case(4, "tensor=2", "tensor=2", "rollout.parallel.tensor=4"),
+}
+
+
 def run_all(arguments: dict[str, list[str]]):
     return {stage: run_stage(stage, overrides) for stage, overrides in arguments.items()}
 
 
-def results_of(recipe: Recipe, name: str, case: Case, timeout: float = 400):
-    arguments = stages(recipe, name, case)
+def results_of(recipe: Recipe, name: str, case: Case, timeout: float = 400, only: Sequence[str] = STAGES):
+    arguments = {stage: given for stage, given in stages(recipe, name, case).items() if stage in only}
     ranks = run_ranks(case.ranks, run_all, arguments, timeout=timeout)
     weights = {stage: whole_weights([rank[stage] for rank in ranks]) for stage in arguments}
     suffixes = {"sft": "sft", "reward_model": "rm", "ppo": "ppo"}
     folders = {stage: recipe.root / f"{name}_{suffix}" for stage, suffix in suffixes.items()}
-    metrics = {stage: read_metrics(folder) for stage, folder in folders.items()}
+    metrics = {stage: read_metrics(folders[stage]) for stage in arguments}
     return weights, metrics, (folders["ppo"] / "samples.jsonl").read_text().splitlines()
 
 
@@ -127,32 +162,52 @@ def one_rank(recipe):
     return results_of(recipe, "one_rank", Case(1, ""))
 
 
-def compare(recipe, one_rank, name, case, timeout=400):
-    weights, metrics, samples = results_of(recipe, name, case, timeout)
+def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STAGES):
+    """All figures and weights against one rank's; tools/benchmark.py layouts makes a table of what is recorded."""
+    weights, metrics, samples = results_of(recipe, name, case, timeout, only)
     expected_weights, expected_metrics, expected_samples = one_rank
-    for stage, rows in expected_metrics.items():
+    figures, gaps = [], []
+    for stage in only:
+        rows = expected_metrics[stage]
         assert len(metrics[stage]) == len(rows)
         for row, expected in zip(metrics[stage], rows, strict=True):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
                 wanted = pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE.get(key, 1e-9))
                 assert row[key] == wanted, f"{stage}, step {row['step']}: {key}"
-    for stage, roles in expected_weights.items():
-        for role, arrays in roles.items():
-            assert_close(weights[stage][role], arrays, relative=RELATIVE)
+                if value and key not in ABSOLUTE:
+                    figures.append(abs(row[key] / value - 1))
+        for role, arrays in expected_weights[stage].items():
+            gaps.append(assert_close(weights[stage][role], arrays, relative=RELATIVE))
     texts = [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in samples]
     assert texts == [[json.loads(line)[key] for key in ("step", "prompt", "response")] for line in expected_samples]
+    record_property("ranks", case.ranks)
+    for column, text in (("trained at", case.layout), ("critic at", case.critic), ("PPO with", case.ppo)):
+        record_property(column, text)
+    record_property("figures", f"{max(figures):.1e}")
+    record_property("weights", f"{max(gaps):.1e}")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_figure_at_every_layout(name, recipe, one_rank):
-    compare(recipe, one_rank, name, CASES[name])
+def test_every_figure_at_every_layout(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, CASES[name])
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_ppo_is_the_same_wherever_its_roles_are(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, PLACEMENTS[name], only=["ppo"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE_PLACEMENTS)
+def test_ppo_is_the_same_at_many_more_placements(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, LARGE_PLACEMENTS[name], only=["ppo"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_every_figure_at_many_more_layouts(name, recipe, one_rank):
-    compare(recipe, one_rank, name, LARGE[name], timeout=500)
+def test_every_figure_at_many_more_layouts(name, recipe, one_rank, record_property):
+    compare(recipe, one_rank, record_property, name, LARGE[name], timeout=500)
 
 
 def test_the_micro_batch_size_changes_nothing_but_speed(recipe, one_rank):

@@ -110,6 +110,26 @@ CASES: dict[str, Case] = {
     "virtual_ppo": Case(
         "ppo", ["parallel.pipeline=2", "parallel.virtual_stages=2"], [r"parallel\.virtual_stages=2"], ranks=2
     ),
+    "no_critic_ranks": Case(
+        "ppo", ["placement=disaggregated"], [r"placement\.critic_ranks=0", "splits the 2 ranks", "1 to 1"], ranks=2
+    ),
+    "one_rank_cannot_be_split": Case(
+        "ppo", ["placement=disaggregated", "placement.critic_ranks=1"], ["splits the 1 ranks", "one rank cannot give"]
+    ),
+    "critic_ranks_colocated": Case("ppo", ["placement.critic_ranks=1"], ["is for placement=disaggregated"], ranks=2),
+    "critic_side_not_divided": Case(
+        "ppo",
+        ["placement=disaggregated", "placement.critic_ranks=1", "critic_parallel.tensor=2"],
+        ["critic_parallel: tensor 2", "the 1 ranks that placement=disaggregated gives it"],
+        ranks=2,
+    ),
+    "generation_world": Case("ppo", ["rollout.parallel.tensor=2"], [r"rollout\.parallel: tensor 2", "the 1 ranks"]),
+    "generation_stages": Case(
+        "ppo", ["rollout.parallel.pipeline=2"], [r"rollout\.parallel\.pipeline=2 is more than"], ranks=2
+    ),
+    "generation_vocabulary": Case(
+        "ppo", ["rollout.parallel.tensor=2"], ["divide the 301 rows", r"model\.vocab_multiple=2"], ranks=2
+    ),
     "minimum_above_maximum": Case(
         "ppo", ["rollout.min_response_tokens=13"], ["min_response_tokens=13", "max_response_tokens=12"]
     ),

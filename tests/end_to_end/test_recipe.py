@@ -7,6 +7,7 @@ import pytest
 from commands import run_example
 
 COMMON = {"step", "time/step_s", "throughput/tokens_per_s", "throughput/model_flops_per_s", "memory/peak_bytes"}
+COMMON |= {"memory/step_peak_bytes"}
 SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
 # The list of the shared design, and what a run says beyond it.
@@ -16,8 +17,9 @@ PPO = COMMON | set(
     value/explained_variance value/grad_norm ptx/loss rollout/response_length_mean rollout/stop_fraction
     rollout/logprob_gap_max time/rollout_s time/scoring_s time/policy_s time/value_s""".split()
 )
-PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates"}
-TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s"}
+PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates", "time/exchange_s"}
+PPO_MORE |= {f"memory/{phase}_peak_bytes" for phase in ("rollout", "scoring", "exchange", "policy", "value")}
+TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s", "memory/tax_peak_bytes"}
 ALWAYS = {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "tensorboard"}
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig, Precision
-from megatron_rlhf.models.gpt import PADDED_LOGIT, padded_vocab_size
+from megatron_rlhf.models.gpt import PADDED_LOGIT
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 
@@ -98,8 +98,8 @@ def test_a_language_model_has_no_values(world):
 
 def test_padded_vocabulary_entries_get_a_logit_without_probability(world):
     model = dataclasses.replace(GPT2_LIKE, vocab_multiple=64)
-    assert padded_vocab_size(model, 1) == 128
-    assert padded_vocab_size(model, 4) == 256
+    assert model.padded_vocab_size(1) == 128
+    assert model.padded_vocab_size(4) == 256
     role = make_role(model)
     with role.layout, role.evaluating():
         logits = role.modules[0](tokens(), torch.arange(9).expand(3, -1), None)

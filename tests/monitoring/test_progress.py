@@ -111,3 +111,19 @@ def test_the_clock_is_read_after_the_device_is_done(clock: Clock) -> None:
     with timer("policy"):
         pass
     assert timer.take() == {"time/policy_s": 0.5}
+
+
+def test_a_peak_counts_for_every_phase_that_was_open() -> None:
+    peaks = iter(
+        [1.0, 2.0, 7.0, 3.0, 9.0]
+    )  # before "step"; in it before "rollout"; in "rollout"; after it; before "value"
+    timer = PhaseTimer(peak_bytes=lambda: next(peaks, 0.5))
+    with timer("step"), timer("rollout"):
+        pass
+    with timer("value"):
+        pass
+    assert {name: x for name, x in timer.take().items() if name.startswith("memory/")} == {
+        "memory/step_peak_bytes": 7.0,
+        "memory/rollout_peak_bytes": 7.0,
+        "memory/value_peak_bytes": 0.5,
+    }

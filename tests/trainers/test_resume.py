@@ -24,13 +24,14 @@ LAYOUTS = {
     "one_rank": (1, []),
     "tp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "dp2_distributed": (2, ["parallel.distributed_optimizer=true"]),
+    "disaggregated": (2, ["placement=disaggregated", "placement.critic_ranks=1"]),
 }
 
 
 def arguments(recipe, stage, name, layout, *more):
     layout = list(layout)
     if stage == "ppo":
-        layout += [f"critic_{entry}" for entry in layout]
+        layout += [f"critic_{entry}" for entry in layout if entry.startswith("parallel.")]
         return recipe.ppo(name, recipe.root / "sft", recipe.root / "reward_model", *STAGES[stage], *layout, *more)
     if stage == "reward_model":
         return recipe.reward_model(name, recipe.root / "sft", *STAGES[stage], *layout, *more)
@@ -39,7 +40,8 @@ def arguments(recipe, stage, name, layout, *more):
 
 @pytest.mark.parametrize(
     ("stage", "layout"),
-    [(stage, "one_rank") for stage in STAGES] + [("sft", "tp2"), ("ppo", "tp2"), ("ppo", "dp2_distributed")],
+    [(stage, "one_rank") for stage in STAGES]
+    + [("sft", "tp2"), ("ppo", "tp2"), ("ppo", "dp2_distributed"), ("ppo", "disaggregated")],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(stage, layout, recipe):
     ranks, overrides = LAYOUTS[layout]

@@ -1,0 +1,72 @@
+"""Tensors that rest in host memory between uses."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """Gives the device memory of some tensors back while they are not used.
+
+    Works on storages, so that views of one buffer go and come back together, and no reference to a tensor has to change.
+    On a CPU the same happens between two places in the same memory.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], constant: bool = False) -> None:
+        """`tensors` is asked each time they go to rest; `constant`: their contents never change, one copy out is enough."""
+        self._tensors = tensors
+        self._constant = constant
+        self._resting: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._copies: dict[int, Tensor] = {}
+
+    def rest(self) -> None:
+        """Copy to the host and free the device. Until `wake`, the tensors have no contents."""
+        assert not self._resting, "asked to rest twice"
+        storages = {storage_of(tensor): tensor.untyped_storage() for tensor in self._tensors()}
+        for identity, storage in storages.items():
+            if identity not in self._copies:
+                self._copies[identity] = torch.empty(
+                    storage.nbytes(), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+                ).copy_(_bytes(storage))
+            self._resting.append((storage, self._copies[identity]))
+            storage.resize_(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Bring the contents back."""
+        for storage, copy in self._resting:
+            storage.resize_(copy.numel())
+            _bytes(storage).copy_(copy)
+        self._resting = []
+        if not self._constant:
+            self._copies = {}
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """For what rests by default."""
+        self.wake()
+        try:
+            yield
+        finally:
+            self.rest()
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """For what is awake by default."""
+        self.rest()
+        try:
+            yield
+        finally:
+            self.wake()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The identity of the memory that a tensor is a view of."""
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

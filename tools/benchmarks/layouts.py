@@ -1,0 +1,40 @@
+"""SFT, reward model and PPO-ptx at many layouts against one rank: the largest relative differences, in fp32.
+
+Runs tests/distributed/test_layout_matrix.py, in its long form too, and makes a table of what it measured. Takes about
+half an hour on two cores; `-k` picks layouts by name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+MATRIX = Path(__file__).parents[2] / "tests" / "distributed" / "test_layout_matrix.py"
+COLUMNS = ("ranks", "trained at", "critic at", "PPO with", "figures", "weights")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which layouts."""
+    parser.add_argument("-k", default="every_figure or ppo_is_the_same", help="as pytest's -k; default: all")
+
+
+class _Table:
+    """A pytest plugin that gathers what the tests record."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.user_properties:
+            self.rows.append({**dict(report.user_properties), "outcome": report.outcome})
+
+
+def run(options: argparse.Namespace) -> None:
+    """The table, and the tests' exit code."""
+    table = _Table()
+    code = pytest.main([str(MATRIX), "-q", "-m", "slow or not slow", "-k", options.k, "--no-header"], plugins=[table])
+    print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+    for row in table.rows:
+        print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |")
+    sys.exit(code)
