@@ -16,16 +16,20 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.compose import compose_config, help_text
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.trainers import setup
+from megatron_rlhf.trainers.agreement import RanksDisagree
+from megatron_rlhf.trainers.guards import NotFinite
 from megatron_rlhf.trainers.interruption import Interrupted
 from megatron_rlhf.trainers.ppo import RolloutMismatch
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainingDiverged
+from megatron_rlhf.trainers.watchdog import Watchdog
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -75,8 +79,12 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     entry.check(config)
     setup.check_machine(config, runtime.detect_launch().world_size)
     runtime.initialize()
-    trainer = entry.build(config, Session.open(config.run, resolved))
-    trainer.run()
+    with Watchdog(config.watchdog.timeout_s) as watchdog:
+        session = Session.open(config.run, resolved)
+        trainer = entry.build(config, session)
+        roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
+        watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
+        trainer.run()
     return trainer
 
 
@@ -101,7 +109,8 @@ def exit_code_on_failure() -> Iterator[None]:
         if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    except (TrainingDiverged, RolloutMismatch) as error:  # they explain themselves; all ranks of a layout saw them
+    # They explain themselves; all ranks of a layout saw them.
+    except (TrainingDiverged, RolloutMismatch, RanksDisagree, NotFinite, NotWritten) as error:
         if runtime.is_first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)

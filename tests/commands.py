@@ -26,13 +26,11 @@ class Finished:
 
 def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 400) -> Finished:
     """`examples/SCRIPT.py ARGUMENTS` on some ranks of this machine, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="command_") as folder:
         outputs = [Path(folder) / str(rank) for rank in range(ranks)]
         processes = [
-            CONTEXT.Process(target=_command, args=(rank, ranks, port, script, arguments, outputs[rank]))
+            CONTEXT.Process(target=run_command, args=(rank, ranks, port, script, arguments, outputs[rank]))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -52,7 +50,14 @@ def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 4
     return Finished(codes, output)
 
 
-def _command(rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_command(rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path) -> None:
+    """What one rank's process does."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     os.setpgrp()
     with output.open("w") as file:

@@ -122,6 +122,13 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [{name: x for name, x in row.items() if not name.startswith(UNREPEATABLE)} for row in rows]
 
 
+def file_checksums(step: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files; without Megatron-Core's `.metadata`, which has a random number in it."""
+    lines = (step / "checksums.sha256").read_text().splitlines()
+    digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    return {name: digest for name, digest in digests.items() if not name.endswith("/.metadata")}
+
+
 def run_stage(stage: str, overrides: Sequence[str]) -> dict[str, list[Block]]:
     """Run one stage on this rank, as its command does; returns this rank's blocks of the weights that it trained."""
     from megatron_rlhf import cli

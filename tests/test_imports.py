@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"config"},
     "compose": {"config"},
     "doctor": {"config", "parallel", "models", "trainers"},
-    "cli": {"config", "parallel", "trainers", "compose"},
+    "cli": {"config", "parallel", "checkpoint", "trainers", "compose"},
 }
 FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.

@@ -20,17 +20,22 @@ Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 
 import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core
 from megatron_rlhf.checkpoint import convert, key_maps, sharded
-from megatron_rlhf.checkpoint.companions import Companions
+from megatron_rlhf.checkpoint.companions import Companions, holds_tokenizer
 from megatron_rlhf.checkpoint.convert import CheckOptions
+from megatron_rlhf.checkpoint.hf import is_hf_folder
 from megatron_rlhf.checkpoint.hf_check import CheckFailed
+from megatron_rlhf.checkpoint.hf_folder import CONFIG
+from megatron_rlhf.cli import SECONDS_TO_LEAVE
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlhf.parallel import runtime
@@ -46,19 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     options = _parser().parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    first = runtime.detect_launch().rank == 0
+    rank = runtime.detect_launch().rank
     try:
         runtime.initialize(timeout_minutes=24 * 60)  # one rank checks while the others wait
-        message = options.run(options)
-    except UserError as error:
+        message, code = f"{options.output}: {options.run(options)}", 0
+    except (UserError, OSError) as error:  # OSError: no folder to write into, a full disk
         message, code = f"error: {error}", 2
     except CheckFailed as error:
         message, code = f"check failed, {options.output} was not written: {error}", 1
-    else:
-        message, code = f"{options.output}: {message}", 0
-    if first:
-        print(message, file=sys.stderr if code else sys.stdout, flush=True)
+    _tell(message, code, rank)
     return code
+
+
+def _tell(message: str, code: int, rank: int) -> None:
+    """The first rank speaks; another one does where the first has not met the same failure."""
+    if code and rank > 0:
+        time.sleep(SECONDS_TO_LEAVE)  # the launcher ends all ranks when one leaves
+    new = code != 0 and dist.is_initialized() and runtime.is_first_to_report(message)
+    if rank == 0 or new:
+        print(message, file=sys.stderr if code else sys.stdout, flush=True)
 
 
 def import_model(options: argparse.Namespace) -> str:
@@ -66,14 +77,20 @@ def import_model(options: argparse.Namespace) -> str:
     if options.nemo is not None:
         return f"{convert.import_nemo(Path(options.nemo), output)} tensors bit-identical to the archive's"
     source = Path(options.hf)
-    check = CheckOptions(_text(_tokenizer(source)), options.check_length)
-    return str(convert.import_huggingface(source, output, options.role, check, options.allow_pickle))
+    if not source.is_dir():
+        raise UserError(f"--hf {source}: no such folder; a model of the Hub has to be downloaded first")
+    tokenizer, remark = _tokenizer(source, "no tokenizer is there: tried on random tokens alone")
+    check = CheckOptions(_text(tokenizer), options.check_length)
+    return f"{convert.import_huggingface(source, output, options.role, check, options.allow_pickle)}{remark}"
 
 
 def export_model(options: argparse.Namespace) -> str:
+    if is_hf_folder(options.checkpoint):
+        raise UserError(f"--checkpoint {options.checkpoint}: is a Hugging Face folder already ({CONFIG})")
     checkpoint = sharded.find_checkpoint(options.checkpoint, "--checkpoint")
     companions = Companions.find(checkpoint, Path(options.like) if options.like else None)
-    tokenizer = _tokenizer(companions.tokenizer)
+    none = "no tokenizer came along (name a folder that has one with --like)"
+    tokenizer, remark = _tokenizer(companions.tokenizer, none)
     if tokenizer is not None:
         companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     report = convert.export_huggingface(
@@ -86,8 +103,7 @@ def export_model(options: argparse.Namespace) -> str:
         CheckOptions(_text(tokenizer), options.check_length),
         round(options.shard_gb * 1e9),
     )
-    without = "" if tokenizer else "; no tokenizer came along (name a folder that has one with --like)"
-    return f"{report}{without}"
+    return f"{report}{remark}"
 
 
 def _only_role(checkpoint: Path) -> str:
@@ -95,11 +111,14 @@ def _only_role(checkpoint: Path) -> str:
     return roles[0] if len(roles) == 1 else "policy"
 
 
-def _tokenizer(folder: Path | None) -> Tokenizer | None:
+def _tokenizer(folder: Path | None, none: str) -> tuple[Tokenizer | None, str]:
+    """A folder's tokenizer, and what to remark where there is none, or none that can be used."""
+    if folder is None or not holds_tokenizer(folder):
+        return None, f"; {none}"
     try:
-        return None if folder is None else load_tokenizer(folder)
-    except UserError:  # a model without a usable tokenizer is converted all the same
-        return None
+        return load_tokenizer(folder), ""
+    except UserError as error:  # the model is converted all the same
+        return None, f"; tried on random tokens alone, since its tokenizer cannot be used: {error}"
 
 
 def _text(tokenizer: Tokenizer | None) -> list[int]:
@@ -142,16 +161,29 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face folder to take tokenizer, chat template, generation settings and config.json from; default: "
         "those of the model that was imported, or of the run",
     )
-    command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file of weights; default 5")
+    command.add_argument(
+        "--shard-gb", type=_positive(float), default=5.0, metavar="GB", help="largest file of weights; default 5"
+    )
     _add_check_length(command)
     command.set_defaults(run=export_model)
     return parser
 
 
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+        return value
+
+    parse.__name__ = kind.__name__  # named in argparse's own message
+    return parse
+
+
 def _add_check_length(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--check-length",
-        type=int,
+        type=_positive(int),
         default=2048,
         metavar="N",
         help="longest row of the check, in tokens; default 2048, or the model's context where it is shorter",

@@ -33,6 +33,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES = "additional_chat_templates"  # a folder: a model may have several
 _REWARD_CODE = '''"""A reward model whose score has a bias, which {base} has no place for."""
 
 import torch
@@ -68,7 +69,7 @@ class Companions:
         folders = [like] if like is not None else list(_lineage(checkpoint, set()))
         return cls(
             config=next((folder for folder in folders if (folder / CONFIG).is_file()), None),
-            tokenizer=next((f for f in folders if any((f / name).is_file() for name in _TOKENIZER_FILES)), None),
+            tokenizer=next(filter(holds_tokenizer, folders), None),
         )
 
     @property
@@ -81,8 +82,15 @@ class Companions:
         for name in _TOKENIZER_FILES:
             if self.tokenizer is not None and (self.tokenizer / name).is_file():
                 shutil.copyfile(self.tokenizer / name, folder / name)
+        if self.tokenizer is not None and (self.tokenizer / _TEMPLATES).is_dir():
+            shutil.copytree(self.tokenizer / _TEMPLATES, folder / _TEMPLATES, copy_function=shutil.copyfile)
         if generation and self.config is not None and (self.config / GENERATION).is_file():
             shutil.copyfile(self.config / GENERATION, folder / GENERATION)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """There is a file of a tokenizer's."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def keep(source: Path, checkpoint: Path) -> None:

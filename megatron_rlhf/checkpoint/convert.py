@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint import companions as along
 from megatron_rlhf.checkpoint import hf_export, nemo, sharded
 from megatron_rlhf.checkpoint.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
+from megatron_rlhf.checkpoint.check_tokens import check_batches
 from megatron_rlhf.checkpoint.companions import Companions
-from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors, sample_rows
+from megatron_rlhf.checkpoint.hf_check import CheckFailed, compare_outputs, compare_tensors
 from megatron_rlhf.checkpoint.hf_export import AsType, Exported, choose_architecture, write_weights
 from megatron_rlhf.checkpoint.hf_folder import same_bits
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
@@ -29,6 +30,12 @@ ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "
 """What users call a role -> its folder in a checkpoint."""
 _HEADS = {"policy": Head.language, "policy_ema": Head.language, "reward": Head.score, "value": Head.token}
 
+_NEEDS_CODE = (
+    f"the score's bias is kept as the tensor score.bias, for which {along.REWARD_CODE} beside it has the place: load the "
+    "model with trust_remote_code=True; without it transformers leaves the bias out and says so, and all scores are "
+    "shifted by that one number"
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -41,17 +48,23 @@ class Report:
     largest_difference: float
     """Of outputs, in fp32, over all test tokens."""
     largest_output: float
+    positions: tuple[int, int]
+    """Length of the longest row that both sides ran on, and of the model's context."""
     peak_bytes_converting: int
     """Most memory that this process held before the check."""
     peak_bytes: int
     """The same, with the check."""
+    needs_code: bool = False
+    """A reward model whose bias transformers' own class has no place for."""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.architecture} ({self.head.value}): {self.tensors} tensors bit-identical, outputs of up to "
-            f"{self.largest_output:.3g} within {self.largest_difference:.2g}; peak memory "
-            f"{self.peak_bytes_converting / 1e9:.2f} GB converting, {self.peak_bytes / 1e9:.2f} GB with the check"
+            f"{self.largest_output:.3g} within {self.largest_difference:.2g} over {self.positions[0]} of "
+            f"{self.positions[1]} positions; peak memory {self.peak_bytes_converting / 1e9:.2f} GB converting, "
+            f"{self.peak_bytes / 1e9:.2f} GB with the check"
         )
+        return f"{text}; {_NEEDS_CODE}" if self.needs_code else text
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,14 @@ class CheckOptions:
     """A text, by the model's own tokenizer."""
     length: int = 2048
     """Longest row, in tokens; the model's context where that is shorter."""
+
+    def require_known_tokens(self, model: ModelConfig, tokenizer: Path | None) -> None:
+        """Raise UserError when the tokenizer gives tokens that the model does not have."""
+        if (largest := max(self.text_tokens, default=0)) >= model.vocab_size:
+            raise UserError(
+                f"{tokenizer}: its tokenizer gives token {largest}, but the model knows {model.vocab_size}: it is another "
+                "model's"
+            )
 
 
 def import_huggingface(
@@ -75,6 +96,7 @@ def import_huggingface(
     """
     described = Described.read(source)
     name = _role_for(described, role, source)
+    check.require_known_tokens(described.model, source)
     weights = Weights.open(source, described, allow_pickle=allow_pickle)
     with _into(output) as folder:
         write_checkpoint(folder / name, weights)
@@ -128,6 +150,7 @@ def export_huggingface(
     if described.architecture.head_module(described.head) is None:
         name = described.architecture.class_name(described.head)
         raise UserError(f"--role {role}: transformers has no {name}, which a value model would become")
+    check.require_known_tokens(model, companions.tokenizer)
     reader = AsType(CheckpointReader(checkpoint / role, tensor_shapes(model, scalar), model.num_layers), dtype)
     exported = Exported.of(described, reader)
     with _into(output) as folder:
@@ -137,7 +160,7 @@ def export_huggingface(
             along.write_config(folder, described, exported.dtype(WORD_EMBEDDINGS), companions, exported.needs_code)
         dist.barrier()
         weights = Weights.open(folder, Described.read(folder))
-        return _checked(reader, exported, weights, check)
+        return _checked(reader, exported, weights, check, exported.needs_code)
 
 
 def _role_for(described: Described, role: str | None, source: Path) -> str:
@@ -152,7 +175,9 @@ def _role_for(described: Described, role: str | None, source: Path) -> str:
 def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool]:
     roles = sharded.read_meta(checkpoint)["roles"]
     if role not in roles:
-        raise UserError(f"{checkpoint} holds {', '.join(roles)}, not {role}")
+        names = {folder: name for name, folder in ROLES.items()}
+        held = ", ".join(names.get(folder, folder) for folder in roles)
+        raise UserError(f"--role {names[role]}: {checkpoint} holds {held}")
     return sharded.model_from_json(roles[role]["model"]), roles[role]["scalar"]
 
 
@@ -165,30 +190,41 @@ def _into(output: Path) -> Iterator[Path]:
         yield folder
 
 
-def _checked(ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions) -> Report:
+def _checked(
+    ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions, needs_code: bool = False
+) -> Report:
     layout = ParallelLayout.create(ParallelConfig(), range(1))
 
     def compare() -> Report:
         described, converting = theirs.described, _peak_bytes()
         tensors = compare_tensors(exported, theirs)
-        rows = sample_rows(described.model, check.text_tokens, check.length)
-        difference, largest = compare_outputs(ours, theirs, layout, rows)
-        name = described.architecture.model_type
-        return Report(name, described.head, tensors, difference, largest, converting, _peak_bytes())
+        batches = check_batches(described.model, check.text_tokens, check.length)
+        difference, largest = compare_outputs(ours, theirs, layout, batches)
+        return Report(
+            architecture=described.architecture.model_type,
+            head=described.head,
+            tensors=tensors,
+            largest_difference=difference,
+            largest_output=largest,
+            positions=(batches[0].tokens_bs.shape[1], described.model.max_sequence_length),
+            peak_bytes_converting=converting,
+            peak_bytes=_peak_bytes(),
+            needs_code=needs_code,
+        )
 
     return _on_first_rank(compare)
 
 
 def _on_first_rank(check: Callable[[], Result]) -> Result:
-    """Check on one rank; all return what it returns, or raise CheckFailed as it does."""
+    """Check on one rank; all return what it returns, or raise as it does."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             outcome = [check()]
-        except CheckFailed as error:
+        except (CheckFailed, UserError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], CheckFailed):
+    if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
 

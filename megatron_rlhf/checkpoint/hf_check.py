@@ -1,15 +1,16 @@
 """Proof of a conversion: every tensor compared bit by bit, and both models run on the same tokens."""
 
+import gc
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_rlhf.checkpoint.check_tokens import Batch, vocabulary_pieces
 from megatron_rlhf.checkpoint.hf_folder import same_bits
-from megatron_rlhf.checkpoint.hf_weights import Weights
-from megatron_rlhf.checkpoint.layerwise import Batch, Head, run_ours, run_theirs
+from megatron_rlhf.checkpoint.hf_weights import Described, Weights
+from megatron_rlhf.checkpoint.layerwise import Ran, run_ours, run_theirs
 from megatron_rlhf.checkpoint.whole import TensorSource, places
-from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 TOLERANCE = 1e-4
@@ -19,14 +20,6 @@ a wrong epsilon, activation or rotary table costs more than 1e-3."""
 
 class CheckFailed(Exception):
     """The two sides of a conversion differ. The message names the first place where they do."""
-
-
-def sample_rows(model: ModelConfig, text: Sequence[int], length: int) -> list[list[int]]:
-    """Random tokens over the whole length, a text, and a shorter row of random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(length, model.max_sequence_length)
-    rows = [torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n in (length, max(length // 3, 1))]
-    return [rows[0], *([list(text[:length])] if text else []), rows[1]]
 
 
 def compare_tensors(ours: TensorSource, theirs: Weights) -> int:
@@ -54,9 +47,9 @@ def _difference(ours: Tensor, theirs: Tensor) -> str:
 
 @torch.no_grad()
 def compare_outputs(
-    ours: TensorSource, theirs: Weights, layout: ParallelLayout, rows: Sequence[Sequence[int]]
+    ours: TensorSource, theirs: Weights, layout: ParallelLayout, batches: Sequence[Batch]
 ) -> tuple[float, float]:
-    """Run both models on the same tokens, padded on the right and on the left.
+    """Run both models on the same tokens.
 
     Returns:
         The largest difference of outputs, and the largest output.
@@ -67,30 +60,33 @@ def compare_outputs(
     Raises:
         CheckFailed: naming the first layer whose output differs, when it is more than TOLERANCE.
     """
-    batches = [Batch.of(rows, left=False), Batch.of(rows, left=True)]
-    our_outcomes, our_head = run_ours(theirs.described, ours, layout, batches)
-    their_outcomes, their_head = run_theirs(theirs, batches)
-    differences, sizes = [], []
-    for batch, a, b in zip(batches, our_outcomes, their_outcomes, strict=True):
-        difference, largest = _compare(our_head, their_head, a.hidden_nh, b.hidden_nh)
-        if not difference <= TOLERANCE * max(largest, 1.0):
+    our_run = run_ours(theirs.described, ours, layout, batches)
+    gc.collect()  # modules are cycles of references: free ours before theirs is built
+    their_run = run_theirs(theirs, batches)
+    gaps, sizes = _compare_heads(theirs.described, our_run, their_run)
+    for i, batch in enumerate(batches):
+        if not gaps[i] <= TOLERANCE * max(sizes[i], 1.0):
             raise CheckFailed(
-                f"outputs differ by {difference:.3g} (largest output {largest:.3g}, tolerance {TOLERANCE:g} of it), "
-                f"padding on the {'left' if batch.left else 'right'}; the first to differ is {_first(a.trace, b.trace)}"
+                f"outputs differ by {gaps[i]:.3g} (largest output {sizes[i]:.3g}, tolerance {TOLERANCE:g} of it), "
+                f"padding on the {'left' if batch.left else 'right'}; the first to differ is "
+                + _first(our_run.outcomes[i].trace, their_run.outcomes[i].trace)
             )
-        differences.append(difference)
-        sizes.append(largest)
-    return max(differences), max(sizes)
+    return max(gaps), max(sizes)
 
 
-def _compare(our_head: Head, their_head: Head, ours_nh: Tensor, theirs_nh: Tensor) -> tuple[float, float]:
-    """Largest difference and largest value of the heads' outputs; in pieces, because a vocabulary is wide."""
-    gaps, sizes = [], []
-    for a, b in zip(ours_nh.split(256), theirs_nh.split(256), strict=True):
-        expected = their_head(b)
-        gaps.append((our_head(a) - expected).abs().max())
-        sizes.append(expected.abs().max())
-    return float(torch.stack(gaps).max()), float(torch.stack(sizes).max())  # of a NaN, torch's maximum is NaN
+def _compare_heads(described: Described, ours: Ran, theirs: Ran) -> tuple[list[float], list[float]]:
+    """Largest difference and largest output of each batch; in pieces, because a vocabulary is wide."""
+    pairs = [(a.hidden_nh, b.hidden_nh) for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
+    gaps, sizes = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for piece in [slice(0, 1)] if described.scalar else vocabulary_pieces(described.model):
+        our_head, their_head = ours.head(piece), theirs.head(piece)
+        for i, (ours_nh, theirs_nh) in enumerate(pairs):
+            for a, b in zip(ours_nh.split(256), theirs_nh.split(256), strict=True):
+                expected = their_head(b)
+                # Of a NaN, torch's maximum is NaN.
+                gaps[i] = torch.maximum(gaps[i], (our_head(a) - expected).abs().max().cpu())
+                sizes[i] = torch.maximum(sizes[i], expected.abs().max().cpu())
+    return gaps.tolist(), sizes.tolist()
 
 
 def _first(ours: list[Tensor], theirs: list[Tensor]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_rlhf.checkpoint import key_maps
@@ -16,6 +17,8 @@ from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling, with
 _ROPE_FIELDS = {field.name for field in fields(ModelConfig) if field.name.startswith("rope_")}
 # Fields that change no output, so that no config.json need hold them.
 _FREE = {"vocab_multiple", "init_std"}
+# Keys of any config.json -> the values that leave the model a causal one of plain numbers.
+_ONLY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "is_causal": (None, True)}
 
 
 def find_architecture(content: Mapping[str, Any], where: str) -> Architecture:
@@ -45,11 +48,13 @@ def read_head(content: Mapping[str, Any], architecture: Architecture, where: str
 
 def to_model_config(content: Mapping[str, Any], architecture: Architecture, where: str) -> ModelConfig:
     """The shape that a config.json describes; UserError for what our modules cannot do."""
-    # The configuration class fills in the defaults, which config.json leaves out.
-    full = CONFIG_MAPPING[architecture.model_type].from_dict(dict(content)).to_dict()
-    for key, allowed in architecture.only.items():
+    full = _with_defaults(content, architecture, where)
+    for key, allowed in (_ONLY | dict(architecture.only)).items():
         if full.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where}: {key}={full[key]} is not supported, only {' or '.join(map(str, allowed))}")
+    windows = sorted({kind for kind in full.get("layer_types") or [] if kind != "full_attention"})
+    if windows:
+        raise UserError(f"{where}: layer_types={', '.join(windows)} is not supported, only full_attention")
     values = dict(architecture.fixed)
     for name, keys in architecture.fields.items():
         keys = (keys,) if isinstance(keys, str) else keys
@@ -65,7 +70,37 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
         raise UserError(f"{where}: {architecture.activation_key}={name} is not supported, only {' or '.join(known)}")
     if values["positions"] is Positions.rope:
         values |= _read_rope(full, architecture, where)
-    return without_implied(ModelConfig(**values))
+    model = without_implied(ModelConfig(**values))
+    _require_possible(model, architecture, where)
+    return model
+
+
+def _with_defaults(content: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:
+    # The configuration class fills in the defaults, which config.json leaves out.
+    try:
+        return CONFIG_MAPPING[architecture.model_type].from_dict(dict(content)).to_dict()
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _require_possible(model: ModelConfig, architecture: Architecture, where: str) -> None:
+    """Raise UserError for sizes that no model can have, before tensors are held against them."""
+
+    def listed(*names: str) -> str:
+        keys = [architecture.fields[name] for name in names]
+        keys = [key if isinstance(key, str) else key[0] for key in keys]
+        return ", ".join(f"{key}={getattr(model, name)}" for key, name in zip(keys, names, strict=True))
+
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"):
+        if getattr(model, name) < 1:
+            raise UserError(f"{where}: {listed(name)}: must be at least 1")
+    heads, groups, _ = attention_shape(model)
+    if model.head_dim is None and model.hidden_size % heads:
+        raise UserError(f"{where}: {listed('hidden_size', 'num_attention_heads')}: the heads must divide the width")
+    if groups < 1 or heads % groups:
+        raise UserError(
+            f"{where}: {listed('num_attention_heads', 'num_query_groups')}: the second must divide the first"
+        )
 
 
 def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
@@ -110,9 +145,14 @@ def _read_rope(full: Mapping[str, Any], architecture: Architecture, where: str) 
     rope |= full.get("rope_scaling") or {}
     rope |= full.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("rope_theta") is None:
+        raise UserError(f"{where}: {base_key}=None: the base of the rotary positions is needed")
     values: dict[str, Any] = {"rope_base": float(rope["rope_theta"])}
-    if rope.get("partial_rotary_factor") is not None:
-        values["rope_fraction"] = rope["partial_rotary_factor"]
+    fraction = rope.get("partial_rotary_factor")
+    if fraction_key is not None and fraction is not None:
+        values["rope_fraction"] = fraction
+    elif fraction not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor={fraction} is not supported, only 1")
     if kind == "linear":
         values |= {"rope_scaling": RopeScaling.linear, "rope_scaling_factor": float(rope["factor"])}
     elif kind == "llama3":

@@ -16,7 +16,7 @@ from megatron_rlhf.checkpoint import hf_config, key_maps
 from megatron_rlhf.checkpoint.architecture import FINAL_NORM, HEAD, HEAD_BIAS, Architecture, Head
 from megatron_rlhf.checkpoint.hf_folder import INDEX, WEIGHTS
 from megatron_rlhf.checkpoint.hf_weights import Described
-from megatron_rlhf.checkpoint.whole import Place, TensorSource, places
+from megatron_rlhf.checkpoint.whole import EVERY_ROW, Place, TensorSource, places
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 
@@ -66,8 +66,8 @@ class AsType:
     def dtype(self, key: str) -> torch.dtype:
         return self.as_dtype or self.source.dtype(key)
 
-    def read(self, place: Place) -> Tensor:
-        return self.source.read(place).to(self.dtype(place.key))
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        return self.source.read(place, rows).to(self.dtype(place.key))
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Exported:
         # The sum would lose the score's bias to rounding in a shorter type.
         return torch.float32 if key == _FINAL_BIAS and self.score_bias else self.source.dtype(key)
 
-    def read(self, place: Place) -> Tensor:
-        tensor = self.source.read(place)
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        tensor = self.source.read(place, rows)
         if place.key == _FINAL_BIAS and self.score_bias:
             head = self.source.read(Place(HEAD, None)).double()[0]
-            tensor = tensor.double() + self.score_bias * head / head.square().sum()
+            tensor = tensor.double() + (self.score_bias * head / head.square().sum())[rows]
         return tensor.to(self.dtype(place.key))
 
 
@@ -118,14 +118,16 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
     """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files."""
     shards = _plan_shards(exported, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
-        tensors = {
-            name: tensor
-            for place in shards[i]
-            for name, tensor in exported.described.to_theirs(place, exported.read(place))
-        }
-        save_file(tensors, folder / names[i], metadata={"format": "pt"})
-        del tensors
+    failure: UserError | None = None
+    try:
+        for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
+            _write_shard(folder / names[i], exported, shards[i])
+    except UserError as error:
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)  # what one rank cannot read, all ranks stop at
+    for failure in filter(None, failures):
+        raise failure
     if len(shards) > 1 and dist.get_rank() == 0:
         listed = {
             tensor: name
@@ -136,6 +138,13 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
         total = sum(_bytes(exported, place) for shard in shards for place in shard)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2))
     dist.barrier()
+
+
+def _write_shard(path: Path, exported: Exported, shard: list[Place]) -> None:
+    tensors = {
+        name: tensor for place in shard for name, tensor in exported.described.to_theirs(place, exported.read(place))
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _plan_shards(exported: Exported, limit: int) -> list[list[Place]]:

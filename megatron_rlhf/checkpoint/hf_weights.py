@@ -22,7 +22,7 @@ from megatron_rlhf.checkpoint.architecture import (
     tensor_shapes,
 )
 from megatron_rlhf.checkpoint.hf_folder import CONFIG, TensorFiles, read_json, same_bits
-from megatron_rlhf.checkpoint.whole import Place, places
+from megatron_rlhf.checkpoint.whole import EVERY_ROW, Place, places
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 
@@ -79,7 +79,8 @@ class Described:
             position += run.count
         transposed = self.theirs(place.key).transposed
         for name, pieces in parts.items():
-            value = torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+            ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
+            value = tensor if len(parts) == len(ordered) == 1 else torch.cat(ordered)
             yield name, value.T.contiguous() if transposed else value
 
 
@@ -109,6 +110,7 @@ class Weights:
             del stored[HEAD_BIAS]
         weights = cls(described, files, shapes, stored, prefix if bare else "")
         weights._require_exactly_these_tensors()
+        weights._require_one_type_a_tensor()
         return weights
 
     @property
@@ -121,10 +123,12 @@ class Weights:
         first = Place(key, 0 if is_layer(key) else None)
         return self.files.dtypes[self.stored(self.described.runs(first)[0].name)]
 
-    def read(self, place: Place) -> Tensor:
-        """One of our tensors, whole."""
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        """One of our tensors, or some rows of it."""
         shape = self.shapes[place.key]
-        return self.block(place.key, place.layer, (0,) * len(shape), shape)
+        start, stop, _ = rows.indices(shape[0])
+        rest = shape[1:]
+        return self.block(place.key, place.layer, (start,) + (0,) * len(rest), (stop - start, *rest))
 
     def block(self, key: str, layer: int | None, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A block of one of our tensors. Rows past the end (vocabulary padding) are zero."""
@@ -172,6 +176,17 @@ class Weights:
                 f"{self.files.files[unknown[0]]}: {CONFIG} does not call for tensor {unknown[0]}{more}"
                 + ("; it differs from the embeddings that it should repeat" if unknown[0] == self._head_name else "")
             )
+
+    def _require_one_type_a_tensor(self) -> None:
+        # A checkpoint keeps a layer's tensor stacked over the layers, hence in one type.
+        for place in places(self.stored_shapes, self.num_layers):
+            wanted = self.dtype(place.key)
+            for name in map(self.stored, self.described.their_shapes(place)):
+                found = self.files.dtypes[name]
+                if not found.is_floating_point:
+                    raise UserError(f"{self.files.files[name]}: tensor {name} is {found}: quantized, not supported")
+                if found != wanted:
+                    raise UserError(f"{self.files.files[name]}: tensor {name} is {found}, its like elsewhere {wanted}")
 
     @property
     def _head_name(self) -> str:

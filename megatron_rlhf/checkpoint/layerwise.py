@@ -1,7 +1,8 @@
 """Running a model that is not in memory: ours from a checkpoint's tensors, theirs from a Hugging Face folder.
 
-Each is built with one transformer layer, which takes the weights of layer 0, then of layer 1, and so on. Arithmetic is
-fp32 on both sides, whatever the type of the stored weights.
+Each is built with one transformer layer, which takes the weights of layer 0, then of layer 1, and so on, and with a
+vocabulary of as many rows as a batch has different tokens or a piece of the unembedding needs: no wide embedding is
+ever whole in memory. Arithmetic is fp32 on both sides, whatever the type of the stored weights.
 """
 
 import inspect
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_rlhf.checkpoint.architecture import HEAD, HEAD_BIAS
+from megatron_rlhf.checkpoint.architecture import HEAD, HEAD_BIAS, WORD_EMBEDDINGS
+from megatron_rlhf.checkpoint.check_tokens import Batch, Vocabulary
 from megatron_rlhf.checkpoint.hf import sharded_tensors
 from megatron_rlhf.checkpoint.hf_folder import CONFIG, read_json
 from megatron_rlhf.checkpoint.hf_weights import Described, Weights
@@ -31,32 +32,6 @@ _TRACED = 4  # positions whose hidden states are kept after every layer
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of tokens, padded on one side; the first row is the longest."""
-
-    tokens_bs: Tensor
-    real_bs: Tensor
-    """bool: not padding."""
-    left: bool
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], left: bool) -> "Batch":
-        """Pad rows to the longest."""
-        width = max(map(len, rows))
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        real = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            where = slice(width - len(row), width) if left else slice(len(row))
-            tokens[i, where], real[i, where] = torch.tensor(row), True
-        return cls(tokens.to(collectives.device()), real.to(collectives.device()), left)
-
-    @property
-    def positions_bs(self) -> Tensor:
-        """Of every real token, counted without padding."""
-        return (self.real_bs.cumsum(1) - 1).clamp(min=0)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a model made of a batch."""
 
@@ -66,37 +41,49 @@ class Outcome:
     """Hidden states of the first row's last positions, before the first layer and after every layer."""
 
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [n, h] -> logits or scalars [n, ...]."""
+@dataclass(frozen=True)
+class Ran:
+    """A model that ran on some batches, and its head."""
+
+    outcomes: list[Outcome]
+    head: Callable[[slice], Callable[[Tensor], Tensor]]
+    """Loads a piece of the unembedding, and gives: hidden states [n, h] -> its logits [n, piece]. A scalar head has one
+    piece: [n, 1]."""
 
 
-def run_ours(
-    described: Described, source: TensorSource, layout: ParallelLayout, batches: Sequence[Batch]
-) -> tuple[list[Outcome], Head]:
+def run_ours(described: Described, source: TensorSource, layout: ParallelLayout, batches: Sequence[Batch]) -> Ran:
     """Megatron-Core's model, padded on the right as in training, on the left as in sampling. `layout`: of one rank."""
     with layout:
         model_parallel_cuda_manual_seed(0)
-    one_layer = ModelConfig(**{**vars(described.model), "num_layers": 1, "vocab_multiple": 1})
-    (chunk,) = build_chunks(one_layer, layout, Precision.fp32, described.scalar)
-    tensors = sharded_tensors([chunk], layout)
+    vocabulary = Vocabulary.of(described.model, batches)
+    small = ModelConfig(
+        **{**vars(described.model), "num_layers": 1, "vocab_size": vocabulary.rows, "vocab_multiple": 1}
+    )
+    (chunk,) = build_chunks(small, layout, Precision.fp32, described.scalar)
+    wide = {WORD_EMBEDDINGS} if described.scalar else {WORD_EMBEDDINGS, HEAD}
+    tensors = [tensor for tensor in sharded_tensors([chunk], layout) if tensor.key not in wide]
 
     def load(layer: int | None) -> None:
         for tensor in tensors:
             if bool(tensor.prepend_axis_num) == (layer is not None):
                 offset, shape = tensor.global_offset[tensor.prepend_axis_num :], tensor.data.shape
-                block = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-                tensor.data.copy_(source.read(Place(tensor.key, layer))[block])
+                rows, *columns = (slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+                tensor.data.copy_(source.read(Place(tensor.key, layer), rows)[(slice(None), *columns)])
 
     load(None)
+    vocabulary.fill(
+        chunk.embedding.word_embeddings.weight, lambda rows: source.read(Place(WORD_EMBEDDINGS, None), rows)
+    )
     chunk.decoder.layers[0] = layers = _EveryLayer(chunk.decoder.layers[0], source.num_layers, load, row_axis=1)
     chunk.eval()
     chunk.post_process = False  # hidden states come out; the head runs on pieces of them
-    outcomes = []
-    for batch in batches:
+
+    def run(batch: Batch) -> Tensor:
         with layout:
-            hidden_bsh = chunk(batch.tokens_bs, **_our_arguments(batch)).transpose(0, 1)
-        outcomes.append(Outcome(hidden_bsh[batch.real_bs], layers.trace))
-    return outcomes, _our_head(chunk, layout)
+            return chunk(vocabulary.ids(batch), **_our_arguments(batch)).transpose(0, 1)
+
+    outcomes = layers.run_all(run, batches)
+    return Ran(outcomes, _our_head(chunk.output_layer, vocabulary.rows, described, source, layout))
 
 
 def _our_arguments(batch: Batch) -> dict[str, Any]:
@@ -116,75 +103,116 @@ def _our_arguments(batch: Batch) -> dict[str, Any]:
     }
 
 
-def _our_head(chunk: GPTModel, layout: ParallelLayout) -> Head:
-    # Holds the head alone, so that the rest of the model can go.
-    output_layer = chunk.output_layer
-    weight = chunk.embedding.word_embeddings.weight if chunk.share_embeddings_and_output_weights else None
+def _our_head(
+    output_layer: nn.Module, rows: int, described: Described, source: TensorSource, layout: ParallelLayout
+) -> Callable[[slice], Callable[[Tensor], Tensor]]:
+    # Given the output layer alone, so that the rest of the model can go.
+    place = Place(WORD_EMBEDDINGS if described.model.tied_embeddings else HEAD, None)
 
-    def head(hidden_nh: Tensor) -> Tensor:
-        with layout:
-            return output_layer(hidden_nh.unsqueeze(1), weight=weight)[0].squeeze(1)
+    def head(piece: slice) -> Callable[[Tensor], Tensor]:
+        weight, count = None, 1
+        if not described.scalar:
+            count = piece.stop - piece.start
+            weight = torch.zeros(rows, described.model.hidden_size, device=collectives.device())
+            weight[:count] = source.read(place, piece)
+
+        def outputs(hidden_nh: Tensor) -> Tensor:
+            with layout:
+                return output_layer(hidden_nh.unsqueeze(1), weight=weight)[0][:, 0, :count]
+
+        return outputs
 
     return head
 
 
-def run_theirs(weights: Weights, batches: Sequence[Batch]) -> tuple[list[Outcome], Head]:
+def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
     """transformers' model. Its parameters are filled by their own names: our tables have no part in it."""
-    architecture = weights.described.architecture
-    content = read_json(weights.files.folder / CONFIG)
-    content[str(architecture.fields["num_layers"])] = 1
-    content.pop("layer_types", None)  # a list with an entry for every layer
-    config = CONFIG_MAPPING[architecture.model_type].from_dict(content)
-    model_class = getattr(transformers, architecture.class_name(weights.described.head))
-    model = model_class(config).float().eval().to(collectives.device())
-    parameters, head = _their_parameters(model, weights)
-    prefix = architecture.layer_prefix
+    described = weights.described
+    vocabulary = Vocabulary.of(described.model, batches)
+    model = _their_model(weights, vocabulary.rows)
+    embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings()
+    parameters = _their_parameters(model, weights)
+    prefix = described.architecture.layer_prefix
+    (embedding_name,) = (name for name, parameter in parameters.items() if parameter is embedding)
+    wide = {id(embedding)} if unembedding is None else {id(embedding), id(unembedding.weight)}
 
     def load(layer: int | None) -> None:
         for name, parameter in parameters.items():
             inside = name.startswith(f"{prefix}.0.")
-            if inside == (layer is not None):
+            if inside == (layer is not None) and id(parameter) not in wide:
                 stored = name.replace(f"{prefix}.0.", f"{prefix}.{layer}.", 1) if inside else name
                 parameter.copy_(weights.files.read(weights.stored(stored)))
 
     load(None)
+    vocabulary.fill(embedding, lambda rows: weights.files.read(weights.stored(embedding_name), rows))
     stack = model.get_submodule(prefix)
     stack[0] = layers = _EveryLayer(stack[0], weights.num_layers, load, row_axis=0)
     base = model.base_model
-    outcomes = []
-    for batch in batches:
+
+    def run(batch: Batch) -> Tensor:
         arguments: dict[str, Any] = {"attention_mask": batch.real_bs.long(), "use_cache": False}
         if "position_ids" in inspect.signature(base.forward).parameters:
             arguments["position_ids"] = batch.positions_bs
-        hidden_bsh = base(batch.tokens_bs, **arguments).last_hidden_state
-        outcomes.append(Outcome(hidden_bsh[batch.real_bs], layers.trace))
-    return outcomes, head
+        return base(vocabulary.ids(batch), **arguments).last_hidden_state
 
-
-def _their_parameters(model: Any, weights: Weights) -> tuple[dict[str, nn.Parameter], nn.Module]:
-    """Parameters by the names of their tensors, and the head."""
-    described, parameters = weights.described, dict(model.named_parameters())
+    outcomes = layers.run_all(run, batches)
     if described.scalar:
-        name = str(described.architecture.head_module(described.head))
+        scalar_head = model.get_submodule(str(described.architecture.head_module(described.head)))
+        return Ran(outcomes, lambda piece: scalar_head)
+    # In memory some architectures call their unembedding otherwise than in files.
+    head_name = described.theirs(HEAD).names[0] if HEAD in weights.stored_shapes else embedding_name
+
+    def head(piece: slice) -> Callable[[Tensor], Tensor]:
+        count = piece.stop - piece.start
+        unembedding.weight[:count] = weights.files.read(weights.stored(head_name), piece)
+        return lambda hidden_nh: unembedding(hidden_nh)[:, :count]
+
+    return Ran(outcomes, head)
+
+
+def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
+    """With one layer and a small vocabulary; its weights are random."""
+    architecture = weights.described.architecture
+    content = read_json(weights.files.folder / CONFIG)
+    content |= {str(architecture.fields["num_layers"]): 1, str(architecture.fields["vocab_size"]): vocabulary_rows}
+    content |= {key: None for key in content if key.endswith("_token_id")}  # they are of the whole vocabulary
+    content.pop("layer_types", None)  # a list with an entry for every layer
+    config = CONFIG_MAPPING[architecture.model_type].from_dict(content)
+    config.pad_token_id = None
+    model_class = getattr(transformers, architecture.class_name(weights.described.head))
+    return model_class(config).float().eval().to(collectives.device())
+
+
+def _their_parameters(model: Any, weights: Weights) -> dict[str, nn.Parameter]:
+    """Parameters by the names of their tensors."""
+    parameters = dict(model.named_parameters())
+    if weights.described.scalar:
+        name = str(weights.described.architecture.head_module(weights.described.head))
         head = model.get_submodule(name)
         if head.bias is None and HEAD_BIAS in weights.stored_shapes:
             head.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]))  # what modeling_reward.py does
             parameters[f"{name}.bias"] = head.bias
-    else:
-        head = model.get_output_embeddings()
-        if HEAD in weights.stored_shapes:  # in memory some architectures call it otherwise than in files
-            parameters = {name: p for name, p in parameters.items() if p is not head.weight}
-            parameters[described.theirs(HEAD).names[0]] = head.weight
-    return parameters, head
+    return parameters
+
+
+@dataclass
+class _Call:
+    """One batch on its way through the layers."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Any
+    trace: list[Tensor]
 
 
 class _EveryLayer(nn.Module):
-    """Stands in the place of all layers: runs one layer once for each, after loading that one's weights."""
+    """Stands in the place of all layers: one layer that takes each one's weights in turn, for all batches at once."""
 
     def __init__(self, layer: nn.Module, count: int, load: Callable[[int], None], row_axis: int) -> None:
         super().__init__()
         self.layer, self.count, self.load, self.row_axis = layer, count, load, row_axis
-        self.trace: list[Tensor] = []
+        self.calls: list[_Call] = []
+        self.finished: list[_Call] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -192,14 +220,31 @@ class _EveryLayer(nn.Module):
         except AttributeError:  # models ask their layers for attributes, such as the kind of attention
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.trace = [self._traced(hidden_states)]
-        for number in range(self.count):
+    def run_all(self, run: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> list[Outcome]:
+        """`run` runs the model on a batch and gives its last hidden states [b, s, h]; each layer is loaded once."""
+        self.load(0)
+        for batch in batches:
+            run(batch)
+        for number in range(1, self.count):
             self.load(number)
-            output = self.layer(hidden_states, *args, **kwargs)
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            self.trace.append(self._traced(hidden_states))
+            for call in self.calls:
+                call.output = self.layer(self._hidden(call.output), *call.arguments, **call.named)
+                call.trace.append(self._traced(self._hidden(call.output)))
+        traces = [call.trace for call in self.calls]
+        self.calls, self.finished = [], self.calls
+        return [Outcome(run(batch)[batch.real_bs], trace) for batch, trace in zip(batches, traces, strict=True)]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A model's first run goes through layer 0; its second gets what has become of that in the last one."""
+        if self.finished:
+            return self.finished.pop(0).output
+        output = self.layer(hidden_states, *args, **kwargs)
+        trace = [self._traced(hidden_states), self._traced(self._hidden(output))]
+        self.calls.append(_Call(args, kwargs, output, trace))
         return output
+
+    def _hidden(self, output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
 
     def _traced(self, hidden: Tensor) -> Tensor:
         return hidden.select(self.row_axis, 0)[-_TRACED:].clone()

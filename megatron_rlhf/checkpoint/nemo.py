@@ -10,7 +10,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,8 @@ from megatron_rlhf.checkpoint.architecture import (
     tensor_shapes,
 )
 from megatron_rlhf.checkpoint.hf_folder import unpickle
-from megatron_rlhf.checkpoint.whole import CheckpointReader, Place, TensorSource
+from megatron_rlhf.checkpoint.whole import EVERY_ROW, CheckpointReader, Place, TensorSource
+from megatron_rlhf.checkpoint.zarr_arrays import DESCRIPTION, ZarrReader
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, without_implied
 
@@ -147,6 +148,8 @@ class NemoWeights:
     model: ModelConfig
     ranks: tuple[tuple[Path, ...], ...]
     """Files of weights, [pipeline stage][tensor-parallel rank]."""
+    _last: dict[Place, Tensor] = field(default_factory=dict)
+    """The tensor read last: its rows are asked for piece by piece."""
 
     @property
     def num_layers(self) -> int:
@@ -159,7 +162,13 @@ class NemoWeights:
     def dtype(self, key: str) -> torch.dtype:
         return self._parts(Place(key, 0 if is_layer(key) else None))[0].dtype
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        if place not in self._last:
+            self._last.clear()
+            self._last[place] = self._whole(place)
+        return self._last[place][rows].clone()
+
+    def _whole(self, place: Place) -> Tensor:
         axis, parts = _SPLIT.get(place.key), self._parts(place)
         if axis is None or len(parts) == 1:
             whole = parts[0]
@@ -171,7 +180,7 @@ class NemoWeights:
         shape = self.shapes[place.key]
         if tuple(whole.shape) != shape:
             raise UserError(f"{self.folder}: {place} is {list(whole.shape)}; {CONFIG} calls for {list(shape)}")
-        return whole.clone()
+        return whole
 
     def _parts(self, place: Place) -> list[Tensor]:
         per_stage = self.num_layers // len(self.ranks)
@@ -256,10 +265,18 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
 
 def _open(folder: Path, config: Mapping[str, Any], archive: Path) -> tuple[ModelConfig, TensorSource]:
     where = f"--nemo {archive}: {CONFIG}"
+    reader: CheckpointReader | ZarrReader | None = None
     if (folder / _DISTRIBUTED / ".metadata").is_file():
         reader = CheckpointReader(folder / _DISTRIBUTED, {}, config.get("num_layers", 0), prefix="model.")
+    elif any((folder / _DISTRIBUTED).glob(f"*/{DESCRIPTION}")):
+        reader = ZarrReader(folder / _DISTRIBUTED, {}, config.get("num_layers", 0), prefix="model.")
+    if reader is not None:
         model = read_shape(config, reader.stored_rows(WORD_EMBEDDINGS), where)
-        return model, dataclasses.replace(reader, shapes=tensor_shapes(model, scalar=False))
+        shapes = tensor_shapes(model, scalar=False)
+        for name in reader.keys():  # noqa: SIM118
+            if name not in shapes and not _UNUSED.fullmatch(name) and not name.startswith("optimizer."):
+                raise UserError(f"--nemo {archive}: {CONFIG} does not call for tensor {name}")
+        return model, dataclasses.replace(reader, shapes=shapes)
     ranks = _ranks(folder, archive)
     embeddings = [_find(unpickle(path), Place(WORD_EMBEDDINGS, None), path) for path in ranks[0]]
     model = read_shape(config, sum(map(len, embeddings)), where)
@@ -279,9 +296,9 @@ def _ranks(folder: Path, archive: Path) -> tuple[tuple[Path, ...], ...]:
         if match:
             found[int(match[2] or 0), int(match[1])] = path
     if not found:
-        what = f"{_DISTRIBUTED}/ in zarr format" if (folder / _DISTRIBUTED).is_dir() else "no weights known to us"
         raise UserError(
-            f"--nemo {archive}: holds {what}; needed is {_WEIGHTS}, one or one a rank, or torch_dist format"
+            f"--nemo {archive}: holds no weights known to us; needed is {_WEIGHTS}, one or one a rank, or a folder "
+            f"{_DISTRIBUTED} in Megatron-Core's torch_dist or zarr format. NeMo opens others: save it again there"
         )
     stages, size = max(stage for stage, _ in found) + 1, max(rank for _, rank in found) + 1
     missing = [(p, t) for p in range(stages) for t in range(size) if (p, t) not in found]

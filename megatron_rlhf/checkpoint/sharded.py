@@ -1,17 +1,13 @@
 """Save and load roles with Megatron-Core's distributed checkpoints; a checkpoint is whole or it is not there.
 
-A checkpoint is a folder `step_N` with one folder a role (`policy`, `policy_ema`, `value`, `reward`) and `meta.json`: the
-models' shapes and the trainer's own state. It is written aside and renamed, so a torn one is never picked up.
+A checkpoint is a folder `step_N` with one folder a role (`policy`, `policy_ema`, `value`, `reward`), `meta.json` (the
+models' shapes and the trainer's own state) and `checksums.sha256`. It is written aside and renamed, so a torn one is never
+picked up. `writing` has how files are written, `folders` how they are named, `integrity` how damage is found.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,16 +21,37 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_rlhf.checkpoint.folders import FORMAT, find_checkpoint, latest, point, read_meta
+from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
+from megatron_rlhf.checkpoint.writing import Draft, RoleFiles, write_text, writing
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.collectives import publish_object
 from megatron_rlhf.parallel.layout import ParallelLayout
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "FORMAT",
+    "META",
+    "Draft",
+    "NotWritten",
+    "SavedRole",
+    "find_checkpoint",
+    "latest",
+    "layout_signature",
+    "load_role",
+    "load_weights",
+    "model_from_json",
+    "model_to_json",
+    "point",
+    "read_meta",
+    "save_role",
+    "state_to_save",
+    "write_description",
+    "write_meta",
+    "writing",
+]
 
-META = "meta.json"
-FORMAT = 1
 _ENUMS: dict[str, type[Enum]] = {
     "positions": Positions,
     "rope_scaling": RopeScaling,
@@ -51,41 +68,26 @@ class SavedRole:
     optimizer: MegatronOptimizer | None = None
 
 
-@contextlib.contextmanager
-def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
-    """Yield a folder to write a checkpoint into; on leaving it becomes `folder`, is named by `latest`, and old ones go.
-
-    Collective. An exception leaves no trace of the checkpoint.
-    """
-    temporary = folder.with_name(f".{folder.name}.writing")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    try:
-        yield temporary
-    except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    dist.barrier()
-    if first:
-        _publish(temporary, folder)
-        _delete_old(folder.parent, keep_last, folder)
-    dist.barrier()
-
-
 def save_role(folder: Path, saved: SavedRole) -> None:
-    """Write one role's weights, and its optimizer's state and random state where it is trained. Collective."""
-    target = folder / saved.role.name
-    if dist.get_rank() == 0:
-        target.mkdir(parents=True)
-    dist.barrier()
+    """Write one role's weights, and its optimizer's state and random state where it is trained.
+
+    Collective; raises NotWritten on all ranks.
+    """
+    role = RoleFiles.plan(folder / saved.role.name, state_to_save(saved), copy=False)
+    error = None
+    try:
+        role.write()
+    except (OSError, RuntimeError) as problem:
+        error = problem
+    agree(error)
+    role.finish()
+
+
+def state_to_save(saved: SavedRole) -> dict[str, Any]:
+    """Megatron-Core's sharded state of a role. It refers to the role's own tensors. Collective."""
     layout = saved.role.layout
     with layout:
-        state = _sharded_state(saved, is_loading=False) if layout.is_member else {}
-        dist_checkpointing.save(_known_to_all(state, layout), str(target))
+        return _known_to_all(_sharded_state(saved, is_loading=False) if layout.is_member else {}, layout)
 
 
 def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
@@ -99,17 +101,15 @@ def write_description(
     folder: Path, roles: Mapping[str, tuple[ModelConfig, bool, str]], state: Mapping[str, Any]
 ) -> None:
     """`write_meta` for roles that are not in memory: shape, whether it has a scalar head, and layout of each. Collective."""
-    if dist.get_rank() == 0:
-        content = {
-            "format": FORMAT,
-            "roles": {
-                name: {"model": model_to_json(model), "scalar": scalar, "layout": layout}
-                for name, (model, scalar, layout) in roles.items()
-            },
-            "state": dict(state),
-        }
-        (folder / META).write_text(json.dumps(content, indent=1))
-    dist.barrier()
+    content = {
+        "format": FORMAT,
+        "roles": {
+            name: {"model": model_to_json(model), "scalar": scalar, "layout": layout}
+            for name, (model, scalar, layout) in roles.items()
+        },
+        "state": dict(state),
+    }
+    write_text(folder / META, json.dumps(content, indent=1))
 
 
 def _known_to_all(state: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
@@ -150,58 +150,16 @@ def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = Fal
             assert not unexpected and all(_is_head(name) or name.endswith("_extra_state") for name in missing), missing
 
 
-def find_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint folder that a user means: a step folder itself, or the best or else the newest one of a run folder.
-
-    Raises:
-        UserError: naming `key`, when the path holds no checkpoint.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{key}={path}: no such folder")
-    if (path / META).is_file():
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = _pointed(root, "best") or latest(root)
-    if newest is None:
-        raise UserError(
-            f"{key}={path} is neither a checkpoint ({META}), nor a run folder with checkpoints/, nor a Hugging Face "
-            "folder (config.json)"
-        )
-    return newest
-
-
-def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`: the one `latest` names, else the highest step."""
-    whole = [step for step in _steps(root) if (step / META).is_file()]
-    return _pointed(root, "latest") or (whole[-1] if whole else None)
-
-
-def point(root: Path, name: str, target: str) -> None:
-    """Make `root/name` name the checkpoint `target`: replaced in one step, never half-written. Call it on one rank."""
-    aside = root / f".{name}.writing"
-    aside.write_text(target)
-    aside.replace(root / name)
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of a checkpoint, checked for its format."""
-    try:
-        meta = json.loads((folder / META).read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / META}:{error.lineno}: broken JSON: {error.msg}") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{folder / META}: format {meta.get('format')}, this version reads format {FORMAT}")
-    return meta
-
-
 def model_to_json(model: ModelConfig) -> dict[str, Any]:
     return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(model).items()}
 
 
 def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
-    fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
-    return ModelConfig(**fields)
+    try:
+        fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
+        return ModelConfig(**fields)
+    except (TypeError, ValueError) as error:  # written by hand, or by another version
+        raise UserError(f"{META}: not a model's shape as this version knows it: {error}") from error
 
 
 _OPTIMIZER = " x distributed optimizer "
@@ -270,32 +228,3 @@ def _random_state() -> dict[str, Any]:
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(state["default"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def _pointed(root: Path, name: str) -> Path | None:
-    if not (root / name).is_file():
-        return None
-    target = root / (root / name).read_text().strip()
-    return target if (target / META).is_file() else None
-
-
-def _steps(root: Path) -> list[Path]:
-    found = [(int(m.group(1)), p) for p in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
-    return [path for _, path in sorted(found)]
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    if folder.name.startswith("step_"):
-        point(folder.parent, "latest", folder.name)
-
-
-def _delete_old(root: Path, keep_last: int, newest: Path) -> None:
-    if keep_last > 0 and newest.name.startswith("step_"):
-        for old in _steps(root)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rlhf.checkpoint import hf, sharded
+from megatron_rlhf.checkpoint import hf, integrity, sharded
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, model_differences
 from megatron_rlhf.models.roles import Role
@@ -44,6 +44,11 @@ class Source:
             raise UserError(
                 f"{key} does not fit {self.path}: {'; '.join(differences)}. Leave {key} out to take the checkpoint's shape."
             )
+
+    def require_undamaged(self, key: str) -> None:
+        """Raise UserError, naming the file, when the checkpoint is not what was written. Collective."""
+        if self.saved_role is not None and (problem := integrity.find_damage(self.path, self.saved_role)):
+            raise UserError(f"{key}: {self.path} is damaged: {problem}; name another checkpoint")
 
     def load_into(self, role: Role) -> None:
         """Fill the role's weights. A scalar role filled from a language model keeps its fresh head."""

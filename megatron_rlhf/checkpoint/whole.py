@@ -4,6 +4,7 @@ Loading a role asks each rank for its part of every tensor; a converter wants th
 and memory for little more than that one.
 """
 
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from megatron_rlhf.checkpoint.architecture import is_layer
 from megatron_rlhf.config.errors import UserError
 
 COMMON = "common.pt"  # Megatron-Core's file for what is no tensor
+EVERY_ROW = slice(None)
+CHUNK_BYTES = 2**26
+"""Tensors are written in chunks of rows of about this size: whoever reads some rows reads few others with them."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,14 @@ class TensorSource(Protocol):
     def dtype(self, key: str) -> torch.dtype:
         """Type of the stored tensor."""
 
-    def read(self, place: Place) -> Tensor:
-        """One tensor, whole."""
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        """One tensor, or some rows of it."""
+
+
+def row_pieces(shape: tuple[int, ...], row_bytes: int, limit: int) -> list[slice]:
+    """The rows of a tensor in consecutive pieces of at most `limit` bytes, one row at least."""
+    step = max(limit // max(row_bytes, 1), 1)
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 @dataclass(frozen=True)
@@ -96,18 +106,30 @@ class CheckpointReader:
         """Type of the stored tensor."""
         return self._stored(key).properties.dtype
 
-    def read(self, place: Place) -> Tensor:
-        """One tensor, whole. What is stored beyond its shape is padding of the vocabulary, and stays behind."""
+    def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
+        """One tensor, or some rows. What is stored beyond its shape is padding of the vocabulary, and stays behind."""
         shape, stored = self.shapes[place.key], self._stored(place.key)
         inside = () if place.layer is None else (place.layer,)
         fits = len(stored.size) == len(inside) + len(shape)
         if not fits or any(a < b for a, b in zip(stored.size[len(inside) :], shape, strict=True)):
             raise UserError(f"{self.folder}: {place.key} is {list(stored.size)}; the model's shape wants {list(shape)}")
-        result = torch.empty((1,) * len(inside) + shape, dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(offsets=torch.Size(inside + (0,) * len(shape)), sizes=result.shape)
+        start, stop, _ = rows.indices(shape[0])
+        part = (stop - start, *shape[1:])
+        result = torch.empty((1,) * len(inside) + part, dtype=stored.properties.dtype)
+        offsets = torch.Size((*inside, start) + (0,) * (len(shape) - 1))
+        wanted = ChunkStorageMetadata(offsets=offsets, sizes=result.shape)
         items = create_read_items_for_chunk_list(self.prefix + place.key, stored, [wanted])
-        self._storage.read_data(LoadPlan(items), _Into(result)).wait()
-        return result.reshape(shape)
+        try:
+            self._storage.read_data(LoadPlan(items), _Into(result)).wait()
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.folder}: the checkpoint is damaged, {place} cannot be read: {reason}") from error
+        return result.reshape(part)
+
+    def keys(self) -> list[str]:
+        """Every tensor that is there, by our names where it has one."""
+        stored = self._metadata.state_dict_metadata
+        return sorted(k.removeprefix(self.prefix) for k, v in stored.items() if isinstance(v, TensorStorageMetadata))
 
     def stored_rows(self, key: str) -> int:
         """Rows of a stored tensor outside the layers, with their padding."""
@@ -194,16 +216,25 @@ class _Streamed(dcp.DefaultSavePlanner):
         self.source = source
 
     def create_local_plan(self) -> SavePlan:
-        mine = places(self.source.shapes, self.source.num_layers)[dist.get_rank() :: dist.get_world_size()]
-        self.plan = SavePlan([self._item(place) for place in mine])
+        items = [
+            self._item(place, rows)
+            for place in places(self.source.shapes, self.source.num_layers)
+            for rows in self._pieces(place)
+        ]
+        self.plan = SavePlan(items[dist.get_rank() :: dist.get_world_size()])
         return self.plan
 
-    def _item(self, place: Place) -> WriteItem:
+    def _pieces(self, place: Place) -> list[slice]:
+        shape = self.source.shapes[place.key]
+        return row_pieces(shape, math.prod(shape[1:]) * self.source.dtype(place.key).itemsize, CHUNK_BYTES)
+
+    def _item(self, place: Place, rows: slice) -> WriteItem:
         shape = self.source.shapes[place.key]
         inside = () if place.layer is None else (place.layer,)
-        offset = torch.Size(inside + (0,) * len(shape))
+        offset = torch.Size((*inside, rows.start) + (0,) * (len(shape) - 1))
+        part = (rows.stop - rows.start, *shape[1:])
         data = TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offset, sizes=torch.Size((1,) * len(inside) + shape)),
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=torch.Size((1,) * len(inside) + part)),
             properties=TensorProperties(dtype=self.source.dtype(place.key)),
             size=torch.Size((self.source.num_layers,) * len(inside) + shape),
         )
@@ -212,5 +243,8 @@ class _Streamed(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         data, index = write_item.tensor_data, write_item.index
         assert data is not None and index.offset is not None, index
-        tensor = self.source.read(Place(index.fqn, index.offset[0] if is_layer(index.fqn) else None))
+        layer = index.offset[0] if is_layer(index.fqn) else None
+        first = 0 if layer is None else 1
+        rows = slice(index.offset[first], index.offset[first] + data.chunk.sizes[first])
+        tensor = self.source.read(Place(index.fqn, layer), rows)
         return tensor.to(data.properties.dtype).contiguous().view(data.chunk.sizes)

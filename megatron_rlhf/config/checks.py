@@ -37,18 +37,11 @@ def check_generation(model: ModelConfig, sampling: ParallelConfig, training: Par
             f"rollout.parallel.pipeline={sampling.pipeline} is more than parallel.pipeline={training.pipeline}: stages make "
             "a token wait, and weights that the first and last stage share would have to be made up"
         )
-    rows = model.padded_vocab_size(training.tensor)
-    if rows % sampling.tensor:
-        raise UserError(
-            f"rollout.parallel.tensor={sampling.tensor} does not divide the {rows} rows of the embedding (vocabulary "
-            f"{model.vocab_size}, padded for parallel.tensor={training.tensor}): train with "
-            f"model.vocab_multiple={sampling.tensor}"
-        )
 
 
 def check_layout(parallel: ParallelConfig, ranks: int, key: str, whose: str = "of this job") -> None:
     """The layout must divide its ranks."""
-    for name in ("tensor", "pipeline", "virtual_stages", "context"):
+    for name in ("tensor", "pipeline", "virtual_stages", "context", "expert"):
         if getattr(parallel, name) < 1:
             raise UserError(f"{key}.{name}={getattr(parallel, name)} must be at least 1")
     needed = parallel.model_ranks
@@ -140,6 +133,9 @@ def check_fp8(config: BaseConfig) -> None:
     if config.fp8.gate_max_gap <= 0:
         raise UserError(f"fp8.gate_max_gap={config.fp8.gate_max_gap} must be positive")
     _check_positive("fp8", config.fp8.gate_samples, "gate_samples")
+    copied = isinstance(config, PPOConfig) and config.rollout.parallel.of(config.parallel) is not None
+    if isinstance(config, PPOConfig) and copied and config.rollout.precision is Precision.fp8_hybrid:
+        raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
     for key in ("rollout", "sampling"):
         sampling: SamplingConfig | None = getattr(config, key, None)
         if sampling is None or sampling.precision is None:
@@ -151,12 +147,6 @@ def check_fp8(config: BaseConfig) -> None:
                 f"{key}.precision={sampling.precision.value}: with precision={config.precision.value} the model that trains "
                 f"can sample in {' or '.join(choice.value for choice in allowed)}"
             )
-
-    rollout = config.rollout if isinstance(config, PPOConfig) else None
-    if rollout and rollout.precision is Precision.fp8_hybrid and rollout.parallel.of(config.parallel) is not None:
-        raise UserError(
-            "rollout.precision=fp8_hybrid is for the copy that trains: leave rollout.parallel out, or sample in bf16"
-        )
 
 
 def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Recipe, key: str) -> None:
@@ -171,7 +161,8 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
     needed = {f"{name} on each of {key}.tensor={parallel.tensor}": n // parallel.tensor for name, n in split.items()}
     needed["hidden_size"] = model.hidden_size
     if model.positions is Positions.learned:  # sequences are padded, never beyond the last position
-        needed["max_sequence_length"] = model.max_sequence_length // (parallel.tensor if parallel.sequence else 1)
+        parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+        needed["max_sequence_length"] = model.max_sequence_length // parts
     for name, size in needed.items():
         if size % recipe.multiple:
             raise UserError(
@@ -180,11 +171,20 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
             )
 
 
-def check_context(parallel: ParallelConfig, transformer_engine: bool, key: str) -> None:
-    """Context parallelism is Transformer Engine's attention."""
-    if parallel.context > 1 and not transformer_engine:
+def check_one_token(parallel: ParallelConfig, because: str) -> None:
+    """Decoding goes token by token, and a context has nothing to share out."""
+    if parallel.context > 1:
         raise UserError(
-            f"{key}.context={parallel.context} needs Transformer Engine's attention, which cannot be imported here; set it to 1"
+            f"parallel.context={parallel.context}: {because} samples token by token; use parallel.context=1"
+        )
+
+
+def check_experts(parallel: ParallelConfig, key: str) -> None:
+    """Experts are a mixture's; the models here have one MLP a layer."""
+    if parallel.expert > 1:
+        raise UserError(
+            f"{key}.expert={parallel.expert} would spread the experts of a mixture over ranks, and models here have none; set "
+            f"it to 1, and split each MLP with {key}.tensor"
         )
 
 
@@ -207,6 +207,8 @@ def check_sft(config: SFTConfig) -> None:
     _check_positive("sft", sft.micro_batch_size, "micro_batch_size")
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
+    if config.sft.select_by.value == "reward_model":
+        check_one_token(config.parallel, "sft.select_by=reward_model")
 
 
 def check_reward_model(config: RewardModelConfig) -> None:
@@ -253,6 +255,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
     _check_positive("evaluate", config.evaluate.samples, "samples")
     check_sampling(config.sampling, "sampling")
+    check_one_token(config.parallel, "evaluation")
 
 
 def check_sampling(sampling: SamplingConfig, key: str) -> None:

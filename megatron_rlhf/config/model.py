@@ -143,7 +143,9 @@ class ParallelConfig:
     last_stage_layers: int | None = None
     """Layers on the last pipeline stage, where all stages cannot have the same number; the other stages share the rest."""
     context: int = 1
-    """Ranks that split the sequence inside attention; needs Transformer Engine."""
+    """Ranks that share each sequence: activations of long ones are split, attention gathers keys and values."""
+    expert: int = 1
+    """Ranks that split experts; models here have none, so only 1."""
     sequence: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks (saves activation memory)."""
     distributed_optimizer: bool = False

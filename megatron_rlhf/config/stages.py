@@ -15,6 +15,7 @@ from megatron_rlhf.config.training import (
     SamplingConfig,
     Selection,
     TrainedRoleConfig,
+    WatchdogConfig,
 )
 
 
@@ -24,6 +25,8 @@ class BaseConfig:
 
     run: RunConfig
     """Run folder, seed, checkpoints."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """What is done about ranks that hang or die."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the model being trained (PPO: of policy and reference)."""
     precision: Precision = Precision.fp32
@@ -172,8 +175,8 @@ class GenerationLayoutConfig:
     def of(self, training: ParallelConfig) -> ParallelConfig | None:
         """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
         tensor, pipeline = self.tensor or training.tensor, self.pipeline or training.pipeline
-        if (tensor, pipeline) == (training.tensor, training.pipeline):
-            return None
+        if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
+            return None  # one token cannot be shared out over a context
         return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=self.last_stage_layers)
 
 
@@ -234,8 +237,9 @@ class PPOAlgorithmConfig:
     """Advantages to mean 0 and variance 1 over the whole rollout."""
     tax_every: int = 10
     """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
-    max_logprob_gap: float = 0.05
-    """Stop when sampled and recomputed log-probabilities, in fp32, differ by more: that is a bug. Reduced precision warns."""
+    max_logprob_gap: float | None = None
+    """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more: that is a bug. Not
+    given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding does."""
 
 
 @dataclass(kw_only=True)

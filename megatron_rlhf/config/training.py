@@ -21,13 +21,26 @@ class RunConfig:
     save_every: int = 100
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep_last: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept; older ones are deleted. 0 keeps all."""
+    keep_every: int = 0
+    """Of the older ones, keep those of every n-th step all the same (such as 1000); 0: none."""
+    async_save: bool = False
+    """Write checkpoints while the next steps run; costs host memory for a copy of each rank's part."""
     stop_at_step: int | None = None
     """Save and stop at this step although the schedule is longer (to continue later with resume)."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project; needs the wandb extra."""
     max_skipped_steps: int = 5
     """Stop when this many updates in a row were skipped for a non-finite loss or gradient."""
+
+
+@dataclass(kw_only=True)
+class WatchdogConfig:
+    """Ends a job in which a rank has died, hangs, or waits for something that the others do not do."""
+
+    timeout_s: float = 1800.0
+    """The job ends within this many seconds, and says which rank was at fault; 0 switches it off. It has to be longer than
+    one rank may keep the others waiting, such as for a slow file system."""
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_rlhf.parallel import context
+
 
 class ScaledDotProductAttention(MegatronModule):
     """Megatron-Core's core attention on `torch.nn.functional.scaled_dot_product_attention`: never materialises the scores."""
@@ -30,6 +32,8 @@ class ScaledDotProductAttention(MegatronModule):
         super().__init__(config)
         self.softmax_scale = softmax_scale
         self.grouped = config.num_query_groups != config.num_attention_heads
+        assert pg_collection is not None
+        self.context = pg_collection.cp
 
     def forward(
         self,
@@ -44,7 +48,14 @@ class ScaledDotProductAttention(MegatronModule):
         """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d].
 
         Without a mask ([b, 1, q, k], True = attend) it is causal; a single query is the newest token and sees all keys.
+        Under context parallelism each rank's queries see the keys of all ranks that come before them.
         """
+        if self.context.size() > 1:
+            assert attention_mask is None and len(key_sbgd) == len(query_sbnd), "decoding needs a layout with context=1"
+            key_sbgd = context.gather(key_sbgd, 0, self.context, sum_gradients=True)
+            value_sbgd = context.gather(value_sbgd, 0, self.context, sum_gradients=True)
+            queries = context.local_tokens(len(key_sbgd), self.context).to(query_sbnd.device)
+            attention_mask = queries.unsqueeze(-1) >= torch.arange(len(key_sbgd), device=query_sbnd.device)
         context_bnsd = F.scaled_dot_product_attention(
             query_sbnd.permute(1, 2, 0, 3),
             key_sbgd.permute(1, 2, 0, 3),

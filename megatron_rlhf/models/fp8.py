@@ -20,8 +20,8 @@ _CASTS_WEIGHTS = "is_first_microbatch"
 
 
 def is_on(modules: Sequence[GPTModel]) -> bool:
-    """Whether the next forward pass computes in fp8; not where there is nothing to pass through."""
-    return any(module.config.fp8 is not None for module in modules)
+    """Whether the next forward pass computes in fp8."""
+    return bool(modules) and modules[0].config.fp8 is not None
 
 
 def switch(modules: Sequence[GPTModel], on: bool) -> None:

@@ -215,8 +215,7 @@ def _block_spec(
         layer.module = ParallelResidualLayer
     attention = layer.submodules.self_attention
     attention.module = CachedSelfAttention
-    if config.context_parallel_size == 1:
-        attention.submodules.core_attention = ScaledDotProductAttention
+    attention.submodules.core_attention = ScaledDotProductAttention
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(config))
 

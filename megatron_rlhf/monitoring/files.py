@@ -1,5 +1,6 @@
 """Files that a crash cannot leave half right: replaced whole, or grown by one line at a time."""
 
+import errno
 import json
 import logging
 import math
@@ -66,15 +67,19 @@ class StepFile:
     def __init__(self, path: Path, enabled: bool):
         self.path = path
         self.enabled = enabled
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._unwritten = b""
+        """What a full disk has not taken yet."""
         if enabled:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a line for each row, `step` first. JSON has no NaN or infinity: they become null, and are logged."""
+        """Write a line for each row, `step` first. JSON has no NaN or infinity: they become null, and are logged.
+
+        A full disk is no reason to stop: what it does not take is kept, and written with the next lines.
+        """
         if not self.enabled:
             return
-        self._file = self._file or self.path.open("a", encoding="utf-8")
         for row in rows:
             plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
             bad = {
@@ -84,8 +89,19 @@ class StepFile:
                 named = ", ".join(f"{name} = {value}" for name, value in bad.items())
                 logger.warning("step %d: not finite, null in %s: %s", step, self.path.name, named)
             record = {"step": step, **plain, **dict.fromkeys(bad)}
-            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+            self._unwritten += json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            logger.warning("step %d: %s: %s; kept until there is room", step, self.path, error.strerror)
+
+    def _write(self) -> None:
+        self._file = self._file or self.path.open("ab", buffering=0)
+        while self._unwritten:
+            taken = self._file.write(self._unwritten)
+            self._unwritten = self._unwritten[taken or 0 :]
 
     def truncate(self, step: int) -> None:
         """Drop the lines of later steps, and a half-written last one: what a run does before it goes on from `step`."""
@@ -98,6 +114,8 @@ class StepFile:
 
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""
+        if self._unwritten:
+            self._write()
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,5 +1,6 @@
 """What a run writes down at each step: its metrics, and some of the text it sampled."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any, SupportsFloat
 
 from megatron_rlhf.monitoring.files import StepFile, read_records
 from megatron_rlhf.monitoring.mirrors import Mirror, TensorBoard, WeightsAndBiases, require_wandb
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
@@ -29,7 +32,10 @@ class MetricsLogger:
         """Write the metrics of one step; on disk when this returns."""
         self._file.append(step, [metrics])
         for mirror in self._mirrors:
-            mirror.log(step, {name: float(value) for name, value in metrics.items() if math.isfinite(value)})
+            try:
+                mirror.log(step, {name: float(value) for name, value in metrics.items() if math.isfinite(value)})
+            except OSError as error:  # a full disk: what counts is in the file above
+                logger.warning("step %d is missing in %s: %s", step, type(mirror).__name__, error)
 
     def truncate(self, step: int) -> None:
         """Forget all steps after `step`. Called at resume, it makes the file that of a run never interrupted."""

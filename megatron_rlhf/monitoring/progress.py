@@ -103,6 +103,12 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         self._open: list[str] = []
+        self._failed: str | None = None
+
+    @property
+    def current(self) -> str:
+        """The innermost phase that is being timed now; after an exception, the one that it came from."""
+        return self._failed or (self._open[-1] if self._open else "between steps")
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -112,6 +118,9 @@ class PhaseTimer:
         self._open.append(phase)
         try:
             yield
+        except BaseException:
+            self._failed = self._failed or phase
+            raise
         finally:
             self._note_peak()
             self._open.pop()

@@ -120,7 +120,9 @@ class ParallelLayout:
         if not self.is_member:
             return
         with self:
-            model_parallel_cuda_manual_seed(seed + 100 * self.pp_rank + 10_000 * self.dp_rank, force_reset_rng=True)
+            model_parallel_cuda_manual_seed(
+                seed + 100 * self.pp_rank + 10_000 * self.groups.dp_cp.rank(), force_reset_rng=True
+            )
 
     @functools.cached_property
     def _globals(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
+from megatron_rlhf.parallel import context
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 Statistics = dict[str, Tensor]
@@ -63,14 +64,16 @@ def forward_backward(
 
 def _forward_step(data_iterator, model: GPTModel):
     microbatch: Microbatch = next(data_iterator)
-    tokens = microbatch.tokens_bs
+    tokens, group = microbatch.tokens_bs, get_attr_wrapped_model(model, "pg_collection").cp
     if microbatch.inference is not None:
         output = model(tokens, **microbatch.inference, runtime_gather_output=True)
     else:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = model(tokens, positions, None)
+        output = model(context.split(tokens, 1, group), context.split(positions, 1, group), None)
 
     def loss_of(output: Tensor):
+        if microbatch.inference is None:
+            output = context.gather(output, 1, group, sum_gradients=False)
         loss, statistics = microbatch.loss(output)
         # The token count of zero tells Megatron-Core that the loss is normalised already.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), statistics

@@ -40,8 +40,7 @@ class Evaluator:
     def run(self) -> dict[str, float]:
         """Write `evaluate.output` in the run folder, a line a response, and log the means."""
         evaluate, run = self.config.evaluate, self.config.run
-        self.session.metrics.truncate(-1)  # an evaluation in the same folder replaces the one before
-        self.session.samples.truncate(-1)
+        self.session.begin(-1)  # an evaluation in the same folder replaces the one before
         chosen = [self.prompts[i] for i in range(min(evaluate.samples, len(self.prompts)))]
         tokens = [self._with_examples(prompt) for prompt in chosen]
         self._require_context(max(map(len, tokens)))

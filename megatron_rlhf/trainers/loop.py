@@ -52,8 +52,11 @@ class Trainer(ABC):
         """All steps, from the checkpoint if the run is resumed."""
         self._restore()
         session, last = self.session, self.session.last_step(self.total_steps)
+        for trained in self.trained:
+            trained.guard = session.guard
         with session.progress(self.total_steps, self.step, self.description) as progress:
             while self.step < last:
+                session.guard.begin(self.step + 1)
                 checked = self.gate.check(self.step) if self.gate else {}
                 with session.timer("step"):
                     metrics = self.train_step() | checked
@@ -62,8 +65,7 @@ class Trainer(ABC):
                 session.log(self.step, metrics)
                 figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
                 progress.advance(1, **figures)
-                if session.save_is_due(self.step, last):
-                    session.save(f"step_{self.step}", self.trained, self._state())
+                session.checkpoint(self.step, last, self.trained, self._state)
         session.close()
 
     def _state(self) -> dict[str, Any]:
@@ -73,11 +75,11 @@ class Trainer(ABC):
 
     def _restore(self) -> None:
         state = self.session.restore(self.trained)
-        if not state:
-            return
-        self.step = state["step"]
-        for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
-            trained.skipped_in_a_row = skipped
-        if self.gate and state.get("fp8_gate"):
-            self.gate.load_state_dict(state["fp8_gate"])
-        self.load_state_dict(state)
+        if state:
+            self.step = state["step"]
+            for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
+                trained.skipped_in_a_row = skipped
+            if self.gate and state.get("fp8_gate"):
+                self.gate.load_state_dict(state["fp8_gate"])
+            self.load_state_dict(state)
+        self.session.begin(self.step if state else -1)  # a fresh run forgets whatever the folder had

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,10 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.resharding import copy_weights
+from megatron_rlhf.parallel.resharding import WeightCopy
 from megatron_rlhf.rollout.collect import Roles, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
+from megatron_rlhf.trainers.agreement import require_same_batch
 from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
@@ -40,7 +40,10 @@ from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_m
 from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole, Update
 
-log = logging.getLogger(__name__)
+# Largest difference over all tokens of a rollout that rounding explains, in nats. In fp32 it is below 1e-4. 8 bits of
+# mantissa leave logits of 20 or 30 wrong by 0.1, and a rollout of a million tokens has unlikely ones where several such
+# errors add up; but a shifted position or a wrong temperature is off by several nats. fp8 has 3 or 4 bits.
+LOGPROB_GAPS = {Precision.fp32: 0.05, Precision.bf16: 2.0, Precision.fp16: 1.0, Precision.fp8_hybrid: 4.0}
 
 
 class RolloutMismatch(RuntimeError):
@@ -74,10 +77,12 @@ class PPOTrainer(Trainer):
         )
         self.pretraining_cursor = 0
         self.tokens_seen = 0
+        policy, sampler = self.policy.role, self.roles.sampler
+        self.refresh_sampler = None if sampler is policy else WeightCopy(policy.modules, sampler.chunks)
+        self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch_size, temperature)
-        self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
 
     @property
     def total_steps(self) -> int:
@@ -116,6 +121,8 @@ class PPOTrainer(Trainer):
     def _collect(self) -> Rollout:
         indices = self._next_prompts()
         prompts = [self.prompts[i] for i in indices]
+        require_same_batch(self.step, (prompt.tokens for prompt in prompts))
+        self.session.guard.name("prompt", [prompt.id for prompt in prompts], [prompt.tokens for prompt in prompts])
         self._refresh_sampler()
         with self.optimizer_memory.asleep() if self.config.offload.optimizer else contextlib.nullcontext():
             rollout = collect_rollout(
@@ -130,17 +137,22 @@ class PPOTrainer(Trainer):
                 timer=self.session.timer,
                 meanwhile=self._pretrain_ahead,
             )
+        self._require_finite(rollout, [prompt.id for prompt in prompts])
         unstopped = ~rollout.responses.stopped_b
         return dataclasses.replace(
             rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped
         )
 
+    def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
+        roles = self.roles
+        sizes = {role.name: role.layout.dp_size for role in (roles.policy, roles.reference, roles.reward, roles.value)}
+        self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch_size, sizes)
+
     def _refresh_sampler(self) -> None:
         """The policy's present weights to the layout that samples."""
-        policy, sampler = self.policy.role, self.roles.sampler
-        if sampler is not policy:
+        if self.refresh_sampler is not None:
             with self.session.timer("resharding"):
-                copy_weights(policy.modules, policy.layout, sampler.chunks, sampler.layout)
+                self.refresh_sampler()
 
     def _pretrain_ahead(self) -> None:
         """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""
@@ -182,7 +194,9 @@ class PPOTrainer(Trainer):
         assert self.pretraining is not None
         count = self.config.ppo.ptx_ratio * self.config.ppo.minibatch_size
         data = self.pretraining.train
-        sequences = [data[(self.pretraining_cursor + i) % len(data)] for i in range(count)]
+        numbers = [(self.pretraining_cursor + i) % len(data) for i in range(count)]
+        sequences = [data[number] for number in numbers]
+        self.session.guard.name("text", numbers, sequences)
         self.pretraining_cursor += count
         return TokenBatch.pack(sequences, [1] * count)
 
@@ -239,15 +253,15 @@ class PPOTrainer(Trainer):
 
     def _require_on_policy(self, metrics: dict[str, float]) -> None:
         gap = max(metrics["rollout/logprob_gap_max"], metrics.get("policy/first_ratio_max_gap", 0.0))
-        if gap <= self.config.ppo.max_logprob_gap:
-            return
-        message = (
-            f"sampled and trained log-probabilities differ by {gap:.3g} (ppo.max_logprob_gap="
-            f"{self.config.ppo.max_logprob_gap}) at iteration {self.step + 1}"
-        )
-        if self.config.precision is Precision.fp32:
-            raise RolloutMismatch(f"{message}: in fp32 that is a bug in sampling or masking, not rounding")
-        log.warning("%s; with precision=%s this is rounding up to a point", message, self.config.precision.value)
+        limit, precision = self.config.ppo.max_logprob_gap, self.config.precision
+        if limit is None:
+            limit = LOGPROB_GAPS[precision]
+        if gap > limit:
+            raise RolloutMismatch(
+                f"sampled and trained log-probabilities differ by {gap:.3g} at iteration {self.step + 1}, more than "
+                f"ppo.max_logprob_gap={limit:g}: with precision={precision.value} that is a bug in sampling or masking, "
+                "not rounding"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from megatron_rlhf.data.batches import ShuffledBatches, shard
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch
+from megatron_rlhf.trainers.agreement import require_same_batch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import pad_to_layout
 from megatron_rlhf.trainers.session import Session
@@ -80,7 +81,16 @@ class RewardModelTrainer(Trainer):
     def train_step(self) -> dict[str, float]:
         """One update on the rankings of one batch of prompts."""
         algorithm, optimizer = self.config.reward_model, self.config.reward.optimizer
-        comparisons = [self.training[i] for i in next(self.batches)]
+        indices = next(self.batches)
+        comparisons = [self.training[i] for i in indices]
+        for index, comparison in zip(indices, comparisons, strict=True):
+            texts = [
+                [*comparison.prompt_tokens.tolist(), *response.tolist()] for response in comparison.responses_tokens
+            ]
+            self.session.guard.name(f"comparison {index}, response", range(len(texts)), texts)
+        require_same_batch(
+            self.step, (tokens for c in comparisons for tokens in (c.prompt_tokens, *c.responses_tokens))
+        )
         lr = cosine_lr(self.step, self.total_steps, optimizer.lr, algorithm.final_lr_fraction, algorithm.warmup_steps)
         update = self.reward.update(ranking_microbatches(comparisons, self.reward, algorithm.micro_batch_size), lr)
         statistics = update.statistics

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.checkpoint import folders, sharded
+from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.training import RunConfig
-from megatron_rlhf.models.roles import Role
+from megatron_rlhf.monitoring.files import replacing
 from megatron_rlhf.monitoring.logs import setup_logging
 from megatron_rlhf.monitoring.memory import peak_bytes
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
@@ -22,7 +23,10 @@ from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
 from megatron_rlhf.parallel.collectives import largest
+from megatron_rlhf.trainers.checkpoints import CheckpointWriter, choose_checkpoint
+from megatron_rlhf.trainers.guards import Guard
 from megatron_rlhf.trainers.interruption import Interrupted, Interruption
+from megatron_rlhf.trainers.run_lock import RunLock
 from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,10 @@ class Session:
     metrics: MetricsLogger
     samples: SamplesLogger
     resume_from: Path | None
+    lock: RunLock
+    writer: CheckpointWriter
+    resolved_config: str
+    guard: Guard
     timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
     interruption: Interruption = field(default_factory=Interruption)
     _stops: bool = False
@@ -50,21 +58,23 @@ class Session:
         """
         folder = Path(config.dir)
         first = dist.get_rank() == 0
-        resume_from = sharded.latest(folder / "checkpoints") if config.resume or config.auto_resume else None
-        if config.resume and resume_from is None:
-            raise UserError(f"run.resume=true, but {folder / 'checkpoints'} holds no checkpoint to go on from")
-        if resume_from is None and (folder / "checkpoints" / "latest").exists():
-            raise UserError(f"run.dir={folder} holds another run: choose a new folder, or go on with run.resume=true")
         _require_writable(folder)
         dist.barrier()
+        lock = RunLock(folder)
+        resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+        dist.barrier()
         setup_logging(folder, dist.get_rank())
-        if first:
-            (folder / "config.yaml").write_text(resolved_config)
+        for name, problem in damaged.items():
+            log.warning("checkpoint %s is damaged, and passed over for the one before: %s", name, problem)
         session = cls(
             config=config,
             metrics=MetricsLogger(folder, enabled=first, wandb_project=config.wandb_project),
             samples=SamplesLogger(folder, enabled=first),
             resume_from=resume_from,
+            lock=lock,
+            writer=CheckpointWriter(folder / "checkpoints", config, on_saved=lambda: write_report(folder)),
+            resolved_config=resolved_config,
+            guard=Guard(folder / "replay"),
         )
         session.interruption.listen()
         log.info(describe_accelerators())
@@ -82,8 +92,6 @@ class Session:
     def restore(self, roles: Sequence[TrainedRole]) -> dict[str, Any]:
         """Fill the roles from the checkpoint to resume; returns the trainer's state, {} for a fresh run."""
         if self.resume_from is None:
-            self.metrics.truncate(-1)
-            self.samples.truncate(-1)
             return {}
         for trained in roles:
             sharded.load_role(self.resume_from, SavedRole(trained.role, trained.optimizer))
@@ -91,35 +99,49 @@ class Session:
                 with trained.average.as_weights() as averaged:
                     sharded.load_role(self.resume_from, SavedRole(averaged))
         state = sharded.read_meta(self.resume_from)["state"]
-        self.metrics.truncate(state["step"])
-        self.samples.truncate(state["step"])
         log.info("resumed from %s at step %d", self.resume_from, state["step"])
         return state
 
+    def begin(self, step: int) -> None:
+        """Nothing was refused, `step` steps are done: from here on this run's files replace those of the one before."""
+        if dist.get_rank() == 0:
+            with replacing(self.folder / "config.yaml") as file:
+                file.write(self.resolved_config.encode())
+            folders.sweep(self.checkpoints)
+        self.metrics.truncate(step)
+        self.samples.truncate(step)
+        dist.barrier()
+
     def save(
         self, name: str, roles: Sequence[TrainedRole], state: Mapping[str, Any], with_optimizer: bool = True
-    ) -> None:
-        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state.
+    ) -> bool:
+        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
+        with self.timer("save"):
+            return self.writer.save(name, roles, state, with_optimizer)
+
+    def checkpoint(self, step: int, last_step: int, roles: Sequence[TrainedRole], state: Callable[[], Any]) -> None:
+        """Save after this step if it is time, the end, or the run was asked to stop; publish what is written. Collective.
 
         Raises:
-            Interrupted: after it is written, when the run was asked to stop.
+            Interrupted: after saving, when the run was asked to stop.
+            NotWritten: when the last checkpoint of the schedule cannot be written.
         """
-        shapes: dict[str, Role] = {}
-        with sharded.writing(self.checkpoints / name, self.config.keep_last) as folder:
-            for trained in roles:
-                optimizer = trained.optimizer if with_optimizer else None
-                sharded.save_role(folder, SavedRole(trained.role, optimizer))
-                shapes[trained.role.name] = trained.role
-                if trained.average is not None:
-                    with trained.average.as_weights() as averaged:
-                        sharded.save_role(folder, SavedRole(averaged))
-                        shapes[averaged.name] = averaged
-            sharded.write_meta(folder, shapes, state)
-        if dist.get_rank() == 0:  # a report to look at while the run goes on
-            write_report(self.folder)
+        with self.timer("save"):
+            self.writer.publish_if_written()
+        if not self.save_is_due(step, last_step):
+            return
+        name = f"step_{step}"
+        if self.config.async_save and step < last_step and not self._stops:
+            with self.timer("save"):
+                self.writer.save_in_background(name, roles, state())
+            return
+        written = self.save(name, roles, state())
         if self._stops:
             self.close()
-            raise Interrupted(f"asked to stop: saved {self.checkpoints / name}; go on with run.auto_resume=true")
+            went = f"saved {self.checkpoints / name}" if written else f"{name} could not be saved"
+            raise Interrupted(f"asked to stop: {went}; go on with run.auto_resume=true")
+        if step == last_step and not written:
+            raise NotWritten(f"the run is done, but its last checkpoint {self.checkpoints / name} could not be written")
 
     def save_is_due(self, step: int, last_step: int) -> bool:
         """After this step a checkpoint should be written: it is time, or the run was asked to stop. Collective."""
@@ -153,6 +175,7 @@ class Session:
 
     def close(self) -> None:
         """Close the files and write the report."""
+        self.writer.finish()
         if not self._stops:  # a job that is being stopped may be signalled again
             self.interruption.ignore()
         self.metrics.close()
@@ -160,6 +183,7 @@ class Session:
         if dist.get_rank() == 0:
             log.info("report: %s", write_report(self.folder))
         dist.barrier()
+        self.lock.release()
 
 
 def _synchronize() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -41,7 +42,7 @@ SCALAR = ("reward", "value", "policy")
 
 
 def check_machine(config: BaseConfig, world_size: int) -> None:
-    """Layouts against the world, precision and context parallelism against what is installed. No process group is needed."""
+    """Layouts against the world, precision against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
     gpu = torch.cuda.is_available()
     checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
@@ -49,7 +50,7 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         checks.check_layout(parallel, ranks, key, whose)
-        checks.check_context(parallel, engine, key)
+        checks.check_experts(parallel, key)
 
 
 def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
@@ -136,6 +137,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     checks.check_model(model, config.parallel, "parallel")
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         checks.check_generation(model, sampling, config.parallel)
+        model = _padded_for_both(model, config.parallel.tensor, sampling.tensor)
     checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
     checks.check_model(value_model, config.critic_parallel, "critic_parallel")
     for shape in (model, critic_model, value_model):
@@ -179,16 +181,21 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     )
 
 
+def _padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:
+    """The same model, its embedding padded so that either number of tensor-parallel ranks divides the rows."""
+    multiple = math.lcm(model.vocab_multiple * training, sampling)
+    return dataclasses.replace(model, vocab_multiple=multiple // training)
+
+
 def _sampler(policy: Role, config: PPOConfig) -> Role:
     """The policy, or an empty copy of it at the layout to sample at."""
     layout = config.rollout.parallel.of(config.parallel)
     if layout is None:
         return policy
-    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # as many in the copy, so that every row has a place
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
-    return Role.build(
-        "sampler", model, ParallelLayout.create(layout, policy.layout.ranks), config.precision_of("sampler")
-    ).frozen()
+    precision = config.precision_of("sampler")
+    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
@@ -233,6 +240,7 @@ def _start(
         return None, shape
     source = Source.find(init_from, key, tuple(wanted))
     source.require_shape(shape, shape_key)
+    source.require_undamaged(key)
     return source, source.model
 
 

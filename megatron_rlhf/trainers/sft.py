@@ -20,6 +20,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.trainers.agreement import require_same_batch
 from megatron_rlhf.trainers.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
@@ -106,13 +107,19 @@ class SFTTrainer(Trainer):
         first_targets: list[int] = []
         if self.batches is not None:
             assert self.demonstrations is not None
-            for index in next(self.batches):
+            indices = next(self.batches)
+            for index in indices:
                 sequences.append(self.demonstrations[index].tokens)
                 first_targets.append(self.demonstrations[index].prompt_length)
+            self.session.guard.name("demonstration", indices, sequences)
         if self.pretraining is not None:
             data, start = self.pretraining.train, self.step * self.pretraining_per_batch
-            sequences += [data[(start + i) % len(data)] for i in range(self.pretraining_per_batch)]
+            numbers = [(start + i) % len(data) for i in range(self.pretraining_per_batch)]
+            texts = [data[number] for number in numbers]
+            sequences += texts
+            self.session.guard.name("text", numbers, texts)
             first_targets += [1] * self.pretraining_per_batch
+        require_same_batch(self.step, sequences)
         return TokenBatch.pack(sequences, first_targets)
 
     def validation_loss(self) -> float | None:
@@ -165,10 +172,11 @@ class SFTTrainer(Trainer):
             metrics["sft/validation_reward"] = self.mean_reward()
         epoch = self.step // self.steps_per_epoch if self.steps_per_epoch else 1
         name = f"epoch_{epoch}"
-        self.session.save(name, [self.policy], {"step": self.step, "metrics": metrics}, with_optimizer=False)
+        state = {"step": self.step, "metrics": metrics}
+        written = self.session.save(name, [self.policy], state, with_optimizer=False)
         by_reward = self.config.sft.select_by is Selection.reward_model
         figure = -metrics["sft/validation_reward"] if by_reward else loss
-        if figure is not None and (self.best is None or figure < self.best[0]):
+        if written and figure is not None and (self.best is None or figure < self.best[0]):
             self.best = (figure, name)
             if dist.get_rank() == 0:
                 sharded.point(self.session.checkpoints, "best", name)

@@ -26,6 +26,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.offload import storage_of
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics, forward_backward
+from megatron_rlhf.trainers.guards import Guard
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ class TrainedRole:
     skipped_in_a_row: int = 0
     ahead: list[Statistics] | None = None
     """Statistics of the microbatches that the next update has accumulated already; None before its first."""
+    _ahead_microbatches: Sequence[Microbatch] = ()
+    guard: Guard | None = None
+    """Told of updates that were skipped."""
 
     @classmethod
     def create(
@@ -96,7 +100,10 @@ class TrainedRole:
         self._clear_gradients()
         config = self.role.modules[0].config
         config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
-        self.ahead = forward_backward(self.role.chunks, microbatches, self.role.layout)
+        self.ahead, self._ahead_microbatches = (
+            forward_backward(self.role.chunks, microbatches, self.role.layout),
+            microbatches,
+        )
         config.finalize_model_grads_func = finalize
 
     def update(self, microbatches: Sequence[Microbatch], lr: float) -> Update:
@@ -107,10 +114,15 @@ class TrainedRole:
             return Update({}, 0.0, False)
         if ahead is None:
             self._clear_gradients()
-        statistics = forward_backward(self.role.chunks, microbatches, layout)
-        totals = collectives.reduce_statistics([*(ahead or []), *statistics], layout)
+        statistics = [*(ahead or []), *forward_backward(self.role.chunks, microbatches, layout)]
+        totals = collectives.reduce_statistics(statistics, layout)
         with layout:
             grad_norm, skipped = self._apply_gradients(lr)
+        # In fp16 gradients overflow now and then: the loss scale is lowered, and that is all there is to it.
+        by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
+        if skipped and self.guard is not None and not by_scale:
+            self.guard.report_update(self.role, [*self._ahead_microbatches, *microbatches], statistics, totals)
+        self._ahead_microbatches = ()
         self._count_skips(skipped, grad_norm, totals)
         if self.average is not None and not skipped:
             self.average.update()

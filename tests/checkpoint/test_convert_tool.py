@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rlhf.checkpoint import convert
+from megatron_rlhf.checkpoint import convert, sharded
 from megatron_rlhf.checkpoint.hf_check import CheckFailed
+from megatron_rlhf.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -53,11 +55,29 @@ def test_type_and_shards_can_be_chosen(world, run, tmp_path, capsys):
         assert torch.equal(load_file(tmp_path / "theirs" / file)[name], whole[name].bfloat16()), name
 
 
+def test_a_tokenizer_that_cannot_be_read_is_remarked(world, run, tmp_path, capsys):
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "one") == 0
+    assert "no tokenizer is there: tried on random tokens alone" in capsys.readouterr().out
+    (source / "tokenizer.json").write_text("{")
+    assert run("hf-to-megatron", "--hf", source, "--output", tmp_path / "two") == 0
+    assert "since its tokenizer cannot be used: " in capsys.readouterr().out
+
+
 def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
     source = hf_models.save(tmp_path / "source", "gpt2")
     capsys.readouterr()
     assert run("hf-to-megatron", "--hf", tmp_path / "nothing", "--output", tmp_path / "ours") == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing' / 'config.json'}: no such file\n"
+    missing = f"error: --hf {tmp_path / 'nothing'}: no such folder; a model of the Hub has to be downloaded first\n"
+    assert capsys.readouterr().err == missing
+    assert run("megatron-to-hf", "--checkpoint", source, "--output", tmp_path / "x") == 2
+    assert "is a Hugging Face folder already" in capsys.readouterr().err
+    assert run("hf-to-megatron", "--hf", source, "--output", source / "config.json" / "x") == 2
+    assert "Not a directory" in capsys.readouterr().err
+    for wrong in (("--check-length", "0"), ("--check-length", "-3")):
+        with pytest.raises(SystemExit, match="2"):
+            run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours", *wrong)
+        assert "must be more than 0" in capsys.readouterr().err
     assert run("hf-to-megatron", "--hf", source, "--role", "reward", "--output", tmp_path / "ours") == 2
     assert "--role reward" in capsys.readouterr().err
     assert run("megatron-to-hf", "--checkpoint", tmp_path / "nothing", "--output", tmp_path / "x") == 2
@@ -79,6 +99,28 @@ def test_a_failed_check_exits_with_1_and_removes_the_output(world, run, tmp_path
     assert "check failed" in (message := capsys.readouterr().err)
     assert "transformer.wte.weight" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+KILLED_BEFORE_THE_CHECK = """
+import os, runpy, signal, sys
+from megatron_rlhf.checkpoint import convert, sharded
+convert.compare_tensors = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_killed_conversion_leaves_no_folder_that_looks_whole(world, run, tmp_path):
+    """Killed when all is written and nothing checked; the next attempt clears up what was left."""
+    source = hf_models.save(tmp_path / "source", "gpt2")
+    there = ["hf-to-megatron", "--hf", source, "--output", tmp_path / "ours"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_BEFORE_THE_CHECK, TOOL, *there], cwd=ROOT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ours.writing", "source"]
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        sharded.find_checkpoint(tmp_path, "--checkpoint")
+    assert run(*there) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
 
 
 def test_help_says_what_becomes_of_each_role():

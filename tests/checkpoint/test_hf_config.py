@@ -125,7 +125,22 @@ def test_a_scalar_head_is_seen(tmp_path):
     [
         ({"model_type": "bert"}, "model_type=bert cannot be converted; these can: gpt2, gpt_neox, llama"),
         ({"model_type": "mixtral"}, "model_type=mixtral cannot be converted (mixture of experts"),
-        ({"model_type": "gemma2"}, "gemma2 cannot be converted (norms after attention and MLP, soft-capped"),
+        ({"model_type": "gemma2"}, "gemma2 cannot be converted (norms on what attention and MLP give, scaled"),
+        ({"model_type": "gemma3_text"}, "a rotary base of their own in layers with sliding windows: not supported"),
+        ({"num_hidden_layers": "four"}, "Field 'num_hidden_layers' expected int, got str (value: 'four')"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=8, num_key_value_heads=3: the second must divide the first"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config={'quant_method': 'gptq'} is not supported",
+        ),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "layer_types=sliding_attention is not supported, only full_attention",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096 is not supported, only None"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -149,6 +164,11 @@ def test_what_cannot_be_carried_is_refused_by_name(tmp_path, changes, message):
         hf.read_model_config(write(tmp_path, content))
     assert message in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+def test_heads_that_do_not_divide_the_width(tmp_path):
+    with pytest.raises(UserError, match="n_embd=64, n_head=7: the heads must divide the width"):
+        hf.read_model_config(write(tmp_path, {"model_type": "gpt2", "n_embd": 64, "n_head": 7}))
 
 
 def test_a_broken_config_json_is_named(tmp_path):

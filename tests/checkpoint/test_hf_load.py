@@ -172,6 +172,14 @@ WRONG = {
         lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(32, 64)}),
         "tensor transformer.wpe.weight is [32, 64]; config.json calls for [64, 64]",
     ),
+    "another type": (
+        lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.ones(64).bfloat16()}),
+        "tensor transformer.h.2.ln_1.bias is torch.bfloat16, its like elsewhere torch.float32",
+    ),
+    "quantized": (
+        lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(64, 64).to(torch.int8)}),
+        "tensor transformer.wpe.weight is torch.int8: quantized, not supported",
+    ),
     "untied": (untie, "lm_head.weight; it differs from the embeddings that it should repeat"),
 }
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import RankFailed, run_ranks
 from toys import GPT2_LIKE, LLAMA_LIKE, assemble, assert_close, make_role, weight_blocks
 
-from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.checkpoint import integrity, sharded
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, Precision, RopeScaling
@@ -217,7 +217,11 @@ def test_what_a_killed_process_left_is_passed_over_and_written_anew(tmp_path, wo
     (tmp_path / "latest").write_text("step_3")
     assert sharded.latest(tmp_path) == tmp_path / "step_1"
     write(tmp_path / "step_2")
-    assert sorted(path.name for path in (tmp_path / "step_2").iterdir()) == [sharded.META, "part"]
+    assert sorted(path.name for path in (tmp_path / "step_2").iterdir()) == [
+        integrity.MANIFEST,
+        sharded.META,
+        "part",
+    ]
     assert sharded.latest(tmp_path) == tmp_path / "step_2"
 
 

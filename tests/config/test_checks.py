@@ -81,6 +81,6 @@ def test_a_copy_for_sampling_is_not_in_fp8() -> None:
     config = PPOConfig(run=RunConfig(dir="-"), data=DATA, precision=Precision.fp8_hybrid)
     config.rollout.precision = Precision.fp8_hybrid
     config.rollout.parallel.tensor = 2
-    with pytest.raises(UserError, match=r"leave rollout\.parallel out"):
+    with pytest.raises(UserError, match=r"a copy of the policy at rollout\.parallel samples in bf16"):
         checks.check_fp8(config)
     assert config.precision_of("sampler") is Precision.bf16

@@ -50,12 +50,16 @@ CASES = {
     "tp2_sp": Case(2, "tensor=2 sequence=true", "pipeline=2"),
     "pp2_virtual2": Case(2, "pipeline=2 virtual_stages=2", "pipeline=2 virtual_stages=2"),
     "dp2_distributed": Case(2, "distributed_optimizer=true", "tensor=2"),
+    "cp2": Case(2, "context=2", "context=2"),
     "tp2_pp2": Case(4, "tensor=2 pipeline=2", "pipeline=4"),
     "pp2_dp2_distributed_full": Case(
         4, "pipeline=2 distributed_optimizer=true recompute=full", "tensor=2 sequence=true distributed_optimizer=true"
     ),
 }
 LARGE = {
+    "cp2_tp2_sp_distributed": Case(4, "context=2 tensor=2 sequence=true distributed_optimizer=true", "pipeline=2"),
+    "cp2_pp2_full": Case(4, "context=2 pipeline=2 recompute=full", "context=4"),
+    "cp2_dp2": Case(4, "context=2 recompute=selective", "context=2 tensor=2 sequence=true"),
     "selective": Case(1, "recompute=selective", "recompute=full"),
     "full_distributed": Case(1, "recompute=full distributed_optimizer=true", "recompute=selective"),
     "tp2": Case(2, "tensor=2", "distributed_optimizer=true"),

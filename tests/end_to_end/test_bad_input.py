@@ -86,7 +86,12 @@ CASES: dict[str, Case] = {
         "ppo", ["rollout.precision=fp8_hybrid"], [r"rollout\.precision=fp8_hybrid", "precision=fp32", "sample in fp32"]
     ),
     "fp8_recipe": Case("sft", ["fp8.recipe=mxfp8"], [r"fp8\.recipe=mxfp8", "tensorwise"]),
-    "context": Case("sft", ["parallel.context=2"], [r"parallel\.context=2", "Transformer Engine"], ranks=2),
+    "context": Case(
+        "evaluate", ["parallel.context=2"], [r"parallel\.context=2: evaluation samples", "context=1"], ranks=2
+    ),
+    "experts": Case(
+        "sft", ["parallel.expert=2"], [r"parallel\.expert=2", "models here have none", r"parallel\.tensor"], ranks=2
+    ),
     "tokenizer_larger_than_vocabulary": Case(
         "sft", ["model.vocab_size=100"], [r"model\.vocab_size=100", r"has 29\d ids", r"at least 29\d"]
     ),
@@ -126,9 +131,6 @@ CASES: dict[str, Case] = {
     "generation_world": Case("ppo", ["rollout.parallel.tensor=2"], [r"rollout\.parallel: tensor 2", "the 1 ranks"]),
     "generation_stages": Case(
         "ppo", ["rollout.parallel.pipeline=2"], [r"rollout\.parallel\.pipeline=2 is more than"], ranks=2
-    ),
-    "generation_vocabulary": Case(
-        "ppo", ["rollout.parallel.tensor=2"], ["divide the 301 rows", r"model\.vocab_multiple=2"], ranks=2
     ),
     "minimum_above_maximum": Case(
         "ppo", ["rollout.min_response_tokens=13"], ["min_response_tokens=13", "max_response_tokens=12"]

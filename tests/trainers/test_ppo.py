@@ -140,10 +140,11 @@ def test_a_gap_stops_the_run_in_fp32(recipe):
         run(recipe, "ppo_gap", "ppo.max_logprob_gap=-1")
 
 
-def test_bf16_warns_of_a_gap_and_goes_on(recipe):
-    _, rows = run(recipe, "ppo_bf16", "precision=bf16", "ppo.max_logprob_gap=1e-9", "ppo.iterations=2")
-    assert "is rounding up to a point" in (recipe.root / "ppo_bf16" / "log.txt").read_text()
-    assert rows[-1]["rollout/logprob_gap_max"] < 0.2
+def test_bf16_has_room_for_rounding_and_a_threshold_all_the_same(recipe):
+    _, rows = run(recipe, "ppo_bf16", "precision=bf16", "ppo.iterations=2")
+    assert 1e-4 < rows[-1]["rollout/logprob_gap_max"] < 0.2
+    with pytest.raises(RankFailed, match=r"RolloutMismatch(?s:.*)max_logprob_gap=0\.0001: with precision=bf16"):
+        run(recipe, "ppo_bf16_strict", "precision=bf16", "ppo.iterations=2", "ppo.max_logprob_gap=1e-4")
 
 
 def test_without_pretraining_text_there_is_no_ptx(recipe):

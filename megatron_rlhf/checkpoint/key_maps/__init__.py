@@ -7,16 +7,23 @@ from megatron_rlhf.checkpoint.architecture import Architecture
 
 _PACKAGE = __name__
 
+_GEMMA = "norms on what attention and MLP give, scaled embeddings, norm weights counted from 1"
 REFUSED = {
-    "gemma": "gated GELU, scaled embeddings",
-    "gemma2": "norms after attention and MLP, soft-capped logits, sliding windows",
-    "gemma3": "norms after attention and MLP, sliding windows with rotary periods of their own",
-    "gemma3_text": "norms after attention and MLP, sliding windows with rotary periods of their own",
+    "gemma": "gated GELU, scaled embeddings, norm weights counted from 1",
+    "gemma2": f"{_GEMMA}, soft-capped attention scores and logits, sliding windows",
+    "gemma3": f"{_GEMMA}, a rotary base of their own in layers with sliding windows",
+    "gemma3_text": f"{_GEMMA}, a rotary base of their own in layers with sliding windows",
     "mixtral": "mixture of experts",
     "qwen2_moe": "mixture of experts",
     "qwen3_moe": "mixture of experts",
 }
-"""Model types that cannot be carried, and what of them our modules lack."""
+"""Model types that cannot be carried, and what of them our modules lack.
+
+Of Gemma 2 and 3, Megatron-Core 0.16.1 has the scale of attention scores (`softmax_scale`) and windows in some layers
+(`window_attn_skip_freq`). It lacks: a place in `TransformerLayerSubmodules` for the norms after attention and MLP (both),
+soft-capping in `DotProductAttention` and `GPTModel` (2), a second rotary table in `GPTModel` (3), a factor on the output of
+`LanguageModelEmbedding` (both), and `layernorm_zero_centered_gamma` outside of Transformer Engine (both).
+"""
 
 
 def names() -> list[str]:

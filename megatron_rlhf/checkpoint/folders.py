@@ -1,0 +1,128 @@
+"""Names of checkpoints in a run folder: `step_N`, `epoch_N`, and the pointers `latest` and `best`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_rlhf.checkpoint.integrity import META, is_whole, sync
+from megatron_rlhf.config.errors import UserError
+
+FORMAT = 1
+# What a killed process may leave behind: folders on their way in or out. None of them counts as a checkpoint.
+_WRITING, _LEAVING = "writing", "leaving"
+
+
+def aside(folder: Path) -> Path:
+    """Where a checkpoint is written before it takes its name."""
+    return folder.with_name(f".{folder.name}.{_WRITING}")
+
+
+def find_checkpoint(path: str | Path, key: str) -> Path:
+    """The checkpoint folder that a user means: a step folder itself, or the best or else the newest one of a run folder.
+
+    Raises:
+        UserError: naming `key`, when the path holds no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{key}={path}: no such folder")
+    if (path / META).is_file():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = _pointed(root, "best") or latest(root)
+    if newest is None:
+        raise UserError(
+            f"{key}={path} is neither a checkpoint ({META}), nor a run folder with checkpoints/, nor a Hugging Face "
+            "folder (config.json)"
+        )
+    return newest
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`: the one `latest` names, else the highest step."""
+    whole = [step for step in steps(root) if is_whole(step)]
+    return _pointed(root, "latest") or (whole[-1] if whole else None)
+
+
+def newest_first(root: Path) -> list[Path]:
+    """Every step under `root`, whole or not, in the order in which a run would go on from them."""
+    first = _pointed(root, "latest")
+    others = [step for step in reversed(steps(root)) if step != first]
+    return others if first is None else [first, *others]
+
+
+def steps(root: Path) -> list[Path]:
+    """The folders `step_N`, by N."""
+    found = [(int(m.group(1)), p) for p in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def point(root: Path, name: str, target: str) -> None:
+    """Make `root/name` name the checkpoint `target`: replaced in one step, never half-written. Call it on one rank."""
+    temporary = root / f".{name}.{_WRITING}"
+    temporary.write_text(target)
+    sync(temporary)
+    temporary.replace(root / name)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of what had it before; `latest` names it if it is a step. On one rank."""
+    if folder.exists():
+        remove(folder)
+    temporary.rename(folder)
+    sync(folder.parent)
+    if folder.name.startswith("step_"):
+        point(folder.parent, "latest", folder.name)
+
+
+def delete_old(newest: Path, keep_last: int, keep_every: int) -> None:
+    """Delete steps before `newest`, but not the last `keep_last` of all, and none that `keep_every` divides. On one rank."""
+    if keep_last <= 0 or not newest.name.startswith("step_"):
+        return
+    # Later ones, of which only damaged ones can be left, are no reason to delete good ones.
+    until = [step for step in steps(newest.parent) if _number(step) <= _number(newest)]
+    for old in until[:-keep_last]:
+        if not keep_every or _number(old) % keep_every:
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: its name goes first, so that a process that is killed here leaves no half of one."""
+    leaving = folder.with_name(f".{folder.name}.{_LEAVING}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Delete what a killed process left behind. Only for the one job that owns the run folder; on one rank."""
+    for ending in (_WRITING, _LEAVING):
+        for left in root.glob(f".*.{ending}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of a checkpoint, checked for its format."""
+    try:
+        meta = json.loads((folder / META).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / META}:{error.lineno}: broken JSON: {error.msg}") from error
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{folder / META}: format {meta.get('format')}, this version reads format {FORMAT}")
+    return meta
+
+
+def _pointed(root: Path, name: str) -> Path | None:
+    if not (root / name).is_file():
+        return None
+    target = root / (root / name).read_text().strip()
+    return target if target != root and is_whole(target) else None
+
+
+def _number(step: Path) -> int:
+    return int(step.name.removeprefix("step_"))

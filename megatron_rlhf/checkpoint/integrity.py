@@ -1,0 +1,142 @@
+"""Checksums of a checkpoint: written last, so that a folder without them is not one; read back before it is trusted.
+
+The file is what `sha256sum` writes: `cd step_100 && sha256sum --check checksums.sha256` works without this package.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+META = "meta.json"
+"""Describes the checkpoint; what lies beside it in folders of their own are roles."""
+MANIFEST = "checksums.sha256"
+_CHUNK = 1 << 22
+
+
+class NotWritten(OSError):
+    """A checkpoint could not be written (a full disk, most likely). Raised on all ranks when it happened on one."""
+
+
+def agree(error: Exception | None) -> None:
+    """Raise NotWritten on every rank if any rank brings an error. Collective.
+
+    Without it the rank with the full disk would leave, and the others would wait for it for ever.
+    """
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if error is None else str(error))
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise NotWritten(f"{failure} (rank {rank})" if len(failures) > 1 else failure) from error
+
+
+def is_whole(folder: Path) -> bool:
+    """The checkpoint has everything that is written last; whether its bytes are right, `find_damage` says."""
+    return (folder / META).is_file() and (folder / MANIFEST).is_file()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def seal(folder: Path, known: Mapping[str, str]) -> None:
+    """Write the checksums of all files and sync what is not on the disk yet. Collective; raises NotWritten on all ranks.
+
+    Args:
+        known: digests that this rank has already, by path inside the folder: those of the files it wrote.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(known))
+    digests = {name: value for part in gathered for name, value in part.items()}
+    error: OSError | None = None
+    if dist.get_rank() == 0:
+        try:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                name = str(path.relative_to(folder))
+                if name not in digests:  # small ones: descriptions, and what all ranks share
+                    sync(path)
+                    digests[name] = digest(path)
+            manifest = folder / MANIFEST
+            manifest.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
+            sync(manifest)
+            for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+                sync(path)
+        except OSError as problem:
+            error = problem
+    agree(error)
+
+
+def find_damage(folder: Path, role: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if every byte is as it was written. Collective.
+
+    Each rank reads its share of the files, so that a checkpoint of terabytes is read by all nodes at once.
+
+    Args:
+        role: look only at this role's files and the description.
+    """
+    plan: list[Any] = [None]
+    if dist.get_rank() == 0:
+        plan = [_read_manifest(folder)]
+    dist.broadcast_object_list(plan)
+    if isinstance(plan[0], str):
+        return plan[0]
+    entries = [(name, value) for name, value in plan[0] if role is None or name == META or name.startswith(f"{role}/")]
+    mine = entries[dist.get_rank() :: dist.get_world_size()]
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, _first_damage(folder, mine))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> list[tuple[str, str]] | str:
+    """Pairs of name and digest, or what is wrong."""
+    for name in (META, MANIFEST):
+        if not (folder / name).is_file():
+            return f"{name} is missing: it was not written to its end, or files were deleted"
+    entries = []
+    for number, line in enumerate((folder / MANIFEST).read_text(errors="replace").splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if match is None:
+            return f"{MANIFEST}, line {number} is broken: {line[:80]!r}"
+        entries.append((match.group(2), match.group(1)))
+    if META not in dict(entries):
+        return f"{MANIFEST} is cut off"
+    try:
+        roles = json.loads((folder / META).read_text())["roles"]
+    except (ValueError, KeyError, TypeError):
+        return f"{META} is broken"
+    for role in roles:  # a file cut off at a line's end would hide files that nobody then misses
+        if not any(name.startswith(f"{role}/") for name, _ in entries):
+            return f"{MANIFEST} is cut off: it has no files of {role}"
+    return entries
+
+
+def _first_damage(folder: Path, entries: Sequence[tuple[str, str]]) -> str | None:
+    for name, expected in entries:
+        path = folder / name
+        try:
+            if digest(path) != expected:
+                return f"{name} is not what was written (its checksum differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None

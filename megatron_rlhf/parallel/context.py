@@ -1,0 +1,63 @@
+"""Context parallelism: the ranks of a group share each sequence.
+
+A sequence of s tokens is cut into 2 n pieces, and rank r of n holds pieces r and 2 n - 1 - r: an early and a late one, so
+that causal attention is as much work on every rank. Megatron-Core's rotary positions are dealt out in the same order.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def token_multiple(ranks: int) -> int:
+    """Sequences are padded to a multiple of this."""
+    return 2 * ranks if ranks > 1 else 1
+
+
+def local_tokens(length: int, group: dist.ProcessGroup) -> Tensor:
+    """Positions in the whole sequence of this rank's tokens, [length / ranks]."""
+    return _order(length, group.size()).view(group.size(), -1)[group.rank()]
+
+
+def split(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's tokens of what all ranks have."""
+    if group.size() == 1:
+        return whole
+    return whole.index_select(dim, local_tokens(whole.shape[dim], group).to(whole.device))
+
+
+def gather(local: Tensor, dim: int, group: dist.ProcessGroup, sum_gradients: bool) -> Tensor:
+    """The whole sequence, in order, from each rank's tokens.
+
+    Args:
+        sum_gradients: True where each rank makes its own use of the whole, so that its gradient is one of several;
+            False where all ranks do the same with it, and the gradient is already whole on each.
+    """
+    return _Gather.apply(local, dim, group, sum_gradients) if group.size() > 1 else local
+
+
+def _order(length: int, ranks: int) -> Tensor:
+    """Positions as ranks hold them, one rank after the other."""
+    assert length % token_multiple(ranks) == 0, f"{length} tokens do not divide over {ranks} ranks"
+    pieces = torch.arange(length).view(2 * ranks, -1)
+    return torch.stack([pieces[[rank, 2 * ranks - 1 - rank]] for rank in range(ranks)]).flatten()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, group: dist.ProcessGroup, sum_gradients: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.sum_gradients = dim, group, sum_gradients
+        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        back_in_order = _order(local.shape[dim] * group.size(), group.size()).argsort()
+        return torch.cat(parts, dim).index_select(dim, back_in_order.to(local.device))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (whole,) = gradients
+        if ctx.sum_gradients:
+            whole = whole.contiguous()
+            dist.all_reduce(whole, group=ctx.group)
+        return split(whole, ctx.dim, ctx.group), None, None, None

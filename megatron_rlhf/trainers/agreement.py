@@ -1,0 +1,52 @@
+"""All ranks work on the same batch of the same step: checked before each step, by a number for the whole batch."""
+
+import socket
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.parallel import collectives
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks have different batches, or are at different steps: they would compute nonsense, or wait for ever."""
+
+
+def require_same_batch(step: int, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Compare step and token ids of the whole batch over the world. Collective: two integers a rank.
+
+    Raises:
+        RanksDisagree: on all ranks, naming those that differ from most.
+    """
+    mine = torch.tensor([step, fingerprint(sequences)], device=collectives.device())
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    rows: list[tuple[int, int]] = [(int(row[0]), int(row[1])) for row in gathered]
+    if len(set(rows)) == 1:
+        return
+    hosts: list[Any] = [None] * len(rows)
+    dist.all_gather_object(hosts, socket.gethostname())
+    usual = Counter(rows).most_common(1)[0][0]
+    named = [
+        f"rank {rank} on {hosts[rank]} is at step {row[0] + 1} with batch {row[1]:08x}"
+        for rank, row in enumerate(rows)
+        if row != usual
+    ]
+    raise RanksDisagree(
+        f"ranks went different ways: {'; '.join(named[:4])}; the others are at step {usual[0] + 1} with batch "
+        f"{usual[1]:08x} (all_gather before the step). Do all nodes see the same data files and configuration?"
+    )
+
+
+def fingerprint(sequences: Iterable[Sequence[int] | np.ndarray]) -> int:
+    """A checksum of token ids, their order and the sequences' lengths."""
+    total = 0
+    for sequence in sequences:
+        tokens = np.asarray(sequence, dtype=np.int64)
+        total = zlib.crc32(tokens.tobytes(), zlib.crc32(len(tokens).to_bytes(8, "little"), total))
+    return total

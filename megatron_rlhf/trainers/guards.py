@@ -1,0 +1,164 @@
+"""Numbers that are not finite: which role, microbatch and samples they come from, kept in a file to replay."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.pipeline import Microbatch, Statistics
+from megatron_rlhf.rollout.types import Rollout
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8
+"""Sample ids in a message; the file has all."""
+
+
+class NotFinite(RuntimeError):
+    """A rollout holds a score or log-probability that is not finite: nothing can be learned from it."""
+
+
+class Guard:
+    """Knows the samples of the present step, so that a bad microbatch can be named after them."""
+
+    def __init__(self, folder: Path):
+        """`folder`: where samples are written aside."""
+        self._folder = folder
+        self._step = 0
+        self._samples: list[tuple[str, np.ndarray]] = []
+        self._updates = 0
+
+    def begin(self, step: int) -> None:
+        """The step that is now worked on, counted from 1."""
+        self._step, self._samples, self._updates = step, [], 0
+
+    def name(self, kind: str, ids: Sequence[int], sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> None:
+        """Tell the samples of this step: token ids of a whole sequence, or of the prompt that it begins with."""
+        self._samples += [(f"{kind} {i}", np.asarray(tokens)) for i, tokens in zip(ids, sequences, strict=True)]
+
+    def identify(self, row: Sequence[int]) -> str:
+        """The sample that a row of a microbatch was made of: the one that agrees with it on most tokens, all that both have."""
+        tokens, best, name = np.asarray(row), 0, "unknown sample"
+        for candidate, known in self._samples:
+            length = min(len(known), len(tokens))
+            if length > best and np.array_equal(known[:length], tokens[:length]):
+                best, name = length, candidate
+        return name
+
+    def report_update(
+        self,
+        role: Role,
+        microbatches: Sequence[Microbatch],
+        statistics: Sequence[Statistics],
+        totals: Mapping[str, float],
+    ) -> None:
+        """After an update whose loss or gradient was not finite. Not collective: each data-parallel rank tells of its own.
+
+        Args:
+            statistics: of this rank's microbatches; empty but on the last stage.
+            totals: over all ranks. If these are finite, the loss was, and any microbatch may have spoilt the gradient.
+        """
+        self._updates += 1
+        if role.layout.tp_rank > 0 or not role.layout.is_last_stage:
+            return
+        in_loss = [name for name, value in totals.items() if not math.isfinite(value)]
+        if in_loss:
+            bad = [i for i, entry in enumerate(statistics) if not all(math.isfinite(float(v)) for v in entry.values())]
+            what = ", ".join(in_loss)
+        else:
+            bad, what = list(range(len(microbatches))), "gradient"
+        if not bad:
+            return
+        entries = [
+            {
+                "microbatch": i,
+                "samples": [self.identify(row) for row in microbatches[i].tokens_bs.tolist()],
+                "statistics": {name: repr(float(value)) for name, value in statistics[i].items()},
+                "tokens": microbatches[i].tokens_bs.tolist(),
+            }
+            for i in bad
+        ]
+        rank = dist.get_rank()
+        path = self._write(f"{role.name}_update_{self._updates}_rank_{rank}", role.name, what, entries)
+        if in_loss or role.layout.dp_rank == 0:
+            samples = [sample for entry in entries for sample in entry["samples"]]  # type: ignore[attr-defined]
+            log.critical(
+                "step %d, %s: %s not finite; microbatch %s of rank %d, made of %s; written to %s",
+                self._step,
+                role.name,
+                what,
+                _few(map(str, bad)),
+                rank,
+                _few(samples),
+                path,
+            )
+
+    def require_finite(
+        self, rollout: Rollout, prompt_ids: Sequence[int], micro_batch_size: int, dp_sizes: Mapping[str, int]
+    ) -> None:
+        """Raise NotFinite, on every rank, where a role gave a rollout a number that is not finite.
+
+        Args:
+            dp_sizes: by role, to tell the microbatch that a row was in.
+        """
+        judged = {
+            ("policy", "log-probability at sampling"): rollout.sampled_logprobs_bt,
+            ("policy", "log-probability"): rollout.logprobs_bt,
+            ("reference", "log-probability"): rollout.ref_logprobs_bt,
+            ("reward", "score"): rollout.scores_b.unsqueeze(-1),
+            ("value", "value"): rollout.values_bt,
+        }
+        found = {key: _bad_rows(values) for key, values in judged.items()}
+        if not any(found.values()):
+            return
+        parts, entries = [], []
+        for (role, what), rows in found.items():
+            if not rows:
+                continue
+            size = dp_sizes[role]
+            places = {
+                row: f"microbatch {row // size // micro_batch_size} of data-parallel rank {row % size}" for row in rows
+            }
+            samples = [f"prompt {prompt_ids[row]} ({places[row]})" for row in rows]
+            parts.append(f"{role}: {what} of {_few(samples)}")
+            for row in rows:
+                length = int(rollout.responses.last_b[row]) + 1
+                entries.append(
+                    {
+                        "role": role,
+                        "what": what,
+                        "samples": [f"prompt {prompt_ids[row]}"],
+                        "where": places[row],
+                        "values": [repr(v) for v in judged[role, what][row].tolist()],
+                        "tokens": [rollout.responses.tokens_bs[row, :length].tolist()],
+                    }
+                )
+        path = self._folder / f"step_{self._step}_rollout.json"
+        if dist.get_rank() == 0:
+            path = self._write("rollout", "all", "rollout", entries)
+        raise NotFinite(f"not finite at step {self._step}: {'; '.join(parts)}. The samples are in {path}")
+
+    def _write(self, name: str, role: str, what: str, entries: list[dict[str, Any]]) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{self._step}_{name}.json"
+        path.write_text(json.dumps({"step": self._step, "role": role, "not_finite": what, "microbatches": entries}))
+        return path
+
+
+def _bad_rows(values: Tensor) -> list[int]:
+    finite = torch.isfinite(values).flatten(1).all(dim=1)
+    return (~finite).nonzero().flatten().tolist()
+
+
+def _few(names: Any) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return ", ".join(listed[:SHOWN]) + more

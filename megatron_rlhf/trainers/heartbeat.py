@@ -1,0 +1,150 @@
+"""What a rank tells the others about itself, and how it finds out: from the Python stack of its main thread."""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from types import CodeType, FrameType, TracebackType
+
+# Frames of these files mean that the rank waits for others; the innermost function's name is the collective's.
+_COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
+# Megatron-Core waits here for the gradients' reduction that it started earlier.
+_GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
+# Phases that are about other roles than all trained ones.
+_ROLES = {
+    "policy": "policy",
+    "value": "value",
+    "rollout": "policy",
+    "resharding": "policy",
+    "pretraining_ahead": "policy",
+    "scoring": "policy, reference, reward, value",
+}
+
+
+class State(str, Enum):
+    """What has become of a rank."""
+
+    running = "running"
+    ending = "ending"
+    """It is done, and waits for the others to be."""
+    broken = "broken"
+    """A collective failed: most likely another rank is gone."""
+    left = "left"
+    """It has failed, and said why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a rank's main thread is."""
+
+    collective: str | None
+    """Name of the collective that it waits in; None outside of any."""
+    line: str
+    """The innermost one that is not a library's."""
+
+
+@dataclasses.dataclass
+class Beat:
+    """One heartbeat of a rank."""
+
+    rank: int
+    count: int = 0
+    state: State = State.running
+    role: str = ""
+    """What is being worked on."""
+    phase: str = "start"
+    step: int = 0
+    still_s: float = 0.0
+    """Seconds for which the main thread has not moved."""
+    place: Place = dataclasses.field(default_factory=lambda: Place(None, "?"))
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    pid: int = dataclasses.field(default_factory=os.getpid)
+    space: str = dataclasses.field(default_factory=lambda: _process_space())
+    """In which process ids mean what they mean here: containers of one host may have their own."""
+
+    def dump(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, text: str | bytes) -> "Beat":
+        content = json.loads(text)
+        return cls(**{**content, "place": Place(**content["place"]), "state": State(content["state"])})
+
+    def describe(self) -> str:
+        """rank, host, role, phase, step, collective."""
+        role = f"role {self.role}, " if self.role else ""
+        waits = f"waiting in {self.place.collective}" if self.place.collective else "in no collective"
+        return (
+            f"rank {self.rank} on {self.host}: {role}phase {self.phase}, step {self.step}, {waits} ({self.place.line})"
+        )
+
+
+class MainThread:
+    """The main thread, seen from another one."""
+
+    def __init__(self) -> None:
+        self._id = threading.main_thread().ident
+        self._seen: tuple[tuple[int, int], ...] = ()
+
+    def has_moved(self) -> bool:
+        """Whether it stands at another instruction, in any frame, than at the last call."""
+        now = tuple((id(frame.f_code), frame.f_lasti) for frame in self._frames())
+        moved, self._seen = now != self._seen, now
+        return moved
+
+    def place(self) -> Place:
+        return _place([(frame.f_code, frame.f_lineno) for frame in self._frames()])
+
+    def _frames(self) -> list[FrameType]:
+        """The innermost first."""
+        frame = sys._current_frames().get(self._id or 0)
+        frames = []
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        return frames
+
+
+def place_of(trace: TracebackType | None) -> Place:
+    """Where an exception came from."""
+    calls = []
+    while trace is not None:
+        calls.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return _place(calls[::-1])
+
+
+def _place(calls: Sequence[tuple[CodeType, int]]) -> Place:
+    """From the stack's functions and lines, the innermost first."""
+    if not calls:
+        return Place(None, "?")
+    code, number = next((call for call in calls if "/site-packages/" not in call[0].co_filename), calls[0])
+    return Place(_collective([code for code, _ in calls]), f"{Path(code.co_filename).name}:{number} {code.co_name}")
+
+
+def _collective(codes: Sequence[CodeType]) -> str | None:
+    """The outermost function of torch's collectives, of those not far from the innermost call."""
+    found = None
+    for code in codes[:8]:
+        if code.co_filename.endswith(_COLLECTIVES):
+            found = code.co_name
+        elif code.co_filename.endswith(_GRADIENTS[0]) and code.co_name == _GRADIENTS[1]:
+            return "gradient reduction"
+    return found
+
+
+def role_at_work(phase: str, trained: Sequence[str]) -> str:
+    """The role that a phase is about; outside of PPO's phases, those that the run trains."""
+    return _ROLES.get(phase, ", ".join(trained))
+
+
+def _process_space() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"unknown {os.getpid()}"

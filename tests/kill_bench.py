@@ -1,0 +1,307 @@
+"""Kills ranks of small runs with SIGKILL at random moments, resumes, and compares with a run that was never disturbed.
+
+    python tests/kill_bench.py --kills 20
+
+Metrics, samples and every byte of the last checkpoint (weights, moving average, optimizer, random state, cursors) have to
+be the same, and no process may be left. The table is Markdown; the exit code is 1 if anything differs.
+"""
+
+import argparse
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import free_port, run_command
+from ranks import CONTEXT
+from recipe import Recipe, file_checksums, make_data, read_metrics
+
+SCRIPTS = {"sft": "train_sft", "reward_model": "train_reward_model", "ppo": "train_ppo"}
+SECONDS_TO_END = 60.0
+"""For the ranks that were not killed. They are told by a broken connection, or by their watchdog."""
+LIMIT = 300.0
+LABEL = 80
+
+
+@dataclass
+class Run:
+    """The processes of one start of a stage, and a word of each about what it is doing."""
+
+    processes: list[Any]
+    labels: Path
+
+    @classmethod
+    def start(
+        cls,
+        stage: str,
+        arguments: list[str],
+        ranks: int,
+        folder: Path,
+        prepare: Callable[[int, str], None] | None = None,
+        how: str = "",
+    ) -> "Run":
+        """`prepare(rank, how)` is called in each process first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        labels, port = folder / "labels", free_port()
+        labels.write_bytes(bytes(LABEL * ranks))
+        processes = []
+        for rank in range(ranks):
+            args = (
+                rank,
+                ranks,
+                port,
+                SCRIPTS[stage],
+                tuple(arguments),
+                folder / f"output_{rank}",
+                labels,
+                prepare,
+                how,
+            )
+            processes.append(CONTEXT.Process(target=_rank, args=args))
+            processes[-1].start()
+        return cls(processes, labels)
+
+    def label(self, rank: int) -> str:
+        text = self.labels.read_bytes()[rank * LABEL : (rank + 1) * LABEL]
+        return text.rstrip(b"\0").decode() or "start"
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            os.kill(self.processes[rank].pid, signal.SIGKILL)
+
+    def is_running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all processes ended by themselves."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.01))
+        return not any(process.is_alive() for process in self.processes)
+
+    def left(self) -> int:
+        """Process groups of ranks that still have a process in them; those are ended now."""
+        count = 0
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+                count += 1
+            except ProcessLookupError:
+                pass
+        return count
+
+    @property
+    def codes(self) -> list[int]:
+        return [process.exitcode for process in self.processes]
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    script: str,
+    arguments: tuple[str, ...],
+    output: Path,
+    labels: Path,
+    prepare: Callable[[int, str], None] | None,
+    how: str,
+) -> None:
+    if prepare is not None:
+        prepare(rank, how)
+    _label_phases(rank, labels)
+    run_command(rank, ranks, port, script, arguments, output)
+
+
+def _label_phases(rank: int, labels: Path) -> None:
+    """Have this process note the innermost thing it is doing, where its killer can read it."""
+    import contextlib
+
+    from megatron_rlhf.monitoring.progress import PhaseTimer
+    from megatron_rlhf.trainers.checkpoints import CheckpointWriter
+    from megatron_rlhf.trainers.session import Session
+
+    with labels.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 0)
+
+    def show(text: str) -> None:
+        memory[rank * LABEL : (rank + 1) * LABEL] = text.encode()[:LABEL].ljust(LABEL, b"\0")
+
+    time_phase, log = PhaseTimer.__call__, Session.log
+    done = [0]
+
+    @contextlib.contextmanager
+    def timed(self, phase):
+        with time_phase(self, phase):
+            show(f"step {done[0] + 1}, {'update' if phase == 'step' else phase}")
+            yield
+            show(f"step {done[0] + 1}, update")
+
+    def logged(self, step, metrics):
+        show(f"step {step}, log")
+        done[0] = step
+        log(self, step, metrics)
+
+    def saving(method):
+        def save(self, *arguments, **keywords):
+            show(f"step {done[0]}, save")
+            try:
+                return method(self, *arguments, **keywords)
+            finally:
+                show(f"step {done[0]}, after the save")
+
+        return save
+
+    PhaseTimer.__call__, Session.log = timed, logged
+    for name in ("save", "save_in_background", "finish"):
+        setattr(CheckpointWriter, name, saving(getattr(CheckpointWriter, name)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the recipe with everything that an exact resume has to carry."""
+
+    name: str
+    recipe: Recipe
+    ranks: int
+    more: tuple[str, ...] = ()
+
+    def arguments(self, run: str) -> list[str]:
+        starts = self.recipe.root / "sft", self.recipe.root / "reward_model"
+        common = ("run.save_every=1", "run.auto_resume=true", "watchdog.timeout_s=20", *self.more)
+        if self.name == "sft":
+            return self.recipe.sft(run, "sft.epochs=3", "sft.dropout=0.2", *common)
+        if self.name == "reward_model":
+            return self.recipe.reward_model(run, starts[0], "reward_model.epochs=2", *common)
+        adaptive = ("ppo.kl_control=adaptive", "ppo.kl_target=0.01", "ppo.kl_horizon=30", "ppo.iterations=4")
+        return self.recipe.ppo(run, *starts, *adaptive, *common)
+
+    def start(self, run: str) -> Run:
+        return Run.start(self.name, self.arguments(run), self.ranks, self.recipe.root / f"processes_{run}")
+
+    def finish(self, run: str) -> float:
+        """Run to the end; returns the seconds."""
+        began = time.monotonic()
+        started = self.start(run)
+        ended = started.wait(LIMIT)
+        assert started.left() == 0 and ended, f"{run} did not end in {LIMIT} s"
+        assert started.codes == [0] * self.ranks, (run, started.codes, self.output(run))
+        return time.monotonic() - began
+
+    def output(self, run: str) -> str:
+        folder = self.recipe.root / f"processes_{run}"
+        return "\n".join((folder / f"output_{rank}").read_text()[-3000:] for rank in range(self.ranks))
+
+    def differences(self, run: str, reference: str) -> list[str]:
+        """What differs between two finished runs."""
+        first, second = (self.recipe.root / name for name in (run, reference))
+        found = []
+        if read_metrics(first) != read_metrics(second):
+            found.append("metrics")
+        if self.name == "ppo" and (first / "samples.jsonl").read_bytes() != (second / "samples.jsonl").read_bytes():
+            found.append("samples")
+        names = [(folder / "checkpoints" / "latest").read_text() for folder in (first, second)]
+        checkpoints = [folder / "checkpoints" / name for folder, name in zip((first, second), names, strict=True)]
+        if names[0] != names[1] or file_checksums(checkpoints[0]) != file_checksums(checkpoints[1]):
+            found.append("checkpoint")
+        return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kill and what came of it."""
+
+    stage: str
+    killed: str
+    moment: str
+    seconds_to_end: float
+    left: int
+    resumed_at: str
+    differences: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences and self.left == 0
+
+    def row(self) -> str:
+        same = "identical" if not self.differences else f"DIFFERENT: {', '.join(self.differences)}"
+        cells = self.stage, self.killed, self.moment, f"{self.seconds_to_end:.1f}", self.left, self.resumed_at, same
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+HEADER = (
+    "| stage | killed | while doing | seconds until all ranks had ended | processes left | went on from | end |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def kill_once(stage: Stage, run: str, reference: str, victims: list[int], after: float) -> Trial | None:
+    """Kill the victims that many seconds after the first step has begun; None if the run was done before."""
+    started = stage.start(run)
+    deadline = time.monotonic() + LIMIT
+    while started.label(0) == "start" and started.is_running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(after)
+    if not started.is_running():
+        started.wait(LIMIT)
+        return None
+    moment = started.label(victims[0])
+    started.kill(victims)
+    began = time.monotonic()
+    ended = started.wait(SECONDS_TO_END)
+    seconds, left = time.monotonic() - began, started.left()
+    stage.finish(run)
+    latest = [line for line in (stage.recipe.root / run / "log.txt").read_text().splitlines() if "resumed from" in line]
+    resumed = f"step {latest[-1].rsplit(' ', 1)[1]}" if latest else "the beginning"
+    killed = "all ranks" if len(victims) == stage.ranks else f"rank {', '.join(map(str, victims))}"
+    differences = stage.differences(run, reference) + ([] if ended else ["ranks that hung"])
+    return Trial(stage.name, killed, moment, seconds, left, resumed, differences)
+
+
+def bench(recipe: Recipe, stages: list[str], kills: int, ranks: int, seed: int, more: tuple[str, ...]) -> list[Trial]:
+    """So many kills, spread over the stages; prints the table as it grows."""
+    draw = random.Random(seed)
+    trials: list[Trial] = []
+    print(HEADER, flush=True)
+    for index, name in enumerate(stages):
+        stage = Stage(name, recipe, ranks, more)
+        reference = f"{name}_undisturbed"
+        length = stage.finish(reference)
+        wanted = kills // len(stages) + (index < kills % len(stages))
+        attempt = 0
+        while sum(trial.stage == name for trial in trials) < wanted:
+            victims = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))] * 2)
+            attempt += 1
+            trial = kill_once(stage, f"{name}_{attempt}", reference, victims, draw.uniform(0, length))
+            if trial is not None:
+                trials.append(trial)
+                print(trial.row(), flush=True)
+    return trials
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="in all (default 20)")
+    parser.add_argument("--stages", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--ranks", type=int, default=2, help="of each run (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more overrides, for all stages")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kill_bench_") as folder:
+        recipe = make_data(Path(folder))
+        Stage("sft", recipe, 1, ("run.save_every=0",)).finish("sft")
+        Stage("reward_model", recipe, 1, ("run.save_every=0",)).finish("reward_model")
+        trials = bench(recipe, options.stages, options.kills, options.ranks, options.seed, tuple(options.set))
+    failed = [trial for trial in trials if not trial.passed]
+    print(f"\n{len(trials)} kills, {len(failed)} of them with a difference or a process left")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
