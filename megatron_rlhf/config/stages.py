@@ -9,6 +9,7 @@ from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, P
 from megatron_rlhf.config.training import (
     Fp8Config,
     KLControl,
+    OffloadConfig,
     OptimizerConfig,
     RoleConfig,
     RunConfig,
@@ -147,18 +148,6 @@ class PlacementConfig:
             return range(world_size), range(world_size)
         first = world_size - self.critic_ranks
         return range(first), range(first, world_size)
-
-
-@dataclass(kw_only=True)
-class OffloadConfig:
-    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
-
-    reference: bool = False
-    """The reference's weights, but for the pass that judges a rollout."""
-    reward: bool = False
-    """The reward model's weights, but for the pass that scores a rollout."""
-    optimizer: bool = False
-    """Master weights and moments of policy and value model, but for their updates."""
 
 
 @dataclass(kw_only=True)

@@ -122,3 +122,15 @@ class KLControl(Enum):
 
     fixed = "fixed"
     adaptive = "adaptive"
+
+
+@dataclass(kw_only=True)
+class OffloadConfig:
+    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
+
+    reference: bool = False
+    """The reference's weights, but for the pass that judges a rollout."""
+    reward: bool = False
+    """The reward model's weights, but for the pass that scores a rollout."""
+    optimizer: bool = False
+    """Master weights and moments of policy and value model, but for their updates."""
