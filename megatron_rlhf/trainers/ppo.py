@@ -14,7 +14,8 @@ from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.model import Precision
-from megatron_rlhf.config.stages import KLControl, PPOConfig
+from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.training import KLControl
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData

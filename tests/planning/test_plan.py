@@ -255,3 +255,41 @@ def test_the_presets_in_the_documentation_are_the_planners(tool: Tool, capsys: p
     table = capsys.readouterr().out
     assert table.count("\n") == 2 + 3 * len(sized_recipes())
     assert table in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_an_uneven_last_stage_by_hand() -> None:
+    placed = PlacedModel(MODEL, ParallelConfig(pipeline=3, last_stage_layers=2), Precision.bf16, 3)
+    assert [placed.stage_layers(stage) for stage in range(3)] == [3, 3, 2]
+    assert placed.most_layers == 3
+    even = PlacedModel(MODEL, ParallelConfig(pipeline=4), Precision.bf16, 4)
+    layer = (even.parameters(1)) // 2
+    assert placed.parameters(1) == 3 * layer
+    assert even.parameters(3) == placed.parameters(2)  # two layers, the last norm and the unembedding
+    # The first stages are the slowest: three of eight layers, without the unembedding of the last.
+    batch = Batch(4, 1000, 100)
+    one, ends = (
+        microbatch_seconds(placed, CLUSTER, batch, backward=True),
+        PlacedModel(MODEL, ParallelConfig(), Precision.bf16, 1),
+    )
+    whole = microbatch_seconds(ends, CLUSTER, batch, backward=True)
+    assert one == pytest.approx(whole * 3 / 8, rel=0.1)
+
+
+def test_fp8_is_planned_for_what_trains() -> None:
+    def ppo(*overrides: str) -> tuple[dict[str, float], dict]:
+        made = plan("ppo", "recipe=instructgpt_6b", *overrides, ours=("recipe=instructgpt_6b",))
+        return {phase.name: phase.seconds for phase in made.phases}, made.memory()
+
+    seconds, held = ppo("precision=bf16")
+    in_fp8, held_in_fp8 = ppo("precision=fp8_hybrid")
+    assert in_fp8["rollout"] == seconds["rollout"], "sampling stays in bf16"
+    assert in_fp8["ptx"] < 0.7 * seconds["ptx"]
+    # The policy reads in fp8, the reference in bf16.
+    assert 0.6 * seconds["scoring by policy and reference"] < in_fp8["scoring by policy and reference"]
+    assert in_fp8["scoring by policy and reference"] < 0.9 * seconds["scoring by policy and reference"]
+    extra = {
+        role: sum(held_in_fp8[role].values()) - sum(held[role].values())
+        for role in ("policy", "reference", "reward", "value")
+    }
+    assert extra["reference"] == extra["reward"] == 0
+    assert extra["policy"] == extra["value"] == pytest.approx(held["value"]["weights"], rel=0.05)  # 2 bytes a weight

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """For clients; a job must not inherit the test's own virtual environment by accident."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        if (Path(sys.prefix) / "bin" / "activate").is_file():  # as a user would say whose clone has no .venv
+            kept["VENV"] = sys.prefix
         return {
             **kept,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
