@@ -1,5 +1,6 @@
 """Contradictions in a configuration, found before any model is built; messages name key, value and what would be right."""
 
+from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.stages import (
@@ -11,7 +12,7 @@ from megatron_rlhf.config.stages import (
     RewardModelConfig,
     SFTConfig,
 )
-from megatron_rlhf.config.training import PretrainingDataConfig, SamplingConfig
+from megatron_rlhf.config.training import SamplingConfig
 
 FP8_CAPABILITY = (8, 9)
 
@@ -160,7 +161,8 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
     needed = {f"{name} on each of {key}.tensor={parallel.tensor}": n // parallel.tensor for name, n in split.items()}
     needed["hidden_size"] = model.hidden_size
     if model.positions is Positions.learned:  # sequences are padded, never beyond the last position
-        needed["max_sequence_length"] = model.max_sequence_length // (parallel.tensor if parallel.sequence else 1)
+        parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
+        needed["max_sequence_length"] = model.max_sequence_length // parts
     for name, size in needed.items():
         if size % recipe.multiple:
             raise UserError(

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
+from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import (
-    ColumnTemplates,
     Fp8Config,
+    KLControl,
+    OffloadConfig,
     OptimizerConfig,
-    PretrainingDataConfig,
     RoleConfig,
     RunConfig,
     SamplingConfig,
@@ -48,28 +49,6 @@ class BaseConfig:
             return self.precision
         mine = role in self.trained_roles and not (role == "value" and self.fp8.recipe is Fp8Recipe.delayed)
         return Precision.fp8_hybrid if mine else Precision.bf16
-
-
-@dataclass(kw_only=True)
-class DemonstrationDataConfig:
-    """Prompts with responses to imitate."""
-
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    demonstrations: str | None = None
-    """JSON lines (or any `datasets` name) with `prompt` and `response`."""
-    validation: str | None = None
-    """The same for validation; without it, none is measured."""
-    columns: ColumnTemplates = field(default_factory=ColumnTemplates)
-    """Where records have other column names."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
-    max_response_tokens: int = 1024
-    """Longer responses are dropped and counted."""
-    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
-    """Text mixed in when pretraining_mix > 0."""
-    pretraining_mix: float = 0.0
-    """Share of a batch that is pretraining text: 0.1 for PPO's initialisation run; 1 trains a language model on text alone."""
 
 
 @dataclass(kw_only=True)
@@ -115,26 +94,6 @@ class SFTConfig(BaseConfig):
 
 
 @dataclass(kw_only=True)
-class ComparisonDataConfig:
-    """Responses that people have ranked."""
-
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    comparisons: str
-    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
-    validation: str | None = None
-    """The same, held out; without it `validation_fraction` of the comparisons is."""
-    validation_fraction: float = 0.1
-    """Share of the prompts held out when no validation file is given; 0 for none."""
-    demonstrations: str | None = None
-    """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted."""
-    max_response_tokens: int = 1024
-    """Longer responses are dropped and counted."""
-
-
-@dataclass(kw_only=True)
 class RewardAlgorithmConfig:
     """Reward model (Ouyang et al. 2022, section 3.5 and appendix C.2)."""
 
@@ -166,22 +125,6 @@ class RewardModelConfig(BaseConfig):
     """Epochs, batch, schedule."""
 
 
-@dataclass(kw_only=True)
-class PromptDataConfig:
-    """Prompts to answer, and text to keep the policy from forgetting."""
-
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
-    prompts: str
-    """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
-    max_per_user: int | None = 200
-    """At most this many prompts of one user (InstructGPT, section 3.2)."""
-    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
-    """Text for the pretraining gradients."""
-
-
 class PlacementKind(Enum):
     """Whether the critic's roles share the policy's ranks."""
 
@@ -205,18 +148,6 @@ class PlacementConfig:
             return range(world_size), range(world_size)
         first = world_size - self.critic_ranks
         return range(first), range(first, world_size)
-
-
-@dataclass(kw_only=True)
-class OffloadConfig:
-    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
-
-    reference: bool = False
-    """The reference's weights, but for the pass that judges a rollout."""
-    reward: bool = False
-    """The reward model's weights, but for the pass that scores a rollout."""
-    optimizer: bool = False
-    """Master weights and moments of policy and value model, but for their updates."""
 
 
 @dataclass(kw_only=True)
@@ -244,13 +175,6 @@ class RolloutConfig(SamplingConfig):
 
     parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
     """Given: the policy's weights move to a second copy at this layout, every iteration, by Megatron-Core's resharding."""
-
-
-class KLControl(Enum):
-    """Whether the KL coefficient stays or follows a target."""
-
-    fixed = "fixed"
-    adaptive = "adaptive"
 
 
 @dataclass(kw_only=True)

@@ -117,30 +117,20 @@ class Selection(Enum):
     reward_model = "reward_model"
 
 
-@dataclass(kw_only=True)
-class ColumnTemplates:
-    """How to make a prompt and a response out of a record's own columns."""
+class KLControl(Enum):
+    """Whether the KL coefficient stays or follows a target."""
 
-    prompt: str | None = None
-    """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
-    response: str | None = None
-    """A format template, e.g. "{output}"; not given: the column `response`."""
-
-    def given(self) -> dict[str, str] | None:
-        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
-        pairs = {"prompt": self.prompt, "response": self.response}
-        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
+    fixed = "fixed"
+    adaptive = "adaptive"
 
 
 @dataclass(kw_only=True)
-class PretrainingDataConfig:
-    """Text for the pretraining mix."""
+class OffloadConfig:
+    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
 
-    source: str | None = None
-    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
-    sequence_length: int = 512
-    """Tokens of one pretraining example (InstructGPT: 2048)."""
-    held_out: float = 0.05
-    """Share of the documents kept for the held-out loss, the alignment tax."""
-    held_out_samples: int = 64
-    """Sequences in each held-out measurement."""
+    reference: bool = False
+    """The reference's weights, but for the pass that judges a rollout."""
+    reward: bool = False
+    """The reward model's weights, but for the pass that scores a rollout."""
+    optimizer: bool = False
+    """Master weights and moments of policy and value model, but for their updates."""

@@ -8,14 +8,18 @@ import torch.distributed as dist
 from megatron.core.resharding.refit import swap_model_weights
 
 
-def copy_weights(source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Module]) -> None:
-    """Fill the chunks `target` with the weights of `source`. Collective over the world.
+class WeightCopy:
+    """Fills the chunks `target` with the weights of `source` whenever it is called. Collective over the world.
 
-    Both layouts are plain stages over the same ranks; ranks outside them have no chunks. The plan of who sends what to whom
-    is made once for each pair of models.
+    Both are plain stages over the same ranks; ranks outside them have no chunks. The plan of who sends what to whom is made
+    at the first call.
     """
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    swap_model_weights([*source, _Absent()][:1], [*target, _Absent()][:1], backend)
+
+    def __init__(self, source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Module]) -> None:
+        self._source, self._target = ([*chunks, _Absent()][:1] for chunks in (source, target))
+
+    def __call__(self) -> None:
+        swap_model_weights(self._source, self._target, "nccl" if torch.cuda.is_available() else "gloo")
 
 
 class _Absent(torch.nn.Module):

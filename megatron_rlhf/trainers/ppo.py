@@ -14,7 +14,8 @@ from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.model import Precision
-from megatron_rlhf.config.stages import KLControl, PPOConfig
+from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.training import KLControl
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
@@ -22,7 +23,7 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.resharding import copy_weights
+from megatron_rlhf.parallel.resharding import WeightCopy
 from megatron_rlhf.rollout.collect import Roles, collect_rollout
 from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.trainers.agreement import require_same_batch
@@ -76,6 +77,8 @@ class PPOTrainer(Trainer):
         )
         self.pretraining_cursor = 0
         self.tokens_seen = 0
+        policy, sampler = self.policy.role, self.roles.sampler
+        self.refresh_sampler = None if sampler is policy else WeightCopy(policy.modules, sampler.chunks)
         self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
@@ -147,10 +150,9 @@ class PPOTrainer(Trainer):
 
     def _refresh_sampler(self) -> None:
         """The policy's present weights to the layout that samples."""
-        policy, sampler = self.policy.role, self.roles.sampler
-        if sampler is not policy:
+        if self.refresh_sampler is not None:
             with self.session.timer("resharding"):
-                copy_weights(policy.modules, sampler.chunks)
+                self.refresh_sampler()
 
     def _pretrain_ahead(self) -> None:
         """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""

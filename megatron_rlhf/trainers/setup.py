@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from megatron_rlhf.checkpoint.source import Source
 from megatron_rlhf.config import checks
+from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.config.training import PretrainingDataConfig
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining

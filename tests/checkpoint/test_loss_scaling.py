@@ -87,4 +87,5 @@ def test_a_checkpoint_brings_the_scale_back(source: ParallelConfig, target: Para
     for fresh, loaded, after in run_ranks(2, load, folder, target, timeout=120):
         assert fresh == (2.0**16, 0, 2)
         assert loaded == saved
-        assert after.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3 if source != target else 0)
+        if source == target:  # elsewhere this toy loss is another one: a mean over each rank's part of the vocabulary
+            assert after == expected

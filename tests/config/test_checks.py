@@ -3,9 +3,10 @@
 import pytest
 
 from megatron_rlhf.config import checks
+from megatron_rlhf.config.data import PromptDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
-from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, PromptDataConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import Fp8Config, RunConfig
 
 MODEL = ModelConfig(num_layers=2, hidden_size=512, num_attention_heads=8, vocab_size=100, max_sequence_length=256)
@@ -74,3 +75,12 @@ def test_sampling_is_in_the_models_arithmetic(precision: Precision, sampling: Pr
         return
     with pytest.raises(UserError, match=r"rollout\.precision="):
         checks.check_fp8(config)
+
+
+def test_a_copy_for_sampling_is_not_in_fp8() -> None:
+    config = PPOConfig(run=RunConfig(dir="-"), data=DATA, precision=Precision.fp8_hybrid)
+    config.rollout.precision = Precision.fp8_hybrid
+    config.rollout.parallel.tensor = 2
+    with pytest.raises(UserError, match=r"a copy of the policy at rollout\.parallel samples in bf16"):
+        checks.check_fp8(config)
+    assert config.precision_of("sampler") is Precision.bf16

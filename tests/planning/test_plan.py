@@ -110,9 +110,47 @@ def test_memory_adds_up_and_the_peak_is_the_fullest_rank_and_phase() -> None:
     total = sum(sum(kinds.values()) for kinds in made.memory().values())
     assert total == pytest.approx(made.peak_bytes)
     for rank in range(0, made.cluster.gpus, 8):
-        state = sum(sum(role.bytes_on(rank).values()) for role in made.roles)
         for phase in made.phases:
+            state = sum(sum(role.bytes_on(rank, phase.name).values()) for role in made.roles)
             assert state + sum(phase.bytes_on(rank).values()) <= made.peak_bytes + 1
+
+
+DISAGGREGATED = ("recipe=instructgpt_175b", "placement=disaggregated", "placement.critic_ranks=64")
+
+
+def test_roles_on_ranks_of_their_own_hold_nothing_elsewhere_and_work_side_by_side() -> None:
+    together = plan("ppo", "recipe=instructgpt_175b", ours=("recipe=instructgpt_175b",))
+    apart = plan("ppo", *DISAGGREGATED, ours=("recipe=instructgpt_175b",))
+    roles = {role.name: role for role in apart.roles}
+    assert roles["policy"].placed.ranks == range(448) and roles["value"].placed.ranks == range(448, 512)
+    assert roles["value"].bytes_on(0, "policy") == roles["policy"].bytes_on(448, "policy") == {}
+    # A GPU of the policy's side holds what the plan of all together counts for policy and reference.
+    both = [sum(role.bytes_on(0, "policy").values()) for made in (together, apart) for role in made.roles[:1]]
+    assert both[1] == pytest.approx(both[0], rel=0.02)  # 448 ranks instead of 512 share the optimizer's state
+    seconds = {phase.name: phase.seconds for phase in apart.phases}
+    policy, value = seconds["policy"] + seconds["ptx"], seconds["value"]
+    scoring = max(seconds["scoring by policy and reference"], seconds["scoring by reward and value"])
+    assert apart.step_seconds == pytest.approx(seconds["rollout"] + scoring + max(policy, value))
+    assert together.step_seconds == pytest.approx(sum(phase.seconds for phase in together.phases))
+
+
+def test_what_rests_on_the_host_is_not_on_the_gpu() -> None:
+    ours = ("recipe=instructgpt_175b",)
+    resting = plan("ppo", *ours, "offload.reference=true", "offload.optimizer=true", ours=ours)
+    policy, reference = resting.roles[:2]
+    assert "optimizer" not in policy.bytes_on(0, "rollout") and "optimizer" in policy.bytes_on(0, "ptx")
+    assert reference.bytes_on(0, "ptx") == {} and reference.bytes_on(0, "scoring by policy and reference")
+    assert resting.peak_bytes < plan("ppo", *ours, ours=ours).peak_bytes
+
+
+def test_a_copy_to_sample_from_takes_memory() -> None:
+    ours = ("recipe=instructgpt_175b",)
+    copied = plan("ppo", *ours, "rollout.parallel.pipeline=4", ours=ours)
+    sampler = copied.roles[-1]
+    assert sampler.name == "sampler" and sampler.placed.parallel.pipeline == 4
+    assert sampler.bytes_on(0, "rollout")["weights"] == pytest.approx(
+        2 * copied.roles[1].bytes_on(0, "rollout")["weights"], rel=0.05
+    )
 
 
 def test_bubble_of_a_pipeline() -> None:
@@ -217,3 +255,41 @@ def test_the_presets_in_the_documentation_are_the_planners(tool: Tool, capsys: p
     table = capsys.readouterr().out
     assert table.count("\n") == 2 + 3 * len(sized_recipes())
     assert table in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_an_uneven_last_stage_by_hand() -> None:
+    placed = PlacedModel(MODEL, ParallelConfig(pipeline=3, last_stage_layers=2), Precision.bf16, 3)
+    assert [placed.stage_layers(stage) for stage in range(3)] == [3, 3, 2]
+    assert placed.most_layers == 3
+    even = PlacedModel(MODEL, ParallelConfig(pipeline=4), Precision.bf16, 4)
+    layer = (even.parameters(1)) // 2
+    assert placed.parameters(1) == 3 * layer
+    assert even.parameters(3) == placed.parameters(2)  # two layers, the last norm and the unembedding
+    # The first stages are the slowest: three of eight layers, without the unembedding of the last.
+    batch = Batch(4, 1000, 100)
+    one, ends = (
+        microbatch_seconds(placed, CLUSTER, batch, backward=True),
+        PlacedModel(MODEL, ParallelConfig(), Precision.bf16, 1),
+    )
+    whole = microbatch_seconds(ends, CLUSTER, batch, backward=True)
+    assert one == pytest.approx(whole * 3 / 8, rel=0.1)
+
+
+def test_fp8_is_planned_for_what_trains() -> None:
+    def ppo(*overrides: str) -> tuple[dict[str, float], dict]:
+        made = plan("ppo", "recipe=instructgpt_6b", *overrides, ours=("recipe=instructgpt_6b",))
+        return {phase.name: phase.seconds for phase in made.phases}, made.memory()
+
+    seconds, held = ppo("precision=bf16")
+    in_fp8, held_in_fp8 = ppo("precision=fp8_hybrid")
+    assert in_fp8["rollout"] == seconds["rollout"], "sampling stays in bf16"
+    assert in_fp8["ptx"] < 0.7 * seconds["ptx"]
+    # The policy reads in fp8, the reference in bf16.
+    assert 0.6 * seconds["scoring by policy and reference"] < in_fp8["scoring by policy and reference"]
+    assert in_fp8["scoring by policy and reference"] < 0.9 * seconds["scoring by policy and reference"]
+    extra = {
+        role: sum(held_in_fp8[role].values()) - sum(held[role].values())
+        for role in ("policy", "reference", "reward", "value")
+    }
+    assert extra["reference"] == extra["reward"] == 0
+    assert extra["policy"] == extra["value"] == pytest.approx(held["value"]["weights"], rel=0.05)  # 2 bytes a weight

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
+SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
 MailProg=/bin/true
 KillWait=120
@@ -109,6 +110,8 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """For clients; a job must not inherit the test's own virtual environment by accident."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        if (Path(sys.prefix) / "bin" / "activate").is_file():  # as a user would say whose clone has no .venv
+            kept["VENV"] = sys.prefix
         return {
             **kept,
             "SLURM_CONF": str(self.folder / "slurm.conf"),

@@ -7,9 +7,10 @@ import torch
 from ranks import run_ranks
 from toys import GPT2_LIKE, Block, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
 
+from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import PPOAlgorithmConfig, PPOConfig, RolloutConfig
-from megatron_rlhf.config.training import PretrainingDataConfig, RunConfig
+from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
@@ -36,7 +37,6 @@ def generator(seed):
 
 
 def config(micro_batch_size=2):
-    from megatron_rlhf.config.stages import PromptDataConfig
 
     return PPOConfig(
         run=RunConfig(dir="unused"),

@@ -1,0 +1,90 @@
+"""What every stage reads: text for the pretraining mix, demonstrations, comparisons, prompts."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class PretrainingDataConfig:
+    """Text for the pretraining mix."""
+
+    source: str | None = None
+    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
+    sequence_length: int = 512
+    """Tokens of one pretraining example (InstructGPT: 2048)."""
+    held_out: float = 0.05
+    """Share of the documents kept for the held-out loss, the alignment tax."""
+    held_out_samples: int = 64
+    """Sequences in each held-out measurement."""
+
+
+@dataclass(kw_only=True)
+class ColumnTemplates:
+    """How to make a prompt and a response out of a record's own columns."""
+
+    prompt: str | None = None
+    """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
+    response: str | None = None
+    """A format template, e.g. "{output}"; not given: the column `response`."""
+
+    def given(self) -> dict[str, str] | None:
+        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
+        pairs = {"prompt": self.prompt, "response": self.response}
+        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
+
+
+@dataclass(kw_only=True)
+class DemonstrationDataConfig:
+    """Prompts with responses to imitate."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    demonstrations: str | None = None
+    """JSON lines (or any `datasets` name) with `prompt` and `response`."""
+    validation: str | None = None
+    """The same for validation; without it, none is measured."""
+    columns: ColumnTemplates = field(default_factory=ColumnTemplates)
+    """Where records have other column names."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
+    max_response_tokens: int = 1024
+    """Longer responses are dropped and counted."""
+    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
+    """Text mixed in when pretraining_mix > 0."""
+    pretraining_mix: float = 0.0
+    """Share of a batch that is pretraining text: 0.1 for PPO's initialisation run; 1 trains a language model on text alone."""
+
+
+@dataclass(kw_only=True)
+class ComparisonDataConfig:
+    """Responses that people have ranked."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    comparisons: str
+    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
+    validation: str | None = None
+    """The same, held out; without it `validation_fraction` of the comparisons is."""
+    validation_fraction: float = 0.1
+    """Share of the prompts held out when no validation file is given; 0 for none."""
+    demonstrations: str | None = None
+    """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_response_tokens: int = 1024
+    """Longer responses are dropped and counted."""
+
+
+@dataclass(kw_only=True)
+class PromptDataConfig:
+    """Prompts to answer, and text to keep the policy from forgetting."""
+
+    tokenizer: str
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
+    prompts: str
+    """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
+    max_per_user: int | None = 200
+    """At most this many prompts of one user (InstructGPT, section 3.2)."""
+    pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
+    """Text for the pretraining gradients."""
