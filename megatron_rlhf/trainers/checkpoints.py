@@ -59,9 +59,15 @@ class CheckpointWriter:
         except NotWritten as error:
             self._give_up(name, error)
 
+    @property
+    def is_busy(self) -> bool:
+        """A checkpoint is being written in the background."""
+        return self._draft is not None
+
     def publish_if_written(self) -> None:
         """Give the checkpoint in the background its name, if every rank has written its part."""
-        if self._draft is not None:
+        if self.is_busy:
+            assert self._draft is not None
             written = torch.tensor(int(self._draft.is_written()), device=collectives.device())
             dist.all_reduce(written, op=dist.ReduceOp.MIN)
             if written:

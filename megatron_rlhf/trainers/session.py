@@ -130,8 +130,9 @@ class Session:
             Interrupted: after saving, when the run was asked to stop.
             NotWritten: when the last checkpoint of the schedule cannot be written.
         """
-        with self.timer("save"):
-            self.writer.publish_if_written()
+        if self.writer.is_busy:
+            with self.timer("save"):
+                self.writer.publish_if_written()
         if not self.save_is_due(step, last_step):
             return
         name = f"step_{step}"

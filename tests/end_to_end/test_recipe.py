@@ -20,7 +20,9 @@ PPO = COMMON | set(
 PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates", "time/exchange_s"}
 PPO_MORE |= {f"memory/{phase}_peak_bytes" for phase in ("rollout", "scoring", "exchange", "policy", "value")}
 TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s", "memory/tax_peak_bytes"}
-ALWAYS = {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "tensorboard"}
+# In the line after a checkpoint.
+SAVE = {"time/save_s", "memory/save_peak_bytes"}
+ALWAYS = {".lock", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +77,23 @@ def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
     assert names(runs["ppo"]) == ALWAYS | {"cache", "samples.jsonl"}
     assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "samples.jsonl", "evaluation.jsonl"}
     assert names(runs["ppo"] / "checkpoints") == {"latest", "step_3"}
-    assert names(runs["ppo"] / "checkpoints" / "step_3") == {"meta.json", "policy", "policy_ema", "value"}
+    assert names(runs["ppo"] / "checkpoints" / "step_3") == {
+        "checksums.sha256",
+        "meta.json",
+        "policy",
+        "policy_ema",
+        "value",
+    }
     assert {"best", "latest", "step_30", "epoch_1", "epoch_10"} <= names(runs["sft"] / "checkpoints")
 
 
 def test_metric_names(runs):
     for row in metrics(runs["sft"]):
-        assert set(row) - {"sft/validation_loss"} == SFT
+        assert set(row) - {"sft/validation_loss"} - SAVE == SFT
     for row in metrics(runs["reward_model"]):
-        assert {name for name in row if "validation" not in name} == REWARD_MODEL
+        assert {name for name in row if "validation" not in name} - SAVE == REWARD_MODEL
     for row in metrics(runs["ppo"]):
-        assert set(row) - PPO_MORE - TAX == PPO
+        assert set(row) - PPO_MORE - TAX - SAVE == PPO
         assert (row["step"] == 2) == (set(row) >= TAX)
     (row,) = metrics(runs["evaluation"])
     assert {
