@@ -66,8 +66,7 @@ class CheckpointWriter:
 
     def publish_if_written(self) -> None:
         """Give the checkpoint in the background its name, if every rank has written its part."""
-        if self.is_busy:
-            assert self._draft is not None
+        if self._draft is not None:
             written = torch.tensor(int(self._draft.is_written()), device=collectives.device())
             dist.all_reduce(written, op=dist.ReduceOp.MIN)
             if written:
