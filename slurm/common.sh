@@ -82,11 +82,49 @@ port_in_use() {
     (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
+# A heterogeneous job has parts with variables of their own; any other job is one part.
+find_parts() {
+    PARTS=${SLURM_HET_SIZE:-1} ALL_PARTS=()
+    if ((PARTS > 1)); then
+        ALL_PARTS=("--het-group=0-$((PARTS - 1))")
+    fi
+}
+
+of_part() { # NAME PART
+    local name="$1_HET_GROUP_$2"
+    echo "${!name}"
+}
+
+common_divisor() {
+    if (($2 == 0)); then echo "$1"; else common_divisor "$2" $(($1 % $2)); fi
+}
+
+check_nodes() {
+    local part
+    if ((PARTS == 1)); then
+        srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${CONTAINER[@]}" python "$REPOSITORY/tools/doctor.py"
+        return
+    fi
+    for ((part = 0; part < PARTS; part++)); do
+        srun "--het-group=$part" --ntasks-per-node=1 --ntasks="$(of_part SLURM_JOB_NUM_NODES "$part")" \
+            "${CONTAINER[@]}" python "$REPOSITORY/tools/doctor.py"
+    done
+}
+
 # One task, before all GPUs are put to work: does the run fit, by its own configuration?
 ask_planner() {
     local code=0 per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}
+    local tasks=$((per_node * SLURM_JOB_NUM_NODES)) part
+    if ((PARTS > 1)); then # as if all nodes had as many GPUs: the most that divides each part's
+        per_node=0 tasks=0
+        for ((part = 0; part < PARTS; part++)); do
+            tasks=$((tasks + $(of_part SLURM_NTASKS "$part")))
+            per_node=$(common_divisor "$per_node" \
+                $(($(of_part SLURM_NTASKS "$part") / $(of_part SLURM_JOB_NUM_NODES "$part"))))
+        done
+    fi
     srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/tools/plan.py" --stage "$STAGE" --layouts 0 \
-        "cluster=${CLUSTER:-h100_80gb}" "cluster.nodes=$SLURM_JOB_NUM_NODES" \
+        "cluster=${CLUSTER:-h100_80gb}" "cluster.nodes=$((tasks / per_node))" \
         "cluster.gpus_per_node=$per_node" "recipe=$RECIPE" "$@" || code=$?
     case $code in
         0) ;;
@@ -98,7 +136,7 @@ ask_planner() {
 # Signals come to this shell (--signal=B:...), and from here to the tasks, which save and exit with INTERRUPTED.
 run_stage() {
     local code=0 signalled=0 last
-    srun --kill-on-bad-exit=1 "${CONTAINER[@]}" python -u "$REPOSITORY/examples/train_$STAGE.py" \
+    srun "${ALL_PARTS[@]}" --kill-on-bad-exit=1 "${CONTAINER[@]}" python -u "$REPOSITORY/examples/train_$STAGE.py" \
         "recipe=$RECIPE" run.auto_resume=true "$@" &
     local tasks=$! again=1
     trap 'signalled=1 again=1; kill -USR1 "$tasks" 2>/dev/null || true' USR1 TERM
@@ -128,14 +166,15 @@ queue_again() {
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this script with sbatch"
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}} # not taken over from sbatch
 find_repository
+find_parts
 choose_python
 require_gpus
 choose_rendezvous
 echo "$(date '+%F %T') $STAGE, recipe $RECIPE, on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT, $*"
 if [[ ${DOCTOR:-0} == 1 ]]; then
-    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${CONTAINER[@]}" python "$REPOSITORY/tools/doctor.py"
+    check_nodes
 fi
 if [[ ${PLAN:-1} == 1 ]]; then
     ask_planner "$@"

@@ -10,12 +10,14 @@ Training takes a Hugging Face folder as it is (policy.init_from=DIR): import one
 
 Nothing is trusted: when a conversion is written, every tensor is compared bit by bit, and both models run on the same
 tokens in fp32, padded on the right as in training and on the left as in sampling. A result that differs is deleted.
-Tensors are streamed, so memory is needed for one layer and one output file, not for the model.
+Tensors are streamed, so memory is needed for one layer and one output file, not for the model: the check takes a layer
+in fp32 and its activations over --check-length tokens, and an embedding in pieces. What it took is printed.
 
 A policy becomes ...ForCausalLM, a reward model ...ForSequenceClassification with one label, a value model
 ...ForTokenClassification with one label.
 
-Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input, which the message names.
+Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input, which the message names. (torchrun makes
+1 of any failure.)
 """
 
 import argparse

@@ -98,6 +98,7 @@ def import_huggingface(
     name = _role_for(described, role, source)
     check.require_known_tokens(described.model, source)
     weights = Weights.open(source, described, allow_pickle=allow_pickle)
+    weights.require_one_type_a_tensor()
     with _into(output) as folder:
         write_checkpoint(folder / name, weights)
         if dist.get_rank() == 0:

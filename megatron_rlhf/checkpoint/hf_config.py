@@ -40,7 +40,7 @@ def read_head(content: Mapping[str, Any], architecture: Architecture, where: str
     head = next((by_name[name] for name in classes if name in by_name), None)
     if head is None:
         raise UserError(f"{where}: architectures={classes} is none of {', '.join(by_name)}")
-    labels = len(content["id2label"]) if "id2label" in content else content.get("num_labels", 2)
+    labels = len(content["id2label"]) if content.get("id2label") else content.get("num_labels", 2)
     if head is not Head.language and labels != 1:
         raise UserError(f"{where}: {classes[0]} has {labels} labels; a reward or value model has num_labels=1")
     return head

@@ -86,7 +86,9 @@ def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dic
     for name in (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            listed = read_json(index).get("weight_map") or {}
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+                raise UserError(f"{index}: weight_map must name the file of every tensor")
             return sorted({folder / file for file in listed.values()}), index, listed
         if (folder / name).is_file():
             return [folder / name], index, None

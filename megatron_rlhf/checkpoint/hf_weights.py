@@ -110,7 +110,6 @@ class Weights:
             del stored[HEAD_BIAS]
         weights = cls(described, files, shapes, stored, prefix if bare else "")
         weights._require_exactly_these_tensors()
-        weights._require_one_type_a_tensor()
         return weights
 
     @property
@@ -152,6 +151,14 @@ class Weights:
             parts.append(torch.zeros(padding, *shape[1:], dtype=self.dtype(key)))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def require_one_type_a_tensor(self) -> None:
+        """Raise UserError where layers differ in the type of a tensor: a checkpoint keeps it stacked, in one type."""
+        for place in places(self.stored_shapes, self.num_layers):
+            wanted = self.dtype(place.key)
+            for name in map(self.stored, self.described.their_shapes(place)):
+                if (found := self.files.dtypes[name]) != wanted:
+                    raise UserError(f"{self.files.files[name]}: tensor {name} is {found}, its like elsewhere {wanted}")
+
     def stored(self, name: str) -> str:
         """The name in the files of a tensor of theirs."""
         return name.removeprefix(self.missing_prefix)
@@ -169,6 +176,8 @@ class Weights:
             if found[name] != shape:
                 wrong = f"tensor {name} is {list(found[name])}; {CONFIG} calls for {list(shape)}"
                 raise UserError(f"{self.files.files[name]}: {wrong}")
+            if not (dtype := self.files.dtypes[name]).is_floating_point:
+                raise UserError(f"{self.files.files[name]}: tensor {name} is {dtype}: quantized, not supported")
         unknown = [name for name in found if name not in expected and not self._may_be_ignored(name)]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
@@ -176,17 +185,6 @@ class Weights:
                 f"{self.files.files[unknown[0]]}: {CONFIG} does not call for tensor {unknown[0]}{more}"
                 + ("; it differs from the embeddings that it should repeat" if unknown[0] == self._head_name else "")
             )
-
-    def _require_one_type_a_tensor(self) -> None:
-        # A checkpoint keeps a layer's tensor stacked over the layers, hence in one type.
-        for place in places(self.stored_shapes, self.num_layers):
-            wanted = self.dtype(place.key)
-            for name in map(self.stored, self.described.their_shapes(place)):
-                found = self.files.dtypes[name]
-                if not found.is_floating_point:
-                    raise UserError(f"{self.files.files[name]}: tensor {name} is {found}: quantized, not supported")
-                if found != wanted:
-                    raise UserError(f"{self.files.files[name]}: tensor {name} is {found}, its like elsewhere {wanted}")
 
     @property
     def _head_name(self) -> str:

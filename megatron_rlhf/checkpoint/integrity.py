@@ -29,7 +29,7 @@ def agree(error: Exception | None) -> None:
     Without it the rank with the full disk would leave, and the others would wait for it for ever.
     """
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else str(error))
+    dist.all_gather_object(failures, None if error is None else str(error) or repr(error))
     for rank, failure in enumerate(failures):
         if failure is not None:
             raise NotWritten(f"{failure} (rank {rank})" if len(failures) > 1 else failure) from error
@@ -55,22 +55,23 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
     Args:
         known: digests that this rank has already, by path inside the folder: those of the files it wrote.
     """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(known))
-    digests = {name: value for part in gathered for name, value in part.items()}
+    digests = _merged(known)
+    rest: list[Any] = [sorted(set(_files(folder)) - set(digests))]
+    dist.broadcast_object_list(rest)
     error: OSError | None = None
+    mine: dict[str, str] = {}
+    try:
+        for name in rest[0][dist.get_rank() :: dist.get_world_size()]:
+            sync(folder / name)
+            mine[name] = digest(folder / name)
+    except OSError as problem:
+        error = problem
+    agree(error)
+    digests |= _merged(mine)
     if dist.get_rank() == 0:
         try:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                name = str(path.relative_to(folder))
-                if name not in digests:  # small ones: descriptions, and what all ranks share
-                    sync(path)
-                    digests[name] = digest(path)
-            manifest = folder / MANIFEST
-            manifest.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
-            sync(manifest)
-            for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-                sync(path)
+            (folder / MANIFEST).write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
+            sync_tree(folder)
         except OSError as problem:
             error = problem
     agree(error)
@@ -104,6 +105,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same for a folder with everything in it."""
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
+
+
+def _files(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _merged(part: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks know together."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(part))
+    return {name: value for each in gathered for name, value in each.items()}
 
 
 def _read_manifest(folder: Path) -> list[tuple[str, str]] | str:

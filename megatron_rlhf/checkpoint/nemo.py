@@ -2,6 +2,10 @@
 
 Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it.
 What is split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
+
+NeMo is not asked, even where its extra is installed: its reader builds the model that saved the archive, whose class later
+versions dropped, takes the memory of all of it, and unpickles whatever is inside. It serves for what is refused here: open
+such an archive with the NeMo that wrote it and save it again.
 """
 
 import dataclasses

@@ -122,7 +122,7 @@ class CheckpointReader:
         try:
             self._storage.read_data(LoadPlan(items), _Into(result)).wait()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
             raise UserError(f"{self.folder}: the checkpoint is damaged, {place} cannot be read: {reason}") from error
         return result.reshape(part)
 

@@ -7,6 +7,7 @@ is to start processes, and those outlive a rank that is killed.
 import contextlib
 import dataclasses
 import io
+import logging
 import queue
 import shutil
 import threading
@@ -26,7 +27,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rlhf.checkpoint import folders
-from megatron_rlhf.checkpoint.integrity import META, agree, digest, seal
+from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal, sync_tree
+
+log = logging.getLogger(__name__)
 
 BACKEND, VERSION = "torch_dist", 1
 # Otherwise Megatron-Core starts a server process for this queue. We hand results over ourselves.
@@ -188,13 +191,17 @@ def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
     try:
         try:
             yield temporary
+        except NotWritten:  # all ranks have it
+            raise
         except OSError as problem:
             error = problem
         agree(error)
         _publish(temporary, folder, {}, keep_last, 0)
-    except BaseException:
+    except BaseException as problem:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(problem, NotWritten):
+            dist.barrier()
         raise
 
 
@@ -228,11 +235,18 @@ def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: 
     error = None
     if dist.get_rank() == 0:
         try:
+            if not whole[0]:
+                sync_tree(temporary)
             folders.publish(temporary, folder)
-            folders.delete_old(folder, keep_last, keep_every)
         except OSError as problem:
             error = problem
     agree(error)
+    if dist.get_rank() == 0:
+        try:
+            folders.delete_old(folder, keep_last, keep_every)
+        except OSError as problem:
+            log.warning("an old checkpoint could not be deleted: %s", problem)
+    dist.barrier()
 
 
 def _copied(bucket: Any, planned: Any) -> Any:

@@ -16,13 +16,19 @@ def element_bytes(precision: Precision) -> int:
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """One model over `gpus` ranks, tensor x context x data x pipeline (neighbours first)."""
+    """One model over `gpus` ranks from `first` on, tensor x context x data x pipeline (neighbours first)."""
 
     model: ModelConfig
     parallel: ParallelConfig
     precision: Precision
     gpus: int
     scalar: bool = False
+    first: int = 0
+
+    @property
+    def ranks(self) -> range:
+        """Ranks that hold a part of it."""
+        return range(self.first, self.first + self.gpus)
 
     @property
     def data(self) -> int:
@@ -59,7 +65,7 @@ class PlacedModel:
 
     def stage_of(self, rank: int) -> int:
         """The pipeline stage of a rank."""
-        return rank // (self.gpus // self.parallel.pipeline)
+        return (rank - self.first) // (self.gpus // self.parallel.pipeline)
 
     def parameters(self, stage: int) -> int:
         """Weights on one rank of a stage."""

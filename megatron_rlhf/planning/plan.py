@@ -1,8 +1,8 @@
 """A plan: what the fullest GPU holds in each phase of a training step, how long the phases take, what the run costs."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from megatron_rlhf.config.cluster import ClusterConfig
 from megatron_rlhf.planning.placement import GIB, PlacedModel
@@ -17,10 +17,16 @@ class PlannedRole:
     placed: PlacedModel
     trained: bool
     average: bool = False
+    rests: Mapping[str, Container[str]] = field(default_factory=dict)
+    """Kind of memory -> phases in which it is in the host's memory instead."""
 
-    def bytes_on(self, rank: int) -> Bytes:
+    def bytes_on(self, rank: int, phase: str) -> Bytes:
+        """What a rank's GPU holds in a phase, by kind."""
+        if rank not in self.placed.ranks:
+            return {}
         stage = self.placed.stage_of(rank)
-        return trained_bytes(self.placed, stage, self.average) if self.trained else frozen_bytes(self.placed, stage)
+        held = trained_bytes(self.placed, stage, self.average) if self.trained else frozen_bytes(self.placed, stage)
+        return {kind: size for kind, size in held.items() if phase not in self.rests.get(kind, ())}
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,11 @@ class PlannedPhase:
     bubble: float | None = None
     """Share of the phase in which a pipeline stage waits; None where there is no pipeline schedule."""
 
+    part: str = "update"
+    """Phases of one part of the step run side by side where they are on different ranks."""
+
     def bytes_on(self, rank: int) -> Mapping[str, float]:
-        return self.memory(self.placed.stage_of(rank))
+        return self.memory(self.placed.stage_of(rank)) if rank in self.placed.ranks else {}
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,9 @@ class Plan:
         """The rank and the phase in which most memory is held, and how many bytes."""
         found = []
         for rank in self._distinct_ranks():
-            state = sum(sum(role.bytes_on(rank).values()) for role in self.roles)
-            found += [(rank, phase, state + sum(phase.bytes_on(rank).values())) for phase in self.phases]
+            for phase in self.phases:
+                state = sum(sum(role.bytes_on(rank, phase.name).values()) for role in self.roles)
+                found.append((rank, phase, state + sum(phase.bytes_on(rank).values())))
         return max(found, key=lambda entry: entry[2])
 
     @property
@@ -82,7 +92,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases)
+        """Where roles are on ranks of their own, each part of the step takes as long as its slower side."""
+        sides: dict[str, dict[range, float]] = {}
+        for phase in self.phases:
+            part = sides.setdefault(phase.part, {})
+            part[phase.placed.ranks] = part.get(phase.placed.ranks, 0.0) + phase.seconds
+        return sum(max(part.values()) for part in sides.values())
 
     @property
     def hours(self) -> float:
@@ -104,7 +119,7 @@ class Plan:
     def memory(self) -> dict[str, Bytes]:
         """Bytes on the fullest GPU: role -> kind -> bytes, and last what the fullest phase adds."""
         rank, phase, _ = self.fullest
-        held = {role.name: role.bytes_on(rank) for role in self.roles}
+        held = {role.name: on for role in self.roles if (on := role.bytes_on(rank, phase.name))}
         return {**held, f"{phase.name} phase": {kind: size for kind, size in phase.bytes_on(rank).items() if size}}
 
     def arithmetic(self) -> str:
@@ -124,12 +139,8 @@ class Plan:
 
     def _distinct_ranks(self) -> list[int]:
         """One rank for each combination of pipeline stages of the roles."""
-        found: dict[tuple[int, ...], int] = {}
-        sizes = {role.placed.gpus // role.placed.parallel.pipeline for role in self.roles}
-        gpus = self.cluster.gpus
-        for rank in sorted({start for size in sizes for start in range(0, gpus, size)}):
-            found.setdefault(tuple(role.placed.stage_of(rank) for role in self.roles), rank)
-        return list(found.values())
+        placed = [role.placed for role in self.roles]
+        return sorted({rank for p in placed for rank in p.ranks[:: p.gpus // p.parallel.pipeline]})
 
 
 def describe_layout(placed: PlacedModel) -> str:

@@ -116,7 +116,7 @@ def _phases(plan: Plan) -> str:
             _three_digits(phase.seconds),
             f"{phase.seconds / plan.step_seconds:.0%}",
             f"{phase.flops:.2e}",
-            f"{phase.flops / phase.seconds / plan.cluster.gpus / 1e12:.3g}",
+            f"{phase.flops / phase.seconds / phase.placed.gpus / 1e12:.3g}",
             "" if phase.bubble is None else f"{phase.bubble:.0%}",
         ]
         for phase in plan.phases

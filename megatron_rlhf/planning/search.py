@@ -20,27 +20,30 @@ def cheapest(config: BaseConfig, plan: PlanConfig, count: int) -> list[Plan]:
     """The `count` fastest plans that fit; the GPUs are given, so the fastest is the cheapest."""
     assert config.model is not None
     cluster = plan.cluster_for(stage_name(config))
-    layouts = _layouts(config.model, cluster)
+    gpus = critic_gpus = cluster.gpus
+    if isinstance(config, PPOConfig):
+        gpus, critic_gpus = map(len, config.placement.ranks(cluster.gpus))
+    layouts = _layouts(config.model, cluster, gpus)
     if isinstance(config, PPOConfig):
         assert config.critic_model is not None
-        critics = _by_speed(config, plan, _layouts(config.critic_model, cluster))
+        critics = _by_speed(config, plan, _layouts(config.critic_model, cluster, critic_gpus))
         found = [_first_that_fits(base, plan, critics) for base in _with_layouts(config, layouts)]
     else:
         found = [_if_it_fits(candidate, plan) for candidate in _with_layouts(config, layouts)]
     return sorted((p for p in found if p is not None), key=lambda p: p.gpu_hours)[:count]
 
 
-def _layouts(model: ModelConfig, cluster: ClusterConfig) -> list[ParallelConfig]:
+def _layouts(model: ModelConfig, cluster: ClusterConfig, gpus: int) -> list[ParallelConfig]:
     """Layouts without context parallelism or virtual stages, tensor parallelism inside a node."""
     sizes = [t for t in (1, 2, 4, 8, 16) if cluster.gpus_per_node % t == 0]
     stages = [p for p in range(1, model.num_layers + 1) if model.num_layers % p == 0]
     found = []
     for t, p, recompute in product(sizes, stages, (Recompute.none, Recompute.full)):
         parallel = ParallelConfig(
-            tensor=t, pipeline=p, sequence=t > 1, distributed_optimizer=cluster.gpus > t * p, recompute=recompute
+            tensor=t, pipeline=p, sequence=t > 1, distributed_optimizer=gpus > t * p, recompute=recompute
         )
         try:
-            check_layout(parallel, cluster.gpus, "parallel")
+            check_layout(parallel, gpus, "parallel")
             check_model(model, parallel, "parallel")
         except UserError:
             continue

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_rlhf.config.checks import check_layout, check_model
+from megatron_rlhf.config.checks import check_layout, check_model, check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
@@ -23,6 +23,7 @@ from megatron_rlhf.planning.timing import (
 
 STAGES: dict[type[BaseConfig], str] = {SFTConfig: "sft", RewardModelConfig: "reward_model", PPOConfig: "ppo"}
 
+POLICY_SCORING, CRITIC_SCORING = "scoring by policy and reference", "scoring by reward and value"
 _BACKWARD_TOO = 3  # forward and backward together take three times the FLOPs of the forward pass
 
 
@@ -49,7 +50,7 @@ def stage_name(config: BaseConfig) -> str:
 def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """Supervised fine-tuning; validation and the choice of the best epoch are left out."""
     sft, data = config.sft, config.data
-    placed = _place("policy", config.model, config.parallel, config, cluster, "model", "parallel")
+    placed = _place("policy", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel")
     from_text = round(sft.batch_size * data.pretraining_mix)
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
     mean: float = workload.prompt_tokens + workload.response_tokens
@@ -75,7 +76,9 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """The reward model; all completions of a prompt share a microbatch, so the largest K decides its memory."""
     algorithm, data = config.reward_model, config.data
-    placed = _place("reward", config.model, config.parallel, config, cluster, "model", "parallel", scalar=True)
+    placed = _place(
+        "reward", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel", scalar=True
+    )
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
     mean = workload.prompt_tokens + workload.response_tokens
     prompts, count = _microbatches(algorithm.batch_size, algorithm.micro_batch_size, placed)
@@ -88,24 +91,31 @@ def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workloa
 
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
-    """PPO-ptx: the four roles together on all GPUs; the alignment tax's forward passes are left out."""
-    policy = _place("policy", config.model, config.parallel, config, cluster, "model", "parallel")
+    """PPO-ptx: the four roles on all GPUs, or two and two on their own; the alignment tax's forward passes are left out."""
+    check_placement(config.placement, cluster.gpus)
+    side, critic_side = config.placement.ranks(cluster.gpus)
+    policy = _place("policy", config.model, config.parallel, config, side, "model", "parallel")
     value = _place(
-        "value", config.critic_model, config.critic_parallel, config, cluster, "critic_model", "critic_parallel", True
+        "value",
+        config.critic_model,
+        config.critic_parallel,
+        config,
+        critic_side,
+        "critic_model",
+        "critic_parallel",
+        True,
     )
     reference = replace(policy, precision=config.precision_of("reference"))
     reward = replace(value, precision=config.precision_of("reward"))
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
-    roles = [
-        PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0),
-        PlannedRole("reference", reference, trained=False),
-        PlannedRole("reward", reward, trained=False),
-        PlannedRole("value", value, trained=True),
-    ]
+    roles = _ppo_roles(config, policy, reference, reward, value)
+    if (layout := config.rollout.parallel.of(config.parallel)) is not None:
+        sampling = _place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
+        roles.append(PlannedRole("sampler", sampling, trained=False))
     phases = [
         _rollout_phase(config, sampling, cluster, workload),
-        _scoring_phase("scoring by policy and reference", [policy, reference], config, cluster, workload),
-        _scoring_phase("scoring by reward and value", [reward, value], config, cluster, workload),
+        _scoring_phase(POLICY_SCORING, [policy, reference], config, cluster, workload),
+        _scoring_phase(CRITIC_SCORING, [reward, value], config, cluster, workload),
         *_policy_phases(config, policy, cluster, workload),
         _value_phase(config, value, cluster, workload),
     ]
@@ -114,6 +124,26 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
         f"micro batch {ppo.micro_batch_size}, ptx {ppo.ptx_micro_batch_size}, decoding {config.rollout.batch_size}"
     )
     return Plan("ppo", cluster, roles, phases, ppo.iterations, microbatch)
+
+
+def _ppo_roles(
+    config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
+) -> list[PlannedRole]:
+    """The four roles, and when parts of them rest in host memory."""
+    updates = ("policy", "ptx", "value")
+    judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
+    optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
+    away = {"reference": CRITIC_SCORING, "reward": POLICY_SCORING}
+    rests = {
+        name: {"weights": ("rollout", other, *updates)} if getattr(config.offload, name) else {}
+        for name, other in away.items()
+    }
+    return [
+        PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
+        PlannedRole("reference", reference, trained=False, rests=rests["reference"]),
+        PlannedRole("reward", reward, trained=False, rests=rests["reward"]),
+        PlannedRole("value", value, trained=True, rests=optimizer),
+    ]
 
 
 def _rollout_phase(
@@ -134,7 +164,9 @@ def _rollout_phase(
 
     # Some response nearly always runs to the limit, so decoding takes that many steps.
     seconds = decode_seconds(policy, cluster, rows, together, workload.prompt_tokens, sampling.max_response_tokens)
-    return PlannedPhase("rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory)
+    return PlannedPhase(
+        "rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory, part="rollout"
+    )
 
 
 def _scoring_phase(
@@ -148,7 +180,7 @@ def _scoring_phase(
     seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
     flops = sum(forward_flops(placed, episodes * mean, mean) for placed in readers)
     memory = _on_every_stage(scoring_peak(readers[0], Shape(rows, length)))
-    return PlannedPhase(name, seconds, flops, readers[0], memory, bubble(readers[0], count))
+    return PlannedPhase(name, seconds, flops, readers[0], memory, bubble(readers[0], count), part="scoring")
 
 
 def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]:
@@ -233,7 +265,7 @@ def _place(
     model: ModelConfig | None,
     parallel: ParallelConfig,
     config: BaseConfig,
-    cluster: ClusterConfig,
+    ranks: range,
     key: str,
     parallel_key: str,
     scalar: bool = False,
@@ -243,9 +275,9 @@ def _place(
         raise UserError(
             f"{key} is not given: a plan needs its shape, as in {choice}=gpt3_1_3b or a checkpoint to start from"
         )
-    check_layout(parallel, cluster.gpus, parallel_key)
+    check_layout(parallel, len(ranks), parallel_key)
     check_model(model, parallel, parallel_key)
-    return PlacedModel(model, parallel, config.precision_of(role), cluster.gpus, scalar)
+    return PlacedModel(model, parallel, config.precision_of(role), len(ranks), scalar, ranks.start)
 
 
 def _microbatches(sequences: int, micro_batch_size: int, placed: PlacedModel) -> tuple[int, int]:

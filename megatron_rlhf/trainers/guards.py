@@ -144,6 +144,7 @@ class Guard:
         path = self._folder / f"step_{self._step}_rollout.json"
         if dist.get_rank() == 0:
             path = self._write("rollout", "all", "rollout", entries)
+        dist.barrier()  # a rank that leaves may take the first one with it
         raise NotFinite(f"not finite at step {self._step}: {'; '.join(parts)}. The samples are in {path}")
 
     def _write(self, name: str, role: str, what: str, entries: list[dict[str, Any]]) -> Path:

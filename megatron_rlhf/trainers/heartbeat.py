@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import sysconfig
 import threading
 from collections.abc import Sequence
 from enum import Enum
@@ -15,6 +16,7 @@ from types import CodeType, FrameType, TracebackType
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 # Megatron-Core waits here for the gradients' reduction that it started earlier.
 _GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Phases that are about other roles than all trained ones.
 _ROLES = {
     "policy": "policy",
@@ -123,7 +125,7 @@ def _place(calls: Sequence[tuple[CodeType, int]]) -> Place:
     """From the stack's functions and lines, the innermost first."""
     if not calls:
         return Place(None, "?")
-    code, number = next((call for call in calls if "/site-packages/" not in call[0].co_filename), calls[0])
+    code, number = next((call for call in calls if not call[0].co_filename.startswith(_LIBRARIES)), calls[0])
     return Place(_collective([code for code, _ in calls]), f"{Path(code.co_filename).name}:{number} {code.co_name}")
 
 

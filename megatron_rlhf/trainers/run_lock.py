@@ -37,7 +37,10 @@ class RunLock:
             answer = [self._take()]
         dist.broadcast_object_list(answer)
         if answer[0] is not None:
-            raise UserError(f"run.dir={folder} is in use by {answer[0]}: stop that job, or choose another folder")
+            raise UserError(
+                f"run.dir={folder} is in use by {answer[0]}: stop that job, or choose another folder (only if its node has "
+                f"died, and the file system has not noticed: delete {self._path})"
+            )
 
     def release(self) -> None:
         """Let the next job in."""

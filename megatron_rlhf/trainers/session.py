@@ -61,7 +61,11 @@ class Session:
         _require_writable(folder)
         dist.barrier()
         lock = RunLock(folder)
-        resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+        try:
+            resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+        except UserError:
+            lock.release()
+            raise
         dist.barrier()
         setup_logging(folder, dist.get_rank())
         for name, problem in damaged.items():

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -58,7 +57,11 @@ class Watchdog:
         self._roles: Sequence[str] = ()
         self._broken_at: Place | None = None
         self._stop = threading.Event()
+        self._answered = time.monotonic()
+        """When the store last did what it was asked."""
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # A store whose process is frozen answers nothing, and no call of it comes back, whatever its timeout.
+        self._waiter = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
 
     def follow(self, phases: Phases, step: Callable[[], int], roles: Sequence[str]) -> None:
         """Where to read the phase and the number of steps done, and which roles are trained."""
@@ -66,9 +69,11 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_s > 0:
-            self._store = _own_store(timedelta(seconds=self._stuck_after))
+            self._store = _own_store()
             self._heard = _Heard(dist.get_world_size())
+            self._answered = time.monotonic()
             self._thread.start()
+            self._waiter.start()
         return self
 
     def __exit__(
@@ -81,6 +86,7 @@ class Watchdog:
             dist.barrier()  # the first rank may take the store with it when it leaves
             self._stop.set()
             self._thread.join()
+            self._waiter.join()
         elif is_broken_connection(error):
             # The message of this error names an address. The watchdog will soon know which rank is gone, and end us.
             self._broken_at = place_of(trace)
@@ -108,14 +114,24 @@ class Watchdog:
                 self._store.set(str(self._beat.rank), self._beat.dump())
                 if stopping:
                     return
-                # The only call that comes back when the store's process is frozen.
-                self._store.wait(["0"], timedelta(seconds=self._silent_after))
                 self._end_if_told()
                 self._judge()
-            except (dist.DistError, RuntimeError) as error:  # the store is gone, or does not answer
-                self._without_store(error)
+                self._answered = time.monotonic()
+            except (dist.DistError, RuntimeError) as error:  # the store is gone
+                if not self._stop.wait(self._interval) and self._beat.state is not State.ending:
+                    self._without_store(str(error).splitlines()[0])
                 return
             self._stop.wait(self._interval)
+
+    def _watch_store(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._interval):
+            now = time.monotonic()
+            if now - last > 4 * self._interval:  # suspended
+                self._answered = now
+            last = now
+            if now - self._answered > self._silent_after:
+                self._without_store(f"no answer for {now - self._answered:.0f} s")
 
     def _update(self, still_s: float) -> None:
         beat = self._beat
@@ -177,17 +193,15 @@ class Watchdog:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(victim.pid, signal.SIGKILL)
 
-    def _without_store(self, error: Exception) -> None:
+    def _without_store(self, why: str) -> None:
         """The store lives in the first rank's process, or in torchrun."""
-        if self._stop.wait(self._interval) or self._beat.state is State.ending:
-            return
         if self._beat.rank <= 1:  # the others would say the same
             last = self._heard.beats.get(0)
             seen = f"; last seen: {last.describe()}" if last else ""
             log.critical(
-                "watchdog: rank 0, or the launcher, is dead or frozen: the rendezvous store does not answer (%s)%s. %s. "
+                "watchdog: rank 0, or the launcher, is dead or frozen: the rendezvous store is gone (%s)%s. %s. "
                 "The job ends (watchdog.timeout_s=%g).",
-                str(error).splitlines()[0],
+                why,
                 seen,
                 self._beat.describe(),
                 self.timeout_s,
@@ -256,11 +270,9 @@ def is_broken_connection(error: BaseException) -> bool:
     )
 
 
-def _own_store(timeout: timedelta) -> Any:
+def _own_store() -> Any:
     """The world's store over a connection of our own: the main thread may be stuck in a call of its."""
     if dist.get_world_size() == 1:
         return dist.HashStore()
     default: Any = dist.distributed_c10d._get_default_store()
-    store = default.clone()
-    store.set_timeout(timeout)
-    return dist.PrefixStore(f"watchdog {next(_numbers)}", store)
+    return dist.PrefixStore(f"watchdog {next(_numbers)}", default.clone())

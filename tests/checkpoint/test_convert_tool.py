@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 from megatron_rlhf.checkpoint import convert, sharded
 from megatron_rlhf.checkpoint.hf_check import CheckFailed
@@ -129,6 +131,35 @@ def test_help_says_what_becomes_of_each_role():
     ).stdout
     assert "...ForSequenceClassification with one label" in shown
     assert "Exit code: 0" in shown
+
+
+def save_wide(folder):
+    """A Llama of 0.6 GB in bf16, most of it embeddings; returns its size in bytes."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(num_hidden_layers=2, vocab_size=128_256, **sizes)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    listed, total = {}, 0
+    for i, (name, shape) in enumerate(shapes.items()):
+        tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02).add_(float("norm" in name))
+        save_file({name: tensor}, folder / f"{i}.safetensors", metadata={"format": "pt"})
+        listed[name], total = f"{i}.safetensors", total + tensor.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": listed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+@pytest.mark.slow
+def test_memory_is_for_a_layer_and_a_piece_of_an_embedding(tmp_path):
+    """Python and its libraries take 0.4 GB of what is printed; both embeddings in fp32 would take 1.05 GB on each side."""
+    assert save_wide(tmp_path / "source") > 0.55e9
+    command = [sys.executable, TOOL, "hf-to-megatron", "--hf", tmp_path / "source", "--output", tmp_path / "ours"]
+    command += ["--check-length", "32"]
+    shown = subprocess.run(command, check=True, timeout=280, cwd=ROOT, capture_output=True, text=True).stdout
+    converting, checking = map(float, re.findall(r"([0-9.]+) GB", shown)[-2:])
+    assert 0 < converting <= checking < 1.4, shown
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from toys import make_role
 
-from megatron_rlhf.checkpoint import hf
+from megatron_rlhf.checkpoint import convert, hf
+from megatron_rlhf.checkpoint.convert import CheckOptions
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ParallelConfig, Precision
 
@@ -172,10 +173,6 @@ WRONG = {
         lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(32, 64)}),
         "tensor transformer.wpe.weight is [32, 64]; config.json calls for [64, 64]",
     ),
-    "another type": (
-        lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.ones(64).bfloat16()}),
-        "tensor transformer.h.2.ln_1.bias is torch.bfloat16, its like elsewhere torch.float32",
-    ),
     "quantized": (
         lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(64, 64).to(torch.int8)}),
         "tensor transformer.wpe.weight is torch.int8: quantized, not supported",
@@ -193,6 +190,16 @@ def test_tensors_that_contradict_config_json(world, tmp_path, wrong):
         logprobs(folder)
     assert message in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_types_that_differ_between_layers_are_no_matter_to_training_but_to_a_conversion(world, tmp_path):
+    folder = hf_models.save(tmp_path / "source", "gpt2")
+    change(folder, lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.ones(64)}))
+    reference = logprobs(folder)
+    change(folder, lambda tensors: tensors.update({"transformer.h.2.ln_1.bias": torch.ones(64).bfloat16()}))
+    assert torch.equal(logprobs(folder), reference)
+    with pytest.raises(UserError, match=r"h\.2\.ln_1\.bias is torch\.bfloat16, its like elsewhere torch\.float32"):
+        convert.import_huggingface(folder, tmp_path / "ours", None, CheckOptions())
 
 
 def test_config_json_that_contradicts_the_tensors(world, tmp_path):
@@ -221,6 +228,10 @@ def test_files_that_are_missing_torn_or_unlisted(world, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"holds {dropped}, which"):
         logprobs(tmp_path)
+    for broken in ({}, {"weight_map": [shard.name]}, {"weight_map": {dropped: 3}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="weight_map must name the file of every tensor"):
+            logprobs(tmp_path)
 
 
 def test_pickled_weights_are_not_read(world, tmp_path):

@@ -110,9 +110,47 @@ def test_memory_adds_up_and_the_peak_is_the_fullest_rank_and_phase() -> None:
     total = sum(sum(kinds.values()) for kinds in made.memory().values())
     assert total == pytest.approx(made.peak_bytes)
     for rank in range(0, made.cluster.gpus, 8):
-        state = sum(sum(role.bytes_on(rank).values()) for role in made.roles)
         for phase in made.phases:
+            state = sum(sum(role.bytes_on(rank, phase.name).values()) for role in made.roles)
             assert state + sum(phase.bytes_on(rank).values()) <= made.peak_bytes + 1
+
+
+DISAGGREGATED = ("recipe=instructgpt_175b", "placement=disaggregated", "placement.critic_ranks=64")
+
+
+def test_roles_on_ranks_of_their_own_hold_nothing_elsewhere_and_work_side_by_side() -> None:
+    together = plan("ppo", "recipe=instructgpt_175b", ours=("recipe=instructgpt_175b",))
+    apart = plan("ppo", *DISAGGREGATED, ours=("recipe=instructgpt_175b",))
+    roles = {role.name: role for role in apart.roles}
+    assert roles["policy"].placed.ranks == range(448) and roles["value"].placed.ranks == range(448, 512)
+    assert roles["value"].bytes_on(0, "policy") == roles["policy"].bytes_on(448, "policy") == {}
+    # A GPU of the policy's side holds what the plan of all together counts for policy and reference.
+    both = [sum(role.bytes_on(0, "policy").values()) for made in (together, apart) for role in made.roles[:1]]
+    assert both[1] == pytest.approx(both[0], rel=0.02)  # 448 ranks instead of 512 share the optimizer's state
+    seconds = {phase.name: phase.seconds for phase in apart.phases}
+    policy, value = seconds["policy"] + seconds["ptx"], seconds["value"]
+    scoring = max(seconds["scoring by policy and reference"], seconds["scoring by reward and value"])
+    assert apart.step_seconds == pytest.approx(seconds["rollout"] + scoring + max(policy, value))
+    assert together.step_seconds == pytest.approx(sum(phase.seconds for phase in together.phases))
+
+
+def test_what_rests_on_the_host_is_not_on_the_gpu() -> None:
+    ours = ("recipe=instructgpt_175b",)
+    resting = plan("ppo", *ours, "offload.reference=true", "offload.optimizer=true", ours=ours)
+    policy, reference = resting.roles[:2]
+    assert "optimizer" not in policy.bytes_on(0, "rollout") and "optimizer" in policy.bytes_on(0, "ptx")
+    assert reference.bytes_on(0, "ptx") == {} and reference.bytes_on(0, "scoring by policy and reference")
+    assert resting.peak_bytes < plan("ppo", *ours, ours=ours).peak_bytes
+
+
+def test_a_copy_to_sample_from_takes_memory() -> None:
+    ours = ("recipe=instructgpt_175b",)
+    copied = plan("ppo", *ours, "rollout.parallel.pipeline=4", ours=ours)
+    sampler = copied.roles[-1]
+    assert sampler.name == "sampler" and sampler.placed.parallel.pipeline == 4
+    assert sampler.bytes_on(0, "rollout")["weights"] == pytest.approx(
+        2 * copied.roles[1].bytes_on(0, "rollout")["weights"], rel=0.05
+    )
 
 
 def test_bubble_of_a_pipeline() -> None:

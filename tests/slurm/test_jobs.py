@@ -190,6 +190,24 @@ def test_the_doctor_sees_every_node(cluster: Cluster, scripts: Path, recipe: Rec
     assert "there is no key ppo.kl_koef" in log
 
 
+def test_a_heterogeneous_job_has_policy_and_critic_on_nodes_of_their_own(
+    cluster: Cluster, scripts: Path, recipe: Recipe, undisturbed: tuple[Path, str]
+) -> None:
+    overrides = recipe.ppo("heterogeneous", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO)
+    layout = ["parallel.pipeline=1", "critic_parallel.tensor=1", "ppo.kl_coef=0.07"]
+    one_node = ["--nodes=1", "--cpus-per-task=1", "--gpus-per-node=2"]
+    parts = [*one_node, "--ntasks-per-node=2", ":", *one_node, "--ntasks-per-node=1"]
+    number = cluster.submit(scripts / "ppo_175b_het.sh", *overrides, *layout, flags=parts)
+    job = cluster.wait(number, timeout=MINUTES)
+    log = cluster.log(number)
+    assert job.state == "COMPLETED", log
+    assert "3 ranks" in log and "placement=disaggregated placement.critic_ranks=1" in log
+    assert "tensor 2 x pipeline 1 x data 1" in log and "tensor 1 x pipeline 1 x data 1" in log
+    for row, expected in zip(read_metrics(recipe.root / "heterogeneous"), read_metrics(undisturbed[0]), strict=True):
+        assert row["reward/score_mean"] == pytest.approx(expected["reward/score_mean"], rel=1e-4)
+        assert row["value/loss"] == pytest.approx(expected["value/loss"], rel=1e-4)
+
+
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster, scripts: Path, recipe: Recipe) -> None:
     one_rank = ["parallel.tensor=1", "parallel.pipeline=1", "critic_parallel.tensor=1", "ppo.iterations=1000"]
     start = recipe.ppo("cancelled", recipe.root / "sft", recipe.root / "reward_model", *SMALL_PPO)

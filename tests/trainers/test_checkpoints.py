@@ -97,27 +97,29 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(recipe,
 
 
 def save_slowly(overrides: list[str]) -> list[str]:
-    """Writing begins only when the step after the saved one is logged. Returns what happened, in order."""
+    """Writing begins only when the update after the saved step is done. Returns what happened, in order."""
     from megatron_rlhf.checkpoint.writing import RoleFiles
-    from megatron_rlhf.trainers.session import Session
+    from megatron_rlhf.trainers.sft import SFTTrainer
 
     events: list[str] = []
     stepped = threading.Event()
-    write, log = RoleFiles.write, Session.log
+    write, train_step = RoleFiles.write, SFTTrainer.train_step
 
-    def log_and_let_write(self, step, metrics):
-        log(self, step, metrics)
-        events.append(f"step {step}")
+    def train_and_let_write(self):
+        metrics = train_step(self)
+        events.append(f"step {self.step + 1}")
         stepped.set()
+        return metrics
 
     def write_after_the_next_step(self):
         if threading.current_thread() is not threading.main_thread():
             stepped.clear()
-            assert stepped.wait(60)
+            assert stepped.wait(30)
         write(self)
         events.append(f"wrote {self.folder.parent.name}")
 
-    Session.log, RoleFiles.write = log_and_let_write, write_after_the_next_step  # type: ignore[method-assign]
+    SFTTrainer.train_step = train_and_let_write  # type: ignore[method-assign]
+    RoleFiles.write = write_after_the_next_step  # type: ignore[method-assign]
     run_stage("sft", overrides)
     return events
 
@@ -182,9 +184,7 @@ def test_a_damaged_starting_point_is_refused_with_the_name_of_the_file(recipe, t
     newest = sharded.find_checkpoint(tmp_path / "start", "policy.init_from")
     victim = damage(newest)
     with pytest.raises(AssertionError, match=rf"UserError: policy\.init_from: {newest} is damaged: {victim}"):
-        run_ranks(
-            1, run_stage, "sft", sft(recipe, "from_damaged", f"policy.init_from={tmp_path / 'start'}", "model=null")
-        )
+        run_ranks(1, run_stage, "sft", sft(recipe, "from_damaged", f"policy.init_from={tmp_path / 'start'}"))
 
 
 def test_a_refused_resume_changes_nothing(recipe, tmp_path):

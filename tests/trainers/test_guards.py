@@ -35,10 +35,10 @@ def spoil_loss_of_token(overrides: Sequence[str], token: int) -> None:
 def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe) -> None:
     """Two data-parallel ranks with microbatches of one sequence: exactly the spoilt samples are named."""
     lines = [json.loads(line) for line in (recipe.root / "demonstrations.jsonl").read_text().splitlines()]
-    spoilt = {i for i, line in enumerate(lines) if "kappa" in line["response"]}
+    spoilt = {i for i, line in enumerate(lines) if "iota" in line["response"]}
     from megatron_rlhf.data.tokenizer import load_tokenizer
 
-    (token,) = load_tokenizer(str(recipe.root / "tokenizer")).encode(" kappa")
+    (token,) = load_tokenizer(str(recipe.root / "tokenizer")).encode(" iota")
     overrides = ("data.pretraining_mix=0", "sft.micro_batch_size=1", "run.save_every=0")
     run_ranks(2, spoil_loss_of_token, recipe.sft("bad_loss", *overrides), token)
     folder = recipe.root / "bad_loss"
@@ -50,11 +50,8 @@ def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe
             (sample,) = entry["samples"]
             named.add(lines[int(sample.removeprefix("demonstration "))]["response"])
             assert token in entry["tokens"][0] or entry["statistics"]["sft/loss"] == "nan"
-    assert named == {lines[i]["response"] for i in spoilt}
+    assert named == {lines[i]["response"] for i in spoilt} != set()
     log = (folder / "log.txt").read_text()
-    assert re.search(
-        r"step \d, policy: sft/loss not finite; microbatch \d(, \d)* of rank 0, made of demonstration", log
-    )
     assert "update skipped" in log and read_metrics(folder)[-1]["step"] == 3, "the run goes on"
 
 
@@ -73,6 +70,10 @@ def spoil_gradient(overrides: Sequence[str]) -> None:
 
 def test_a_gradient_alone_keeps_the_whole_minibatch(recipe: Recipe) -> None:
     run_ranks(1, spoil_gradient, recipe.sft("bad_gradient", "run.stop_at_step=1", "data.validation=null"))
+    log = (recipe.root / "bad_gradient" / "log.txt").read_text()
+    assert re.search(
+        r"step 1, policy: gradient not finite; microbatch 0, 1, .* of rank 0, made of \w+ \d+, .* and 4 more", log
+    )
     (content,) = replays(recipe.root / "bad_gradient").values()
     assert content["not_finite"] == "gradient"
     samples = [sample for entry in content["microbatches"] for sample in entry["samples"]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT
-from kill_bench import Run
+from processes import Run
 from recipe import Recipe
 
 from megatron_rlhf.trainers.agreement import fingerprint
@@ -86,7 +86,7 @@ def ended(run: Run, folder: Path, limit: float = TIMEOUT + 1) -> list[str]:
 
 
 # Seen by the rank that speaks: who it is about, and what that one was last seen doing.
-SEEN = r"rank {rank} on {host}: role policy, phase \w+( \w+)?, step \d+, (waiting in \w+|in no collective) \([\w.]+:\d+ \w+\)"
+SEEN = r"rank {rank} on {host}: role policy, phase \w+( \w+)?, step \d+, (waiting in [\w ]+|in no collective) \([\w.]+:\d+ \w+\)"
 
 
 @pytest.mark.parametrize(
