@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_rlhf.models.linear import ColumnLinear, RowLinear
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.layout import ParallelLayout
 
@@ -226,11 +227,13 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=config.normalization)
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     layer.submodules.input_layernorm = SequenceParallelNorm
     layer.submodules.pre_mlp_layernorm = SequenceParallelNorm
     if model.qk_norm:
-        layer.submodules.self_attention.submodules.q_layernorm = SequenceParallelNorm
-        layer.submodules.self_attention.submodules.k_layernorm = SequenceParallelNorm
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
     return layer
 
 

@@ -10,7 +10,8 @@ from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.trainers.step import TrainedRole
+from megatron_rlhf.parallel.vocab import token_logprobs
+from megatron_rlhf.trainers.step import TrainedRole, Update
 
 LR = 1e-3
 
@@ -20,11 +21,13 @@ def trained_role(parallel: ParallelConfig | None = None, precision: Precision = 
     return TrainedRole.create(role, OptimizerConfig(lr=LR, clip_norm=0.0), precision)
 
 
-def update(trained: TrainedRole, weight: float = 1.0, seed: int = 0):
+def update(trained: TrainedRole, weight: float = 1.0, seed: int = 0) -> Update:
+    """Every data-parallel rank sees the same two sequences, and counts them for its share."""
+    layout = trained.role.layout
     tokens = torch.randint(0, 67, (2, 16), generator=torch.Generator().manual_seed(seed))
 
     def loss_of(logits):
-        loss = weight * logits.float().square().mean()
+        loss = -weight / layout.dp_size * token_logprobs(logits[:, :-1], tokens[:, 1:], layout.groups.tp).mean()
         return loss, {"loss": loss.detach()}
 
     return trained.update([Microbatch(tokens, loss_of)], LR)
@@ -87,5 +90,4 @@ def test_a_checkpoint_brings_the_scale_back(source: ParallelConfig, target: Para
     for fresh, loaded, after in run_ranks(2, load, folder, target, timeout=120):
         assert fresh == (2.0**16, 0, 2)
         assert loaded == saved
-        if source == target:  # elsewhere this toy loss is another one: a mean over each rank's part of the vocabulary
-            assert after == expected
+        assert after.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2 if source != target else 0)
