@@ -124,6 +124,6 @@ def _leave(code: int) -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    for helper in multiprocessing.active_children():  # of checkpoints: they would outlive us, and Slurm waits for them
+    for helper in multiprocessing.active_children():  # of libraries: they would outlive us, and Slurm waits for them
         helper.kill()
     os._exit(code)

@@ -99,7 +99,7 @@ def test_handlers_are_given_back() -> None:
 
 
 def test_no_helper_outlives_a_rank() -> None:
-    """Checkpoints start a process that keeps the rank's output open; a job step would last until it ends."""
+    """A process that a library starts keeps the rank's output open; a job step would last until it ends."""
     script = """
 from multiprocessing import get_context
 from megatron_rlhf import cli
