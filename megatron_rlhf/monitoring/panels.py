@@ -113,7 +113,16 @@ GROUPS = (
         (
             Panel("Throughput", "tokens per second", {"throughput/tokens_per_s": ""}, from_zero=True),
             Panel("Model FLOPs", "FLOP per second", {"throughput/model_flops_per_s": ""}, from_zero=True),
-            Panel("Peak memory", "GiB", {"memory/peak_bytes": ""}, scale=2**-30, from_zero=True),
+            Panel(
+                "Peak memory",
+                "GiB, by phase",
+                {
+                    "memory/peak_bytes": "so far",
+                    **{f"memory/{phase}_peak_bytes": phase for phase in ("rollout", "scoring", "policy", "value")},
+                },
+                scale=2**-30,
+                from_zero=True,
+            ),
         ),
     ),
 )
