@@ -100,10 +100,8 @@ class TrainedRole:
         self._clear_gradients()
         config = self.role.modules[0].config
         config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
-        self.ahead, self._ahead_microbatches = (
-            forward_backward(self.role.chunks, microbatches, self.role.layout),
-            microbatches,
-        )
+        self.ahead = forward_backward(self.role.chunks, microbatches, self.role.layout)
+        self._ahead_microbatches = microbatches
         config.finalize_model_grads_func = finalize
 
     def update(self, microbatches: Sequence[Microbatch], lr: float) -> Update:
