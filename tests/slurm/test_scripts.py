@@ -28,7 +28,7 @@ def test_jobs_can_be_interrupted_and_queued_again(script: Path) -> None:
 
 
 def test_there_are_jobs_for_all_stages() -> None:
-    assert [path.stem for path in JOBS] == ["ppo_175b", "ppo_1_3b", "reward_model_6b", "sft_175b"]
+    assert [path.stem for path in JOBS] == ["ppo_175b", "ppo_175b_het", "ppo_1_3b", "reward_model_6b", "sft_175b"]
 
 
 def test_the_pipeline_names_what_it_lacks() -> None:
