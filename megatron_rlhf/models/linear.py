@@ -1,7 +1,7 @@
 """Megatron-Core's parallel linear layers with the plain product where there is no gradient to take care of.
 
-Their own product is an autograd function that arranges for gradients. When a token is decoded it costs as much as a small
-product itself.
+Their own product, and the copy and sum over tensor-parallel ranks around it, are autograd functions that arrange for
+gradients. When a token is decoded they cost as much as a small product itself.
 """
 
 import torch
@@ -11,18 +11,20 @@ from torch.nn import functional as F
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """[s, b, h] -> [s, b, this rank's part of the output]."""
+    """[s, b, h] -> [s, b, this rank's part of the output], and the bias where it is added later."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
-        if torch.is_grad_enabled() or kwargs["sequence_parallel"]:
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return F.linear(input, weight, kwargs["bias"])
+    def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or self.sequence_parallel or args or kwargs:
+            return super().forward(input_, *args, **kwargs)
+        if self.skip_bias_add:
+            return F.linear(input_, self.weight), self.bias
+        return F.linear(input_, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):
-    """[s, b, this rank's part of the input] -> [s, b, h], not yet summed over ranks."""
+    """[s, b, this rank's part of the input] -> [s, b, h], and the bias where it is added later."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
-        if torch.is_grad_enabled():
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return F.linear(input, weight)
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or self.tp_group.size() > 1 or not self.skip_bias_add:
+            return super().forward(input_)
+        return F.linear(input_, self.weight), self.bias
