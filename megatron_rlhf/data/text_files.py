@@ -19,7 +19,7 @@ DOCUMENT_CHARACTERS = 4096
 
 csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes on disk read since the last call."""
 
 
