@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.side_by_side import alternate, report
+from benchmarks.side_by_side import alternate, report, sizes
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
@@ -26,17 +26,7 @@ from megatron_rlhf.trainers.step import TrainedRole
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Stages, and microbatches of each kind."""
     parser.add_argument("--pipeline", type=int, nargs="+", default=[2, 4], help="numbers of stages, default 2 4")
-    for name, default in (
-        ("layers", 8),
-        ("hidden", 256),
-        ("vocab", 1024),
-        ("episodes", 4),
-        ("episode-length", 96),
-        ("texts", 4),
-        ("text-length", 128),
-        ("rounds", 5),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    sizes(parser, layers=8, hidden=256, vocab=1024, episodes=4, episode_length=96, texts=4, text_length=128, rounds=5)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.side_by_side import alternate, report
+from benchmarks.side_by_side import alternate, report, sizes
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
@@ -19,18 +19,7 @@ from megatron_rlhf.rollout.sampling import row_keys
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Shape and sizes."""
     parser.add_argument("--arch", choices=("gpt2", "llama"), default="gpt2")
-    for name, default in (
-        ("layers", 4),
-        ("hidden", 256),
-        ("heads", 4),
-        ("vocab", 1024),
-        ("batch", 16),
-        ("prompt", 64),
-        ("response", 128),
-        ("rounds", 5),
-        ("threads", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    sizes(parser, layers=4, hidden=256, heads=4, vocab=1024, batch=16, prompt=64, response=128, rounds=5, threads=1)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,8 +1,15 @@
 """Contenders in turn, in one process: machines are noisy, ratios are less so."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+
+
+def sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Options that are whole numbers, by name and default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
 
 
 def alternate(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
