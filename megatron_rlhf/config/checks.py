@@ -78,10 +78,11 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, key: str) -> None:
     ):
         require(value % t == 0, f"{key}.tensor={t} does not divide {name} {value}")
     _check_stages(model.num_layers, parallel, key)
-    if parallel.sequence and model.positions is Positions.learned and model.max_sequence_length % t:
+    parts = parallel.token_multiple
+    if model.positions is Positions.learned and model.max_sequence_length % parts:
         raise UserError(
-            f"{key}.sequence=true splits sequences over {key}.tensor={t} ranks, which does not divide "
-            f"max_sequence_length {model.max_sequence_length}"
+            f"{key}.sequence={str(parallel.sequence).lower()} with {key}.tensor={t} and {key}.context={parallel.context} cuts "
+            f"sequences into {parts} parts, which does not divide max_sequence_length {model.max_sequence_length}"
         )
 
 
@@ -161,8 +162,7 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
     needed = {f"{name} on each of {key}.tensor={parallel.tensor}": n // parallel.tensor for name, n in split.items()}
     needed["hidden_size"] = model.hidden_size
     if model.positions is Positions.learned:  # sequences are padded, never beyond the last position
-        parts = (parallel.tensor if parallel.sequence else 1) * (2 * parallel.context if parallel.context > 1 else 1)
-        needed["max_sequence_length"] = model.max_sequence_length // parts
+        needed["max_sequence_length"] = model.max_sequence_length // parallel.token_multiple
     for name, size in needed.items():
         if size % recipe.multiple:
             raise UserError(

@@ -154,6 +154,11 @@ class ParallelConfig:
     """none, selective (attention only) or full (every layer): trades time for activation memory."""
 
     @property
+    def token_multiple(self) -> int:
+        """Sequences are padded to a multiple of this: two pieces for each rank of a context, split once more by sequence."""
+        return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
+
+    @property
     def model_ranks(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context

@@ -163,10 +163,14 @@ class GenerationLayoutConfig:
 
     def of(self, training: ParallelConfig) -> ParallelConfig | None:
         """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
-        tensor, pipeline = self.tensor or training.tensor, self.pipeline or training.pipeline
+        tensor = training.tensor if self.tensor is None else self.tensor
+        pipeline = training.pipeline if self.pipeline is None else self.pipeline
         if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
             return None  # one token cannot be shared out over a context
-        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=self.last_stage_layers)
+        last = self.last_stage_layers
+        if last is None and pipeline == training.pipeline:
+            last = training.last_stage_layers
+        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=last)
 
 
 @dataclass(kw_only=True)

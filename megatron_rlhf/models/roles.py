@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
 from megatron_rlhf.models import fp8
 from megatron_rlhf.models.gpt import build_chunks
-from megatron_rlhf.parallel import collectives, context
+from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
@@ -73,9 +73,7 @@ class Role:
 
     def pad_length(self, length: int) -> int:
         """The length to which sequences of `length` tokens are padded: parallelism and fp8 want multiples."""
-        parts = self.layout.config.tensor if self.layout.config.sequence else 1
-        parts *= context.token_multiple(self.layout.config.context)
-        parts *= fp8.token_multiple(self.modules)
+        parts = self.layout.config.token_multiple * fp8.token_multiple(self.modules)
         return (length + parts - 1) // parts * parts
 
     @functools.cached_property

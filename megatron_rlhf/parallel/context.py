@@ -11,11 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def token_multiple(ranks: int) -> int:
-    """Sequences are padded to a multiple of this."""
-    return 2 * ranks if ranks > 1 else 1
-
-
 def local_tokens(length: int, group: dist.ProcessGroup) -> Tensor:
     """Positions in the whole sequence of this rank's tokens, [length / ranks]."""
     return _order(length, group.size()).view(group.size(), -1)[group.rank()]
@@ -40,7 +35,7 @@ def gather(local: Tensor, dim: int, group: dist.ProcessGroup, sum_gradients: boo
 
 def _order(length: int, ranks: int) -> Tensor:
     """Positions as ranks hold them, one rank after the other."""
-    assert length % token_multiple(ranks) == 0, f"{length} tokens do not divide over {ranks} ranks"
+    assert length % (2 * ranks) == 0, f"{length} tokens do not divide over {ranks} ranks"
     pieces = torch.arange(length).view(2 * ranks, -1)
     return torch.stack([pieces[[rank, 2 * ranks - 1 - rank]] for rank in range(ranks)]).flatten()
 

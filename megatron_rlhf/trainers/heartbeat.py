@@ -25,6 +25,7 @@ _ROLES = {
     "resharding": "policy",
     "pretraining_ahead": "policy",
     "scoring": "policy, reference, reward, value",
+    "exchange": "policy, reference, reward, value",
 }
 
 

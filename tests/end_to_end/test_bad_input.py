@@ -129,6 +129,15 @@ CASES: dict[str, Case] = {
         ranks=2,
     ),
     "generation_world": Case("ppo", ["rollout.parallel.tensor=2"], [r"rollout\.parallel: tensor 2", "the 1 ranks"]),
+    "generation_of_zero": Case(
+        "ppo", ["rollout.parallel.tensor=0"], [r"rollout\.parallel\.tensor=0 must be at least 1"]
+    ),
+    "context_pieces": Case(
+        "sft",
+        ["model.max_sequence_length=62", "parallel.context=2"],
+        [r"parallel\.context=2 cuts sequences into 4 parts", "max_sequence_length 62"],
+        ranks=2,
+    ),
     "generation_stages": Case(
         "ppo", ["rollout.parallel.pipeline=2"], [r"rollout\.parallel\.pipeline=2 is more than"], ranks=2
     ),
