@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # Apex comes with NVIDIA's PyTorch container
-        "nemo": ["nemo-toolkit>=2.7"],  # reading an archive takes none of it: megatron_rlhf/checkpoint/nemo.py
+        "nemo": ["nemo-toolkit>=2.7"],  # reading an archive takes none of it: megatron_rlhf/conversion/nemo/archive.py
         "wandb": ["wandb>=0.18"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"],
     },

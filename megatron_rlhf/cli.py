@@ -22,14 +22,15 @@ from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.parallel import runtime
+from megatron_rlhf.runs.agreement import RanksDisagree
+from megatron_rlhf.runs.guards import NotFinite
+from megatron_rlhf.runs.interruption import Interrupted
+from megatron_rlhf.runs.session import Session
+from megatron_rlhf.runs.watchdog import Watchdog
 from megatron_rlhf.trainers import setup
-from megatron_rlhf.trainers.agreement import RanksDisagree
-from megatron_rlhf.trainers.guards import NotFinite
-from megatron_rlhf.trainers.interruption import Interrupted
+from megatron_rlhf.trainers.machine import check_machine
 from megatron_rlhf.trainers.ppo import RolloutMismatch
-from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainingDiverged
-from megatron_rlhf.trainers.watchdog import Watchdog
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -77,7 +78,7 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     config: Any
     config, resolved = compose_config(stage, entry.schema, overrides)
     entry.check(config)
-    setup.check_machine(config, runtime.detect_launch().world_size)
+    check_machine(config, runtime.detect_launch().world_size)
     runtime.initialize()
     with Watchdog(config.watchdog.timeout_s) as watchdog:
         session = Session.open(config.run, resolved)

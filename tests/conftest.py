@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from ranks import run_ranks
 from recipe import Recipe, make_data, run_stage
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     run_ranks(1, run_stage, "sft", made.sft("sft", *longer), timeout=400)
     run_ranks(1, run_stage, "reward_model", made.reward_model("reward_model", made.root / "sft"), timeout=400)
     return made
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data that is kept beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not there: real data is kept outside the repository")
+    return SHARED_DATA

@@ -111,8 +111,8 @@ def _label_phases(rank: int, labels: Path) -> None:
     import contextlib
 
     from megatron_rlhf.monitoring.progress import PhaseTimer
-    from megatron_rlhf.trainers.checkpoints import CheckpointWriter
-    from megatron_rlhf.trainers.session import Session
+    from megatron_rlhf.runs.checkpoints import CheckpointWriter
+    from megatron_rlhf.runs.session import Session
 
     with labels.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), 0)

@@ -31,14 +31,15 @@ import torch.distributed as dist
 import transformers
 
 import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core
-from megatron_rlhf.checkpoint import convert, key_maps, sharded
-from megatron_rlhf.checkpoint.companions import Companions, holds_tokenizer
-from megatron_rlhf.checkpoint.convert import CheckOptions
-from megatron_rlhf.checkpoint.hf import is_hf_folder
-from megatron_rlhf.checkpoint.hf_check import CheckFailed
-from megatron_rlhf.checkpoint.hf_folder import CONFIG
+from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.cli import SECONDS_TO_LEAVE
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.conversion import convert, key_maps
+from megatron_rlhf.conversion.check.outputs import CheckFailed
+from megatron_rlhf.conversion.convert import CheckOptions
+from megatron_rlhf.conversion.hf.extra_files import ExtraFiles, holds_tokenizer
+from megatron_rlhf.conversion.hf.folder import CONFIG
+from megatron_rlhf.conversion.hf.load import is_hf_folder
 from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlhf.parallel import runtime
 
@@ -90,7 +91,7 @@ def export_model(options: argparse.Namespace) -> str:
     if is_hf_folder(options.checkpoint):
         raise UserError(f"--checkpoint {options.checkpoint}: is a Hugging Face folder already ({CONFIG})")
     checkpoint = sharded.find_checkpoint(options.checkpoint, "--checkpoint")
-    companions = Companions.find(checkpoint, Path(options.like) if options.like else None)
+    companions = ExtraFiles.find(checkpoint, Path(options.like) if options.like else None)
     none = "no tokenizer came along (name a folder that has one with --like)"
     tokenizer, remark = _tokenizer(companions.tokenizer, none)
     if tokenizer is not None:

@@ -105,9 +105,9 @@ def _take_shapes(config: BaseConfig) -> None:
     for key, role in sources:
         path = getattr(config, role).init_from
         if getattr(config, key) is None and path is not None:
-            from megatron_rlhf.checkpoint.source import Source  # imports Megatron-Core: seconds
+            from megatron_rlhf.conversion.starting_point import StartingPoint  # imports Megatron-Core: seconds
 
-            setattr(config, key, Source.find(path, f"{role}.init_from", ("policy", "reward", "value")).model)
+            setattr(config, key, StartingPoint.find(path, f"{role}.init_from", ("policy", "reward", "value")).model)
 
 
 def _parser() -> argparse.ArgumentParser:

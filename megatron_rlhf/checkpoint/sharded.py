@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_rlhf.checkpoint.folders import FORMAT, find_checkpoint, latest, point, read_meta
+from megatron_rlhf.checkpoint.draft import Draft, RoleFiles, write_text, writing
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
-from megatron_rlhf.checkpoint.writing import Draft, RoleFiles, write_text, writing
+from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role

@@ -1,18 +1,16 @@
 """Parallel layouts as objects: which rank does what for one model, and the process groups for it."""
 
 import functools
-import types
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.parallel import megatron_globals
 
 # The order of the dimensions is Megatron-Core's: tensor-parallel ranks are neighbours, pipeline stages far apart.
 _DIMENSIONS = ["tp", "cp", "ep", "dp", "pp"]
@@ -38,39 +36,6 @@ _ALIASES = {
     "expt_dp": "dp_cp",
     "intra_dp_cp": "dp_cp",
     "intra_expt_dp": "dp_cp",
-}
-
-# Global of `megatron.core.parallel_state` -> our group, for code that still reads the globals.
-_GLOBALS = {
-    "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
-    "_PIPELINE_MODEL_PARALLEL_GROUP": "pp",
-    "_MODEL_PARALLEL_GROUP": "mp",
-    "_EMBEDDING_GROUP": "embd",
-    "_POSITION_EMBEDDING_GROUP": "pos_embd",
-    "_DATA_PARALLEL_GROUP": "dp",
-    "_TENSOR_AND_DATA_PARALLEL_GROUP": "tp_dp",
-    "_EXPERT_MODEL_PARALLEL_GROUP": "ep",
-    "_EXPERT_TENSOR_PARALLEL_GROUP": "expt_tp",
-    "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "tp_ep",
-    "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "tp_ep_pp",
-    "_EXPERT_DATA_PARALLEL_GROUP": "expt_dp",
-    "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "intra_expt_dp",
-    "_CONTEXT_PARALLEL_GROUP": "cp",
-    "_DATA_PARALLEL_GROUP_WITH_CP": "dp_cp",
-    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "intra_dp_cp",
-    "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",
-    "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
-    "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "intra_dist_opt",
-}
-_GLOBAL_RANKS = {
-    "_EMBEDDING_GLOBAL_RANKS": "embd",
-    "_POSITION_EMBEDDING_GLOBAL_RANKS": "pos_embd",
-    "_PIPELINE_GLOBAL_RANKS": "pp",
-    "_DATA_PARALLEL_GLOBAL_RANKS": "dp",
-    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "tp",
-    "_MODEL_PARALLEL_GLOBAL_RANKS": "mp",
-    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "cp",
-    "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": "dp_cp",
 }
 
 
@@ -108,12 +73,11 @@ class ParallelLayout:
         return cls(config=config, ranks=ranks, groups=collection, every_group=groups)
 
     def __enter__(self) -> "ParallelLayout":
-        self._saved.append({name: getattr(parallel_state, name) for name in self._globals})
-        _install(parallel_state, self._globals)
+        self._saved.append(megatron_globals.install(self._globals))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _install(parallel_state, self._saved.pop())
+        megatron_globals.install(self._saved.pop())
 
     def seed(self, seed: int) -> None:
         """Seed weights and dropout: alike on tensor-parallel ranks where they must be, different elsewhere."""
@@ -126,15 +90,7 @@ class ParallelLayout:
 
     @functools.cached_property
     def _globals(self) -> dict[str, Any]:
-        """What `megatron.core.parallel_state` holds inside this layout."""
-        values: dict[str, Any] = {name: self.every_group[group] for name, group in _GLOBALS.items()}
-        for name, group in _GLOBAL_RANKS.items():
-            members = self.every_group[group]
-            values[name] = None if members is None else dist.get_process_group_ranks(members)
-        values["_GLOBAL_MEMORY_BUFFER"] = GlobalMemoryBuffer()
-        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE"] = self.virtual_stages
-        values["_VIRTUAL_PIPELINE_MODEL_PARALLEL_RANK"] = 0 if self.virtual_stages else None
-        return values
+        return megatron_globals.values(self.every_group, self.virtual_stages)
 
     @property
     def is_member(self) -> bool:
@@ -187,12 +143,7 @@ def _own_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
 
 @functools.cache
 def _shared_group(world: dist.ProcessGroup, enumeration: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
-    """This rank's group among `enumeration`. Groups are dear (threads, sockets, NCCL buffers), and many dimensions, and
-    layouts of other roles, span the same ranks: one group serves them all."""
+    """This rank's group among `enumeration`. A group costs threads, sockets and NCCL buffers, and many dimensions, also of
+    other roles' layouts, span the same ranks: one group serves them all."""
     group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in enumeration])
     return group
-
-
-def _install(module: types.ModuleType, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        setattr(module, name, value)

@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from megatron_rlhf.trainers.fp8_gate import Fp8Gate
-from megatron_rlhf.trainers.session import Session
+from megatron_rlhf.runs.fp8_gate import Fp8Gate
+from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
 
 

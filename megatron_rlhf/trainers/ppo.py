@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
-from megatron_rlhf.algorithms.losses import explained_variance
 from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
@@ -21,24 +20,30 @@ from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.parallel.offload import HostMemory
-from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.resharding import WeightCopy
-from megatron_rlhf.rollout.collect import Roles, collect_rollout
-from megatron_rlhf.rollout.types import Experience, Rollout
-from megatron_rlhf.trainers.agreement import require_same_batch
-from megatron_rlhf.trainers.fp8_gate import Fp8Gate
-from megatron_rlhf.trainers.loop import Trainer
-from megatron_rlhf.trainers.metrics import iteration_flops, mean_of, rollout_metrics, sample_rows
-from megatron_rlhf.trainers.microbatches import (
+from megatron_rlhf.models.microbatches import (
     TokenBatch,
     interleave,
     language_model_microbatches,
     language_model_nll,
 )
+from megatron_rlhf.parallel.offload import HostMemory
+from megatron_rlhf.parallel.pipeline import Microbatch
+from megatron_rlhf.parallel.resharding import WeightCopy
+from megatron_rlhf.rollout.collect import Roles, collect_rollout
+from megatron_rlhf.rollout.types import Experience, Rollout
+from megatron_rlhf.runs.agreement import require_same_batch
+from megatron_rlhf.runs.fp8_gate import Fp8Gate
+from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers.loop import Trainer
+from megatron_rlhf.trainers.ppo_metrics import (
+    iteration_cost,
+    policy_metrics,
+    rollout_metrics,
+    sample_rows,
+    value_metrics,
+)
 from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
-from megatron_rlhf.trainers.session import Session
-from megatron_rlhf.trainers.step import TrainedRole, Update
+from megatron_rlhf.trainers.step import Accumulated, TrainedRole, Update
 
 # Largest difference over all tokens of a rollout that rounding explains, in nats. In fp32 it is below 1e-4. 8 bits of
 # mantissa leave logits of 20 or 30 wrong by 0.1, and a rollout of a million tokens has unlikely ones where several such
@@ -77,6 +82,7 @@ class PPOTrainer(Trainer):
         )
         self.pretraining_cursor = 0
         self.tokens_seen = 0
+        self.pretrained_ahead: Accumulated | None = None
         policy, sampler = self.policy.role, self.roles.sampler
         self.refresh_sampler = None if sampler is policy else WeightCopy(policy.modules, sampler.chunks)
         self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
@@ -160,7 +166,7 @@ class PPOTrainer(Trainer):
             return
         if self.config.ppo.ptx_coef > 0:
             with self.session.timer("pretraining_ahead"):
-                self.policy.accumulate(self._pretraining_microbatches())
+                self.pretrained_ahead = self.policy.accumulate(self._pretraining_microbatches())
 
     def _next_prompts(self) -> list[int]:
         """Always a whole batch: a small set of prompts is gone through as often as it takes."""
@@ -172,9 +178,10 @@ class PPOTrainer(Trainer):
     def _update_policy(self, minibatch: Experience) -> Update:
         """PPO and pretraining microbatches through one schedule into the same gradient buffers."""
         microbatches = policy_microbatches(minibatch, self.policy, self.config)
-        if self.config.ppo.ptx_coef > 0 and self.policy.ahead is None:
+        ahead, self.pretrained_ahead = self.pretrained_ahead, None
+        if self.config.ppo.ptx_coef > 0 and ahead is None:
             microbatches = interleave(microbatches, self._pretraining_microbatches())
-        return self.policy.update(microbatches, self.policy_lr())
+        return self.policy.update(microbatches, self.policy_lr(), ahead)
 
     def _pretraining_microbatches(self) -> list[Microbatch]:
         ppo, batch = self.config.ppo, self._next_pretraining()
@@ -218,38 +225,26 @@ class PPOTrainer(Trainer):
         cfg = self.config.ppo
         metrics = {
             **rollout_metrics(rollout),
+            **value_metrics(rollout, returns_bt, value),
+            **policy_metrics(policy, self.policy_lr(), cfg.ptx_coef > 0),
             "samples": float((self.step + 1) * cfg.batch_size),
             "kl/mean": kl,
             "kl/coef": self.kl_control.coef,
-            **{name: mean_of(value, name) for name in ("value/loss", "value/clip_fraction")},
-            "value/explained_variance": float(explained_variance(rollout.values_bt, returns_bt, rollout.mask_bt)),
-            "value/grad_norm": value[-1].grad_norm,
-            "policy/lr": self.policy_lr() if policy else 0.0,
             "skipped_updates": float(sum(update.skipped for update in [*policy, *value])),
         }
-        if policy:
-            names = ("policy/loss", "policy/ratio_mean", "policy/clip_fraction", "policy/approx_kl", "policy/entropy")
-            metrics |= {name: mean_of(policy, name) for name in names}
-            metrics["policy/first_ratio_max_gap"] = policy[0].statistics["policy/ratio_max_gap"]
-            metrics["policy/grad_norm"] = policy[-1].grad_norm
-            if cfg.ptx_coef > 0:
-                metrics["ptx/loss"] = mean_of(policy, "ptx/loss")
         if cfg.tax_every and (self.step + 1) % cfg.tax_every == 0:
             with self.session.timer("tax"):
                 metrics |= self.pretraining_tax()
-        return metrics | self._cost(rollout, len(policy))
-
-    def _cost(self, rollout: Rollout, policy_updates: int) -> dict[str, float]:
-        """Tokens trained on so far, and this iteration's tokens and model FLOPs."""
-        cfg = self.config.ppo
-        episodes = int((rollout.responses.last_b + 1).sum())
-        sequences = policy_updates * cfg.ptx_ratio * cfg.minibatch_size * (cfg.ptx_coef > 0)
-        policy_tokens = episodes * cfg.inner_epochs * (policy_updates > 0)
-        policy_tokens += sequences * self.config.data.pretraining.sequence_length
-        self.tokens_seen += policy_tokens
-        parameters = self.policy.role.num_parameters, self.value.role.num_parameters
-        flops = iteration_flops(*parameters, episodes, policy_tokens, episodes * cfg.inner_epochs)
-        return {"tokens": float(self.tokens_seen), "step_tokens": float(policy_tokens), "step_flops": flops}
+        sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * (cfg.ptx_coef > 0)
+        cost = iteration_cost(
+            (self.policy.role.num_parameters, self.value.role.num_parameters),
+            episode_tokens=int((rollout.responses.last_b + 1).sum()),
+            policy_epochs=cfg.inner_epochs * bool(policy),
+            value_epochs=cfg.inner_epochs,
+            pretraining_tokens=sequences * self.config.data.pretraining.sequence_length,
+        )
+        self.tokens_seen += int(cost["step_tokens"])
+        return metrics | cost | {"tokens": float(self.tokens_seen)}
 
     def _require_on_policy(self, metrics: dict[str, float]) -> None:
         gap = max(metrics["rollout/logprob_gap_max"], metrics.get("policy/first_ratio_max_gap", 0.0))

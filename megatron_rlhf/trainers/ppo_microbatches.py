@@ -11,10 +11,10 @@ from torch import Tensor
 from megatron_rlhf.algorithms.losses import policy_loss, value_loss
 from megatron_rlhf.algorithms.masking import masked_sum
 from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.models.microbatches import local_rows, pad_to_layout
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.vocab import token_logprobs
 from megatron_rlhf.rollout.types import Experience
-from megatron_rlhf.trainers.microbatches import local_rows, pad_to_layout
 from megatron_rlhf.trainers.step import TrainedRole
 
 

@@ -14,12 +14,12 @@ from megatron_rlhf.algorithms.schedules import cosine_lr
 from megatron_rlhf.config.stages import RewardModelConfig
 from megatron_rlhf.data.batches import ShuffledBatches, shard
 from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.models.microbatches import pad_to_layout
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.trainers.agreement import require_same_batch
+from megatron_rlhf.runs.agreement import require_same_batch
+from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.loop import Trainer
-from megatron_rlhf.trainers.microbatches import pad_to_layout
-from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)

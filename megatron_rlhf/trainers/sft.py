@@ -16,15 +16,15 @@ from megatron_rlhf.data.demonstrations import Demonstration
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches, language_model_nll
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
-from megatron_rlhf.trainers.agreement import require_same_batch
-from megatron_rlhf.trainers.fp8_gate import Fp8Gate
+from megatron_rlhf.runs.agreement import require_same_batch
+from megatron_rlhf.runs.fp8_gate import Fp8Gate
+from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.loop import Trainer
-from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches, language_model_nll
-from megatron_rlhf.trainers.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)

@@ -1,22 +1,13 @@
-"""One update of one role: accumulate over microbatches, clip, Adam, moving average; non-finite gradients are skipped."""
+"""One update of one role: accumulate over microbatches, clip, Adam; updates that are not finite are skipped."""
 
-import contextlib
-import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
-from megatron.core.optimizer import (
-    OptimizerConfig as MegatronOptimizerConfig,
-)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
@@ -26,7 +17,9 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.offload import storage_of
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics, forward_backward
-from megatron_rlhf.trainers.guards import Guard
+from megatron_rlhf.runs.guards import Guard
+from megatron_rlhf.trainers.average import MovingAverage
+from megatron_rlhf.trainers.optimizer import wrap
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +37,14 @@ class Update:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """Microbatches whose gradients are in the buffers already, and their statistics."""
+
+    microbatches: Sequence[Microbatch] = ()
+    statistics: Sequence[Statistics] = ()
+
+
 @dataclass
 class TrainedRole:
     """A role with gradients and an optimizer. Losses arrive divided by global counts: gradients are summed, not averaged."""
@@ -52,13 +53,10 @@ class TrainedRole:
     optimizer: MegatronOptimizer | None
     """None on ranks outside the role's layout."""
     max_skipped: int
-    average: "MovingAverage | None" = None
+    average: MovingAverage | None = None
     skipped_in_a_row: int = 0
-    ahead: list[Statistics] | None = None
-    """Statistics of the microbatches that the next update has accumulated already; None before its first."""
-    _ahead_microbatches: Sequence[Microbatch] = ()
     guard: Guard | None = None
-    """Told of updates that were skipped."""
+    """Gets a report of every skipped update."""
 
     @classmethod
     def create(
@@ -69,58 +67,42 @@ class TrainedRole:
         max_skipped: int = 5,
         ema_decay: float = 0.0,
     ) -> "TrainedRole":
-        """Wrap the role's chunks for data parallelism and build Megatron-Core's optimizer for them. Collective."""
-        layout = role.layout
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.config.distributed_optimizer
-        )
-        with layout:
-            average = MovingAverage(role, ema_decay) if ema_decay else None
-            role.chunks = [
-                DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=layout.groups)
-                for chunk in role.chunks
-            ]
-            for chunk in role.chunks:
-                assert isinstance(chunk, DistributedDataParallel)
-                chunk.broadcast_params()
-                _keep_padding_between_buckets(chunk)
-            if not layout.is_member:
-                return cls(role, None, max_skipped, average)
-            optimizer = _build_optimizer(role, config, precision)
-        transformer_config = role.modules[0].config
-        transformer_config.finalize_model_grads_func = _finalize
-        transformer_config.grad_scale_func = optimizer.scale_loss
-        return cls(role, optimizer, max_skipped, average)
+        """Wrap the role's chunks and build the optimizer for them. Collective."""
+        average = MovingAverage(role, ema_decay) if ema_decay else None
+        return cls(role, wrap(role, config, precision), max_skipped, average)
 
-    def accumulate(self, microbatches: Sequence[Microbatch]) -> None:
-        """Gradients of a first part of the next update's microbatches, in a schedule of their own, not yet reduced over ranks."""
-        self.ahead = []
+    def accumulate(self, microbatches: Sequence[Microbatch]) -> Accumulated:
+        """Gradients of a first part of the next update, in a schedule of their own, not yet reduced over ranks."""
         if self.optimizer is None:
-            return
+            return Accumulated()
         self._clear_gradients()
         config = self.role.modules[0].config
         config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
-        self.ahead = forward_backward(self.role.chunks, microbatches, self.role.layout)
-        self._ahead_microbatches = microbatches
+        statistics = forward_backward(self.role.chunks, microbatches, self.role.layout)
         config.finalize_model_grads_func = finalize
+        return Accumulated(microbatches, statistics)
 
-    def update(self, microbatches: Sequence[Microbatch], lr: float) -> Update:
-        """One optimizer step on the sum of the microbatches' losses; on ranks outside the layout nothing, and no statistics."""
+    def update(self, microbatches: Sequence[Microbatch], lr: float, after: Accumulated | None = None) -> Update:
+        """One optimizer step on the sum of the microbatches' losses; on ranks outside the layout nothing, and no statistics.
+
+        Args:
+            lr: learning rate of this step.
+            after: what `accumulate` returned, if it has done a part of this update.
+        """
         layout = self.role.layout
-        ahead, self.ahead = self.ahead, None
         if self.optimizer is None:
             return Update({}, 0.0, False)
-        if ahead is None:
+        if after is None:
+            after = Accumulated()
             self._clear_gradients()
-        statistics = [*(ahead or []), *forward_backward(self.role.chunks, microbatches, layout)]
+        statistics = [*after.statistics, *forward_backward(self.role.chunks, microbatches, layout)]
         totals = collectives.reduce_statistics(statistics, layout)
         with layout:
             grad_norm, skipped = self._apply_gradients(lr, loss_is_finite(totals))
         # In fp16 gradients overflow now and then: the loss scale is lowered, and that is all there is to it.
         by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
         if skipped and self.guard is not None and not by_scale:
-            self.guard.report_update(self.role, [*self._ahead_microbatches, *microbatches], statistics, totals)
-        self._ahead_microbatches = ()
+            self.guard.report_update(self.role, [*after.microbatches, *microbatches], statistics, totals)
         self._count_skips(skipped, grad_norm, totals)
         if self.average is not None and not skipped:
             self.average.update()
@@ -191,82 +173,5 @@ class TrainedRole:
 
 
 def loss_is_finite(statistics: Mapping[str, float]) -> bool:
-    """Whether every loss is. Its gradient alone does not tell: that of a constant NaN is 0."""
+    """Whether every loss is finite. The gradient alone does not tell: that of a constant NaN is 0."""
     return all(math.isfinite(value) for name, value in statistics.items() if name.endswith("/loss"))
-
-
-@dataclass
-class MovingAverage:
-    """Exponential moving average of a role's weights, in fp32 (InstructGPT, appendix C.4: decay 0.992)."""
-
-    role: Role
-    decay: float
-    shadows: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # Taken before the chunks are wrapped, so that names are the model's own.
-        self.shadows = [
-            {name: p.detach().float().clone() for name, p in chunk.named_parameters()} for chunk in self.role.chunks
-        ]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """average <- decay * average + (1 - decay) * weights."""
-        for chunk, shadow in zip(self.role.modules, self.shadows, strict=True):
-            for name, parameter in chunk.named_parameters():
-                shadow[name].lerp_(parameter.float(), 1 - self.decay)
-
-    @contextlib.contextmanager
-    def as_weights(self) -> Iterator[Role]:
-        """The role, named `..._ema`, with the average itself (fp32, no copy) in place of its weights: to save, load, sample."""
-        current = [{name: p.data for name, p in chunk.named_parameters()} for chunk in self.role.modules]
-        self._point_to(self.shadows)
-        try:
-            yield dataclasses.replace(self.role, name=f"{self.role.name}_ema")
-        finally:
-            self._point_to(current)
-
-    def _point_to(self, weights: list[dict[str, Tensor]]) -> None:
-        for chunk, tensors in zip(self.role.modules, weights, strict=True):
-            for name, parameter in chunk.named_parameters():
-                parameter.data = tensors[name]
-
-
-def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
-    # Megatron-Core 0.16.1 drops the padding between gradient buckets when it gathers the optimizer's state for a fully
-    # reshardable checkpoint, yet cuts parameters out of it at offsets that count the padding: with tied embeddings (a
-    # bucket of their own) whose size is no multiple of 128, moments of other weights are saved. Calling padding content
-    # makes both agree.
-    for buffer in chunk.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def _finalize(model, num_tokens=None, **kwargs) -> None:
-    # Losses are normalised already: leave out Megatron-Core's division by a token count.
-    finalize_model_grads(model, None, **kwargs)
-
-
-def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer:
-    megatron_config = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        adam_eps=config.epsilon,
-        clip_grad=config.clip_norm,
-        initial_loss_scale=2.0**16,  # fp16; Megatron-Core's 2**32 would skip the first sixteen updates
-        bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
-        fp16=precision is Precision.fp16,
-        params_dtype=role.modules[0].config.params_dtype,
-        use_distributed_optimizer=role.layout.config.distributed_optimizer,
-    )
-    return get_megatron_optimizer(
-        megatron_config,
-        list(role.chunks),
-        config_overrides=get_standard_config_overrides(megatron_config),  # a wd_mult of 0 for biases and norms
-        use_gloo_process_groups=False,
-        pg_collection=role.layout.groups,
-    )

@@ -16,7 +16,7 @@ from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, P
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.vocab import token_logprobs
-from megatron_rlhf.trainers import step as training_step
+from megatron_rlhf.trainers import optimizer
 from megatron_rlhf.trainers.step import TrainedRole
 
 # 67 x 32 tied embeddings are no multiple of 128 numbers: Megatron-Core pads their gradient bucket.
@@ -139,7 +139,7 @@ def test_switching_the_distributed_optimizer_on_or_off_is_refused(source, target
 
 
 def save_without_workaround(folder, model, parallel):
-    training_step._keep_padding_between_buckets = lambda chunk: None
+    optimizer._keep_padding_between_buckets = lambda chunk: None
     return save(folder, model, parallel)
 
 

@@ -1,4 +1,4 @@
-"""A small tokenizer, files on the spot, and the real data that lies beside the repository."""
+"""A small tokenizer, and files of records written on the spot."""
 
 import json
 from collections.abc import Callable
@@ -8,16 +8,7 @@ import pytest
 
 from megatron_rlhf.data.tokenizer import Tokenizer, train_tokenizer
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-
 WriteRecords = Callable[..., Path]
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"{SHARED_DATA} is not there: real data is kept outside the repository")
-    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

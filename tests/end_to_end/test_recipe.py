@@ -104,13 +104,15 @@ def test_metric_names(runs):
     } <= set(row)
 
 
-def test_every_figure_is_finite_and_times_add_up(runs):
+def test_every_figure_is_finite_and_no_phase_takes_longer_than_its_step(runs):
     for folder in runs.values():
         for row in metrics(folder):
             assert all(value is not None for value in row.values())
     for row in metrics(runs["ppo"]):
-        parts = sum(row[f"time/{phase}_s"] for phase in ("rollout", "scoring", "policy", "value"))
-        assert 0.5 * row["time/step_s"] < parts < row["time/step_s"]
+        # Each is the slowest rank's, so several phases may add up to more than the step.
+        assert all(
+            0 < row[f"time/{phase}_s"] <= row["time/step_s"] for phase in ("rollout", "scoring", "policy", "value")
+        )
         assert row["throughput/tokens_per_s"] > 0
 
 

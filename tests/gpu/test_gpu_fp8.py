@@ -6,13 +6,13 @@ from toys import make_role
 
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import Fp8Config, OptimizerConfig, SamplingConfig
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys
-from megatron_rlhf.trainers.fp8_gate import Fp8Gate
-from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches
+from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.trainers.step import TrainedRole
 
 pytestmark = pytest.mark.usefixtures("fp8_gpu", "world")

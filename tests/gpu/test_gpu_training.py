@@ -7,12 +7,12 @@ from toys import make_role
 
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.planning.activations import Shape, training_peak
 from megatron_rlhf.planning.placement import PlacedModel
 from megatron_rlhf.planning.state import trained_bytes
-from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.trainers.step import TrainedRole
 
 MODEL = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=1024, max_sequence_length=256)

@@ -53,7 +53,8 @@ def test_decoding_pads_any_number_of_tokens_and_casts_weights_once() -> None:
         for s, b in ((5, 3), (1, 3), (1, 2), (1, 16)):
             chunk.set_is_first_microbatch()
             x = torch.randn(s, b, 8)
-            assert torch.equal(chunk(x), plain(x))
+            # Products of other shapes may add in another order.
+            torch.testing.assert_close(chunk(x), plain(x))
     assert [layer.casts for layer in (chunk.first, chunk.second)] == [1, 1]
     with pytest.raises(AssertionError, match="whole multiples"):
         chunk(torch.randn(1, 3, 8))

@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision, Recompute
 from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.trainers.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.trainers.step import TrainedRole
 
 

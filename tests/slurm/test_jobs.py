@@ -166,7 +166,6 @@ def test_mistakes_end_the_job_with_the_reason_in_its_log(
     log = cluster.log(number)
     assert (job.state, job.exit_code) == ("FAILED", 2), log
     assert message in log
-    assert job.seconds <= 60, log
     assert "Traceback" not in log
 
 

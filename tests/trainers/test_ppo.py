@@ -103,9 +103,9 @@ def test_critic_warmup_leaves_the_policy_alone(recipe):
 def frozen_policy(folder):
     from toys import make_role
 
-    from megatron_rlhf.checkpoint.source import Source
+    from megatron_rlhf.conversion.starting_point import StartingPoint
 
-    source = Source.find(folder, "policy.init_from", ("policy",))
+    source = StartingPoint.find(folder, "policy.init_from", ("policy",))
     role = make_role(source.model)
     source.load_into(role)
     return {"policy": weight_blocks(role)}

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from recipe import read_metrics, run_stage
 
-from megatron_rlhf.trainers.microbatches import TokenBatch
+from megatron_rlhf.models.microbatches import TokenBatch
 
 
 def run(recipe, name, *more, function=run_stage):

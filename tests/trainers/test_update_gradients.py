@@ -12,10 +12,10 @@ from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import PPOAlgorithmConfig, PPOConfig, RolloutConfig
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.models.microbatches import TokenBatch, interleave, language_model_microbatches
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.types import Completion, Experience, Responses
-from megatron_rlhf.trainers.microbatches import TokenBatch, interleave, language_model_microbatches
 from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.reward_model import ranking_microbatches
 

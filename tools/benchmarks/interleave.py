@@ -15,11 +15,11 @@ import torch
 from benchmarks.side_by_side import alternate, report, sizes
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.microbatches import TokenBatch, interleave, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.trainers.microbatches import TokenBatch, interleave, language_model_microbatches
 from megatron_rlhf.trainers.step import TrainedRole
 
 

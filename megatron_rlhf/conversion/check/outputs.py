@@ -1,0 +1,109 @@
+"""Proof of a conversion: every tensor compared bit by bit, and both models run on the same tokens."""
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rlhf.conversion.architecture import Order
+from megatron_rlhf.conversion.check.layers import Ran, run_ours, run_theirs
+from megatron_rlhf.conversion.check.tokens import Batch, vocabulary_pieces
+from megatron_rlhf.conversion.hf.folder import same_bits
+from megatron_rlhf.conversion.hf.weights import Described, Weights
+from megatron_rlhf.conversion.whole_tensors import CHUNK_BYTES, Place, TensorSource, places, row_pieces
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs, as a share of the largest output. Summing in another order costs 1e-6 to 1e-5 in fp32;
+a wrong epsilon, activation or rotary table costs more than 1e-3."""
+
+
+class CheckFailed(Exception):
+    """The two sides of a conversion differ. The message names the first place where they do."""
+
+
+def compare_tensors(ours: TensorSource, theirs: Weights) -> int:
+    """Compare every tensor of theirs with what ours gives, bit by bit; returns how many there are.
+
+    Raises:
+        CheckFailed: naming the first that differs.
+    """
+    names = set()
+    for place in places(theirs.stored_shapes, theirs.num_layers):
+        for name, value, stored in _side_by_side(ours, theirs, place):
+            if not same_bits(value, stored):
+                raise CheckFailed(f"tensor {name} ({place} of ours) differs: {_difference(value, stored)}")
+            names.add(name)
+    return len(names)
+
+
+def _side_by_side(ours: TensorSource, theirs: Weights, place: Place) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Their names of one of our tensors, with what ours gives for them and what theirs holds."""
+    mapping, shape = theirs.described.theirs(place.key), ours.shapes[place.key]
+    if mapping.order is Order.same and not mapping.transposed:  # an embedding among them: gigabytes, so in pieces
+        (name,) = theirs.described.their_shapes(place)
+        for rows in row_pieces(shape, math.prod(shape[1:]) * ours.dtype(place.key).itemsize, CHUNK_BYTES):
+            yield name, ours.read(place, rows), theirs.files.read(theirs.stored(name), rows)
+    else:
+        for name, value in theirs.described.to_theirs(place, ours.read(place)):
+            yield name, value, theirs.files.read(theirs.stored(name))
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> str:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
+    gap = (ours.double() - theirs.double()).abs()
+    return f"{int((gap > 0).sum())} of {gap.numel()} values, by up to {float(gap.max()):.3g}"
+
+
+@torch.no_grad()
+def compare_outputs(
+    ours: TensorSource, theirs: Weights, layout: ParallelLayout, batches: Sequence[Batch]
+) -> tuple[float, float]:
+    """Run both models on the same tokens.
+
+    Returns:
+        The largest difference of outputs, and the largest output.
+
+    Args:
+        layout: of one rank.
+
+    Raises:
+        CheckFailed: naming the first layer whose output differs, when it is more than TOLERANCE.
+    """
+    our_run = run_ours(theirs.described, ours, layout, batches)
+    gc.collect()  # modules are cycles of references: free ours before theirs is built
+    their_run = run_theirs(theirs, batches)
+    gaps, sizes = _compare_heads(theirs.described, our_run, their_run)
+    for i, batch in enumerate(batches):
+        if not gaps[i] <= TOLERANCE * max(sizes[i], 1.0):
+            raise CheckFailed(
+                f"outputs differ by {gaps[i]:.3g} (largest output {sizes[i]:.3g}, tolerance {TOLERANCE:g} of it), "
+                f"padding on the {'left' if batch.left else 'right'}; the first to differ is "
+                + _first(our_run.outcomes[i].trace, their_run.outcomes[i].trace)
+            )
+    return max(gaps), max(sizes)
+
+
+def _compare_heads(described: Described, ours: Ran, theirs: Ran) -> tuple[list[float], list[float]]:
+    """Largest difference and largest output of each batch; in pieces, because a vocabulary is wide."""
+    pairs = [(a.hidden_nh, b.hidden_nh) for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
+    gaps, sizes = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for piece in [slice(0, 1)] if described.scalar else vocabulary_pieces(described.model):
+        our_head, their_head = ours.head(piece), theirs.head(piece)
+        for i, (ours_nh, theirs_nh) in enumerate(pairs):
+            for a, b in zip(ours_nh.split(256), theirs_nh.split(256), strict=True):
+                expected = their_head(b)
+                # Of a NaN, torch's maximum is NaN.
+                gaps[i] = torch.maximum(gaps[i], (our_head(a) - expected).abs().max().cpu())
+                sizes[i] = torch.maximum(sizes[i], expected.abs().max().cpu())
+    return gaps.tolist(), sizes.tolist()
+
+
+def _first(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if not (a - b).abs().max() <= TOLERANCE * max(float(b.abs().max()), 1.0):
+            return "the embedding" if i == 0 else f"layer {i - 1}"
+    return "the final norm or the head"

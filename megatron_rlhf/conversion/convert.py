@@ -1,0 +1,236 @@
+"""Whole conversions: read, write aside, check, and only then put the result in its place."""
+
+import contextlib
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.conversion.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
+from megatron_rlhf.conversion.check.outputs import CheckFailed, compare_outputs, compare_tensors
+from megatron_rlhf.conversion.check.tokens import check_batches
+from megatron_rlhf.conversion.hf import export as hf_export
+from megatron_rlhf.conversion.hf import extra_files
+from megatron_rlhf.conversion.hf.export import AsType, Exported, choose_architecture, write_weights
+from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
+from megatron_rlhf.conversion.hf.folder import same_bits
+from megatron_rlhf.conversion.hf.weights import Described, Weights
+from megatron_rlhf.conversion.nemo import archive as nemo_archive
+from megatron_rlhf.conversion.whole_tensors import CheckpointReader, TensorSource, places, write_checkpoint
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+Result = TypeVar("Result")
+
+ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "value"}
+"""What users call a role -> its folder in a checkpoint."""
+_HEADS = {"policy": Head.language, "policy_ema": Head.language, "reward": Head.score, "value": Head.token}
+
+_NEEDS_CODE = (
+    f"the score's bias is kept as the tensor score.bias, for which {extra_files.REWARD_CODE} beside it has the place: load the "
+    "model with trust_remote_code=True; without it transformers leaves the bias out and says so, and all scores are "
+    "shifted by that one number"
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    architecture: str
+    head: Head
+    tensors: int
+    """Tensors of Hugging Face's, each of which was compared bit by bit."""
+    largest_difference: float
+    """Of outputs, in fp32, over all test tokens."""
+    largest_output: float
+    positions: tuple[int, int]
+    """Length of the longest row that both sides ran on, and of the model's context."""
+    peak_bytes_converting: int
+    """Most memory that this process held before the check."""
+    peak_bytes: int
+    """The same, with the check."""
+    needs_code: bool = False
+    """A reward model whose bias transformers' own class has no place for."""
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.architecture} ({self.head.value}): {self.tensors} tensors bit-identical, outputs of up to "
+            f"{self.largest_output:.3g} within {self.largest_difference:.2g} over {self.positions[0]} of "
+            f"{self.positions[1]} positions; peak memory {self.peak_bytes_converting / 1e9:.2f} GB converting, "
+            f"{self.peak_bytes / 1e9:.2f} GB with the check"
+        )
+        return f"{text}; {_NEEDS_CODE}" if self.needs_code else text
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What the two models are run on."""
+
+    text_tokens: Sequence[int] = ()
+    """A text, by the model's own tokenizer."""
+    length: int = 2048
+    """Longest row, in tokens; the model's context where that is shorter."""
+
+    def require_known_tokens(self, model: ModelConfig, tokenizer: Path | None) -> None:
+        """Raise UserError when the tokenizer gives tokens that the model does not have."""
+        if (largest := max(self.text_tokens, default=0)) >= model.vocab_size:
+            raise UserError(
+                f"{tokenizer}: its tokenizer gives token {largest}, but the model knows {model.vocab_size}: it is another "
+                "model's"
+            )
+
+
+def import_huggingface(
+    source: Path, output: Path, role: str | None, check: CheckOptions, allow_pickle: bool = False
+) -> Report:
+    """Write a Hugging Face folder as a checkpoint of ours with one role. Collective.
+
+    Raises:
+        UserError: for an input that cannot be converted.
+        CheckFailed: when the result is not the same model; the output is removed.
+    """
+    described = Described.read(source)
+    name = _role_for(described, role, source)
+    check.require_known_tokens(described.model, source)
+    weights = Weights.open(source, described, allow_pickle=allow_pickle)
+    weights.require_one_type_a_tensor()
+    with _into(output) as folder:
+        write_checkpoint(folder / name, weights)
+        if dist.get_rank() == 0:
+            extra_files.keep(source, folder)
+        sharded.write_description(
+            folder, {name: (described.model, described.scalar, "")}, {"imported_from": str(source)}
+        )
+        reader = CheckpointReader(folder / name, described.shapes, described.model.num_layers)
+        return _checked(reader, reader, weights, check)
+
+
+def import_nemo(archive: Path, output: Path) -> int:
+    """Write a `.nemo` archive of a GPT as a checkpoint of ours with a policy; returns how many tensors were compared.
+
+    transformers cannot run such a model: the check is of tensors alone, read back and compared bit by bit. Collective.
+    """
+    with _into(output) as folder, nemo_archive.opened(archive, folder.parent) as (model, source):
+        write_checkpoint(folder / "policy", source)
+        sharded.write_description(folder, {"policy": (model, False, "")}, {"imported_from": str(archive)})
+        reader = CheckpointReader(folder / "policy", tensor_shapes(model, scalar=False), model.num_layers)
+
+        def compare() -> int:
+            every = places(reader.shapes, reader.num_layers)
+            for place in every:
+                if not same_bits(reader.read(place), source.read(place)):
+                    raise CheckFailed(f"tensor {place} differs from the archive's")
+            return len(every)
+
+        return _on_first_rank(compare)
+
+
+def export_huggingface(
+    checkpoint: Path,
+    output: Path,
+    role: str,
+    architecture: str | None,
+    dtype: torch.dtype | None,
+    extra: ExtraFiles,
+    check: CheckOptions,
+    shard_bytes: int = hf_export.SHARD_BYTES,
+) -> Report:
+    """Write one role of a checkpoint of ours as a Hugging Face folder. Collective.
+
+    Raises:
+        UserError: for a role or a shape that cannot be converted.
+        CheckFailed: when the result is not the same model; the output is removed.
+    """
+    model, scalar = _role_shape(checkpoint, role)
+    described = Described(choose_architecture(model, architecture, extra.model_type), model, _HEADS[role])
+    if described.architecture.head_module(described.head) is None:
+        name = described.architecture.class_name(described.head)
+        raise UserError(f"--role {role}: transformers has no {name}, which a value model would become")
+    check.require_known_tokens(model, extra.tokenizer)
+    reader = AsType(CheckpointReader(checkpoint / role, tensor_shapes(model, scalar), model.num_layers), dtype)
+    exported = Exported.of(described, reader)
+    with _into(output) as folder:
+        write_weights(folder, exported, shard_bytes)
+        if dist.get_rank() == 0:
+            extra.copy_to(folder, generation=not scalar)
+            extra_files.write_config(folder, described, exported.dtype(WORD_EMBEDDINGS), extra, exported.needs_code)
+        dist.barrier()
+        weights = Weights.open(folder, Described.read(folder))
+        return _checked(reader, exported, weights, check, exported.needs_code)
+
+
+def _role_for(described: Described, role: str | None, source: Path) -> str:
+    """The folder of the checkpoint that an import fills."""
+    name = ROLES[role] if role else {Head.language: "policy", Head.score: "reward", Head.token: "value"}[described.head]
+    if described.scalar != (_HEADS[name] is not Head.language):
+        has = "a scalar head" if described.scalar else "no scalar head (init_from of a reward model starts a new one)"
+        raise UserError(f"--role {role}: {source} has {has}")
+    return name
+
+
+def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool]:
+    roles = sharded.read_meta(checkpoint)["roles"]
+    if role not in roles:
+        names = {folder: name for name, folder in ROLES.items()}
+        held = ", ".join(names.get(folder, folder) for folder in roles)
+        raise UserError(f"--role {names[role]}: {checkpoint} holds {held}")
+    return sharded.model_from_json(roles[role]["model"]), roles[role]["scalar"]
+
+
+@contextlib.contextmanager
+def _into(output: Path) -> Iterator[Path]:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists and is not empty; name a new folder")
+    dist.barrier()  # all ranks have looked before one writes
+    with sharded.writing(output) as folder:
+        yield folder
+
+
+def _checked(
+    ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions, needs_code: bool = False
+) -> Report:
+    layout = ParallelLayout.create(ParallelConfig(), range(1))
+
+    def compare() -> Report:
+        described, converting = theirs.described, _peak_bytes()
+        tensors = compare_tensors(exported, theirs)
+        batches = check_batches(described.model, check.text_tokens, check.length)
+        difference, largest = compare_outputs(ours, theirs, layout, batches)
+        return Report(
+            architecture=described.architecture.model_type,
+            head=described.head,
+            tensors=tensors,
+            largest_difference=difference,
+            largest_output=largest,
+            positions=(batches[0].tokens_bs.shape[1], described.model.max_sequence_length),
+            peak_bytes_converting=converting,
+            peak_bytes=_peak_bytes(),
+            needs_code=needs_code,
+        )
+
+    return _on_first_rank(compare)
+
+
+def _on_first_rank(check: Callable[[], Result]) -> Result:
+    """Check on one rank; all return what it returns, or raise as it does."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [check()]
+        except (CheckFailed, UserError) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

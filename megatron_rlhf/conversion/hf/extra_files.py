@@ -1,0 +1,151 @@
+"""What travels with a Hugging Face model's weights: tokenizer, chat template, generation settings, config.json."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import model_differences
+from megatron_rlhf.conversion.architecture import Head
+from megatron_rlhf.conversion.hf import config as hf_config
+from megatron_rlhf.conversion.hf.folder import CONFIG, read_json
+from megatron_rlhf.conversion.hf.weights import Described
+
+KEPT = "huggingface"
+"""Folder inside a checkpoint with the extra files of the model that it was imported from."""
+GENERATION = "generation_config.json"
+REWARD_CODE = "modeling_reward.py"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATES = "additional_chat_templates"  # a folder: a model may have several
+_REWARD_CODE = '''"""A reward model whose score has a bias, which {base} has no place for."""
+
+import torch
+from transformers import {base}
+
+
+class RewardModel({base}):
+    """Load it by AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+'''
+
+
+@dataclass
+class ExtraFiles:
+    """Where the extra files of an export are, and the tokenizer's special tokens."""
+
+    config: Path | None = None
+    """Folder with the config.json and generation settings of the model that this one descends from."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer's files."""
+    special_tokens: dict[str, int | None] = field(default_factory=dict)
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, for a config.json written anew."""
+
+    @classmethod
+    def find(cls, checkpoint: Path, like: Path | None) -> "ExtraFiles":
+        """Look in the folder that the user names; without one, in the checkpoint, then where its run had its own."""
+        if like is not None and not like.is_dir():
+            raise UserError(f"--like {like}: no such folder")
+        folders = [like] if like is not None else list(_lineage(checkpoint, set()))
+        return cls(
+            config=next((folder for folder in folders if (folder / CONFIG).is_file()), None),
+            tokenizer=next(filter(holds_tokenizer, folders), None),
+        )
+
+    @property
+    def model_type(self) -> str | None:
+        """Of the model that this one descends from."""
+        return None if self.config is None else read_json(self.config / CONFIG).get("model_type")
+
+    def copy_to(self, folder: Path, generation: bool = True) -> None:
+        """Copy tokenizer, chat template and generation settings."""
+        for name in _TOKENIZER_FILES:
+            if self.tokenizer is not None and (self.tokenizer / name).is_file():
+                shutil.copyfile(self.tokenizer / name, folder / name)
+        if self.tokenizer is not None and (self.tokenizer / _TEMPLATES).is_dir():
+            shutil.copytree(self.tokenizer / _TEMPLATES, folder / _TEMPLATES, copy_function=shutil.copyfile)
+        if generation and self.config is not None and (self.config / GENERATION).is_file():
+            shutil.copyfile(self.config / GENERATION, folder / GENERATION)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """There is a file of a tokenizer's."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def keep(source: Path, checkpoint: Path) -> None:
+    """Put the extra files of a Hugging Face folder into a checkpoint that is imported from it."""
+    target = checkpoint / KEPT
+    target.mkdir()
+    ExtraFiles(source, source).copy_to(target)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+
+
+def write_config(
+    folder: Path, described: Described, dtype: torch.dtype, extra: ExtraFiles, needs_code: bool = False
+) -> None:
+    """Write config.json, last of all: a folder without it does not pass for a model."""
+    content = _own_config(described, extra)
+    content["architectures"] = [described.architecture.class_name(described.head)]
+    content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    for key in ("id2label", "label2id", "num_labels", "auto_map"):
+        content.pop(key, None)
+    if described.scalar:
+        content |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        if content.get("pad_token_id") == content.get("eos_token_id"):
+            # transformers reads the score at the last token that is not padding: the end of text must not be padding.
+            # Without a padding token it refuses batches of several texts, rather than scoring them wrongly.
+            content["pad_token_id"] = None
+    if needs_code:
+        content["auto_map"] = {"AutoModelForSequenceClassification": f"{Path(REWARD_CODE).stem}.RewardModel"}
+        base = described.architecture.class_name(Head.score)
+        (folder / REWARD_CODE).write_text(_REWARD_CODE.format(base=base), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_config(described: Described, extra: ExtraFiles) -> dict[str, Any]:
+    """The config.json that came along, where it still describes the model; else a new one."""
+    if extra.config is not None:
+        content = read_json(extra.config / CONFIG)
+        if content.get("model_type") == described.architecture.model_type:
+            theirs = hf_config.to_model_config(content, described.architecture, str(extra.config / CONFIG))
+            if not model_differences(described.model, theirs):
+                return content
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **extra.special_tokens}
+    return hf_config.from_model_config(described.model, described.architecture) | ids
+
+
+def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Folders where extra files may be: what a checkpoint holds, then what its run's config.yaml names, and so on back."""
+    folder = folder.resolve()
+    if folder in seen or not folder.is_dir():
+        return
+    seen.add(folder)
+    yield from (folder / KEPT, folder)
+    for run in (folder, folder.parent.parent):  # a run folder, or run/checkpoints/step_N
+        if (run / "config.yaml").is_file():
+            config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+            parts = [config.get(part) or {} for part in ("data", "policy", "reward", "value")]
+            for name in (part.get(key) for key in ("tokenizer", "init_from") for part in parts):
+                if isinstance(name, str):
+                    yield from _lineage(Path(name), seen)

@@ -1,0 +1,70 @@
+"""Hugging Face folders as a source of weights for any role at any layout."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_rlhf.checkpoint.sharded import META
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.conversion.hf.folder import CONFIG
+from megatron_rlhf.conversion.hf.weights import Described, Weights
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.layout import ParallelLayout
+
+log = logging.getLogger(__name__)
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """The folder holds a Hugging Face model, not a checkpoint of ours."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / META).exists()
+
+
+def read_model_config(folder: str | Path) -> tuple[ModelConfig, bool]:
+    """Shape of the model in a Hugging Face folder, and whether it has a scalar head.
+
+    Raises:
+        UserError: for an architecture, or a feature of one, that our modules do not have.
+    """
+    described = Described.read(Path(folder))
+    return described.model, described.scalar
+
+
+def load_into(role: Role, folder: str | Path) -> None:
+    """Fill a role's weights, at its layout, from a Hugging Face folder; each rank reads only what it holds.
+
+    A scalar role filled from a language model keeps the head that it was built with.
+
+    Raises:
+        UserError: when a tensor is missing, unknown, of another shape, or the role cannot take this model.
+    """
+    described = Described.read(Path(folder))
+    if described.scalar and not role.scalar:
+        raise UserError(f"{folder}: its head gives one number a token; the {role.name} needs a language model")
+    weights = Weights.open(Path(folder), described, with_head=described.scalar or not role.scalar)
+    if role.scalar and not described.scalar:
+        log.info("%s: the scalar head is new, the rest comes from the language model in %s", role.name, folder)
+    with torch.no_grad():
+        for tensor in sharded_tensors(role.modules, role.layout):
+            if tensor.key in weights.shapes:
+                layers = tensor.prepend_axis_num
+                layer = tensor.global_offset[0] if layers else None
+                offset, shape = tensor.global_offset[layers:], tuple(tensor.data.shape)
+                tensor.data.copy_(weights.block(tensor.key, layer, offset, shape))
+
+
+def sharded_tensors(chunks: Sequence[GPTModel], layout: ParallelLayout) -> list[ShardedTensor]:
+    """This rank's weights as blocks of whole tensors, each with its name and place; their data are the chunks' own."""
+    found: list[ShardedTensor] = []
+    with layout:
+        for chunk in chunks:
+            for entry in chunk.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp}).values():
+                if isinstance(entry, ShardedTensorFactory):  # the gate and up halves of SwiGLU
+                    found += entry.build()
+                elif isinstance(entry, ShardedTensor):
+                    found.append(entry)
+    return found

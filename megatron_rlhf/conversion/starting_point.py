@@ -1,0 +1,59 @@
+"""Where a role's first weights come from: a checkpoint of ours or a Hugging Face folder, told apart by what is inside."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rlhf.checkpoint import integrity, sharded
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, model_differences
+from megatron_rlhf.conversion.hf import load as hf_load
+from megatron_rlhf.models.roles import Role
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Weights on disk that a role can start from."""
+
+    path: Path
+    model: ModelConfig
+    scalar: bool
+    """It carries a scalar head (reward or value model)."""
+    saved_role: str | None
+    """Folder inside a checkpoint of ours; None for a Hugging Face folder."""
+
+    @classmethod
+    def find(cls, path: str, key: str, wanted: tuple[str, ...]) -> "StartingPoint":
+        """Look at `path`, given by the configuration key `key`. `wanted`: saved roles to take, the best first.
+
+        Raises:
+            UserError: if the path holds nothing to start from.
+        """
+        folder = Path(path)
+        if hf_load.is_hf_folder(folder):
+            model, scalar = hf_load.read_model_config(folder)
+            return cls(folder, model, scalar, None)
+        folder = sharded.find_checkpoint(folder, key)
+        roles = sharded.read_meta(folder)["roles"]
+        name = next((name for name in wanted if name in roles), None)
+        if name is None:
+            raise UserError(f"{key}={path}: {folder} holds {', '.join(roles)}; needed is {' or '.join(wanted)}")
+        return cls(folder, sharded.model_from_json(roles[name]["model"]), roles[name]["scalar"], name)
+
+    def require_shape(self, model: ModelConfig | None, key: str) -> None:
+        """Raise UserError when the configuration asks for another shape than these weights have."""
+        if model is not None and (differences := model_differences(model, self.model)):
+            raise UserError(
+                f"{key} does not fit {self.path}: {'; '.join(differences)}. Leave {key} out to take the checkpoint's shape."
+            )
+
+    def require_undamaged(self, key: str) -> None:
+        """Raise UserError, naming the file, when the checkpoint is not what was written. Collective."""
+        if self.saved_role is not None and (problem := integrity.find_damage(self.path, self.saved_role)):
+            raise UserError(f"{key}: {self.path} is damaged: {problem}; name another checkpoint")
+
+    def load_into(self, role: Role) -> None:
+        """Fill the role's weights. A scalar role filled from a language model keeps its fresh head."""
+        if self.saved_role is None:
+            hf_load.load_into(role, self.path)
+        else:
+            sharded.load_weights(self.path, role, self.saved_role, keep_head=role.scalar and not self.scalar)

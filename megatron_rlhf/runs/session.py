@@ -1,0 +1,205 @@
+"""What every run needs besides its algorithm: folder, logs, metrics, checkpoints, progress, report."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhf.checkpoint import naming, sharded
+from megatron_rlhf.checkpoint.integrity import NotWritten
+from megatron_rlhf.checkpoint.sharded import SavedRole
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.training import RunConfig
+from megatron_rlhf.monitoring.files import replacing
+from megatron_rlhf.monitoring.logs import setup_logging
+from megatron_rlhf.monitoring.memory import peak_bytes
+from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
+from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
+from megatron_rlhf.monitoring.report import write_report
+from megatron_rlhf.parallel.accelerators import describe_accelerators
+from megatron_rlhf.parallel.collectives import largest
+from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
+from megatron_rlhf.runs.guards import Guard
+from megatron_rlhf.runs.interruption import Interrupted, Interruption
+from megatron_rlhf.runs.run_lock import RunLock
+from megatron_rlhf.runs.trained import Trained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """One run in its folder. All ranks call the same methods; one rank writes."""
+
+    config: RunConfig
+    metrics: MetricsLogger
+    samples: SamplesLogger
+    resume_from: Path | None
+    lock: RunLock
+    writer: CheckpointWriter
+    resolved_config: str
+    guard: Guard
+    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
+    interruption: Interruption = field(default_factory=Interruption)
+    _stops: bool = False
+    _peak: float = 0.0
+
+    @classmethod
+    def open(cls, config: RunConfig, resolved_config: str) -> "Session":
+        """Create the run folder (or find what to resume) and start logging.
+
+        Raises:
+            UserError: the folder cannot be written, holds another run, or has nothing to resume.
+        """
+        folder = Path(config.dir)
+        first = dist.get_rank() == 0
+        _require_writable(folder)
+        dist.barrier()
+        lock = RunLock(folder)
+        try:
+            resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+        except UserError:
+            lock.release()
+            raise
+        dist.barrier()
+        setup_logging(folder, dist.get_rank())
+        for name, problem in damaged.items():
+            log.warning("checkpoint %s is damaged, and passed over for the one before: %s", name, problem)
+        session = cls(
+            config=config,
+            metrics=MetricsLogger(folder, enabled=first, wandb_project=config.wandb_project),
+            samples=SamplesLogger(folder, enabled=first),
+            resume_from=resume_from,
+            lock=lock,
+            writer=CheckpointWriter(folder / "checkpoints", config, on_saved=lambda: write_report(folder)),
+            resolved_config=resolved_config,
+            guard=Guard(folder / "replay"),
+        )
+        session.interruption.listen()
+        log.info(describe_accelerators())
+        log.info("run folder %s, %d ranks%s", folder, dist.get_world_size(), " (resumed)" if resume_from else "")
+        return session
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def restore(self, roles: Sequence[Trained]) -> dict[str, Any]:
+        """Fill the roles from the checkpoint to resume; returns the trainer's state, {} for a fresh run."""
+        if self.resume_from is None:
+            return {}
+        for trained in roles:
+            sharded.load_role(self.resume_from, SavedRole(trained.role, trained.optimizer))
+            if trained.average is not None:
+                with trained.average.as_weights() as averaged:
+                    sharded.load_role(self.resume_from, SavedRole(averaged))
+        state = sharded.read_meta(self.resume_from)["state"]
+        log.info("resumed from %s at step %d", self.resume_from, state["step"])
+        return state
+
+    def begin(self, step: int) -> None:
+        """Nothing was refused, `step` steps are done: from here on this run's files replace those of the one before."""
+        if dist.get_rank() == 0:
+            with replacing(self.folder / "config.yaml") as file:
+                file.write(self.resolved_config.encode())
+            naming.sweep(self.checkpoints)
+        self.metrics.truncate(step)
+        self.samples.truncate(step)
+        dist.barrier()
+
+    def save(
+        self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True
+    ) -> bool:
+        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
+        with self.timer("save"):
+            return self.writer.save(name, roles, state, with_optimizer)
+
+    def checkpoint(self, step: int, last_step: int, roles: Sequence[Trained], state: Callable[[], Any]) -> None:
+        """Save after this step if it is time, the end, or the run was asked to stop; publish what is written. Collective.
+
+        Raises:
+            Interrupted: after saving, when the run was asked to stop.
+            NotWritten: when the last checkpoint of the schedule cannot be written.
+        """
+        if self.writer.is_busy:
+            with self.timer("save"):
+                self.writer.publish_if_written()
+        if not self.save_is_due(step, last_step):
+            return
+        name = f"step_{step}"
+        if self.config.async_save and step < last_step and not self._stops:
+            with self.timer("save"):
+                self.writer.save_in_background(name, roles, state())
+            return
+        written = self.save(name, roles, state())
+        if self._stops:
+            self.close()
+            went = f"saved {self.checkpoints / name}" if written else f"{name} could not be saved"
+            raise Interrupted(f"asked to stop: {went}; go on with run.auto_resume=true")
+        if step == last_step and not written:
+            raise NotWritten(f"the run is done, but its last checkpoint {self.checkpoints / name} could not be written")
+
+    def save_is_due(self, step: int, last_step: int) -> bool:
+        """After this step a checkpoint should be written: it is time, or the run was asked to stop. Collective."""
+        if step == last_step:
+            return True
+        every = self.config.save_every
+        self._stops = self.interruption.agreed()
+        return self._stops or (every > 0 and step % every == 0)
+
+    def last_step(self, scheduled: int) -> int:
+        """Where this process stops: the end of the schedule, or run.stop_at_step before it."""
+        return min(scheduled, self.config.stop_at_step or scheduled)
+
+    def progress(self, total: int, initial: int, description: str) -> Progress:
+        return Progress(total, initial, description, enabled=dist.get_rank() == 0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, with the phases' times and peaks of memory, each of the rank that it was largest on.
+
+        Collective. `step_tokens` and `step_flops`, where a trainer gives them, become rates by the time of its phase "step".
+        """
+        phases = largest(self.timer.take())
+        self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
+        line = {**metrics, **phases, "memory/peak_bytes": self._peak}
+        if "time/resharding_s" in line:
+            line["time/resharding_share"] = line["time/resharding_s"] / max(line["time/step_s"], 1e-9)
+        for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):
+            if name in line:
+                line[rate] = line.pop(name) / max(line["time/step_s"], 1e-9)
+        self.metrics.log(step, line)
+
+    def close(self) -> None:
+        """Close the files and write the report."""
+        self.writer.finish()
+        if not self._stops:  # a job that is being stopped may be signalled again
+            self.interruption.ignore()
+        self.metrics.close()
+        self.samples.close()
+        if dist.get_rank() == 0:
+            log.info("report: %s", write_report(self.folder))
+        dist.barrier()
+        self.lock.release()
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize()
+
+
+def _require_writable(folder: Path) -> None:
+    probe = folder / f".writable_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written: {error.strerror}") from error

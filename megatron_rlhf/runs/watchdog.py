@@ -1,0 +1,278 @@
+"""Ends a job in which a rank has died, hangs, or waits for something that the others do not do, and says which rank.
+
+A thread of each rank leaves a heartbeat in the rendezvous store. The first rank's thread reads all of them, the others
+read the first's. Whoever finds something wrong tells it once and leaves the verdict in the store; every thread that sees
+it ends its process, whatever the main thread is stuck in.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
+from megatron_rlhf.runs.interruption import Interrupted
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 70
+"""Of every rank when the watchdog ends a job (EX_SOFTWARE)."""
+LONGEST_INTERVAL = 2.0
+LONGEST_SILENCE = 120.0
+"""A heartbeat is never this late, whatever the main thread does. Python's own lock may hold it up for a few seconds."""
+_numbers = itertools.count()
+
+
+class Phases(Protocol):
+    """What a PhaseTimer says about itself."""
+
+    @property
+    def current(self) -> str: ...
+
+
+class Watchdog:
+    """`with Watchdog(timeout_s) as watchdog:` around a run, on all ranks. 0 seconds: it does nothing."""
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self._interval = min(max(timeout_s / 20, 0.1), LONGEST_INTERVAL)
+        # Room for a heartbeat to travel, so that the job has ended when timeout_s is over.
+        self._stuck_after = 0.8 * timeout_s
+        self._silent_after = min(self._stuck_after, LONGEST_SILENCE)
+        self._soon = max(4 * self._interval, 2.0)
+        self._main = MainThread()
+        self._beat = Beat(dist.get_rank())
+        self._phases: Phases | None = None
+        self._step: Callable[[], int] = lambda: 0
+        self._roles: Sequence[str] = ()
+        self._broken_at: Place | None = None
+        self._stop = threading.Event()
+        self._answered = time.monotonic()
+        """When the store last did what it was asked."""
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # A store whose process is frozen answers nothing, and no call of it comes back, whatever its timeout.
+        self._waiter = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
+
+    def follow(self, phases: Phases, step: Callable[[], int], roles: Sequence[str]) -> None:
+        """Where to read the phase and the number of steps done, and which roles are trained."""
+        self._phases, self._step, self._roles = phases, step, roles
+
+    def __enter__(self) -> "Watchdog":
+        if self.timeout_s > 0:
+            self._store = _own_store()
+            self._heard = _Heard(dist.get_world_size())
+            self._answered = time.monotonic()
+            self._thread.start()
+            self._waiter.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._thread.is_alive():
+            return
+        if error is None or isinstance(error, Interrupted):
+            self._beat.state = State.ending
+            dist.barrier()  # the first rank may take the store with it when it leaves
+            self._stop.set()
+            self._thread.join()
+            self._waiter.join()
+        elif is_broken_connection(error):
+            # The message of this error names an address. The watchdog will soon know which rank is gone, and end us.
+            self._broken_at = place_of(trace)
+            self._beat.state = State.broken
+            self._thread.join(self._silent_after + self._soon)
+        else:
+            self._beat.state = State.left
+            self._stop.set()
+            self._thread.join(self._soon)
+
+    # --- everything below runs in the thread -------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        still_since = last = time.monotonic()
+        while True:
+            stopping = self._stop.is_set()
+            now = time.monotonic()
+            if now - last > 4 * self._interval:  # the whole process was suspended: that is not the main thread's fault
+                still_since += now - last
+            last = now
+            if self._main.has_moved():
+                still_since = now
+            self._update(now - still_since)
+            try:
+                self._store.set(str(self._beat.rank), self._beat.dump())
+                if stopping:
+                    return
+                self._end_if_told()
+                self._judge()
+                self._answered = time.monotonic()
+            except (dist.DistError, RuntimeError) as error:  # the store is gone
+                if not self._stop.wait(self._interval) and self._beat.state is not State.ending:
+                    self._without_store(str(error).splitlines()[0])
+                return
+            self._stop.wait(self._interval)
+
+    def _watch_store(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._interval):
+            now = time.monotonic()
+            if now - last > 4 * self._interval:  # suspended
+                self._answered = now
+            last = now
+            if now - self._answered > self._silent_after:
+                self._without_store(f"no answer for {now - self._answered:.0f} s")
+
+    def _update(self, still_s: float) -> None:
+        beat = self._beat
+        beat.count += 1
+        beat.still_s = still_s
+        beat.place = self._broken_at or self._main.place()
+        beat.step = self._step() + 1
+        if self._phases is not None:
+            beat.phase = self._phases.current
+        beat.role = role_at_work(beat.phase, self._roles)
+
+    def _judge(self) -> None:
+        first = self._beat.rank == 0
+        for rank in range(dist.get_world_size()) if first else [0]:
+            if self._store.check([str(rank)]):
+                self._heard.update(Beat.load(self._store.get(str(rank))))
+        beats = list(self._heard.beats.values())
+        if any(beat.state is State.left for beat in beats):
+            time.sleep(self._soon)  # it says itself why; the launcher may end us before
+            self._end_all(None, [])
+        broken = self._beat.state is State.broken or any(beat.state is State.broken for beat in beats)
+        silent = self._heard.silent_for(self._soon if broken else self._silent_after)
+        if not first:
+            silent = [rank for rank in silent if rank == 0]
+        if silent:
+            self._end_all(self._tell_silent(silent), silent)
+        if first and max(beat.still_s for beat in beats) > self._stuck_after:
+            self._end_all(tell_stuck(beats), [])
+
+    def _tell_silent(self, silent: Sequence[int]) -> str:
+        parts = []
+        for rank in silent:
+            seconds = self._heard.silence(rank)
+            beat = self._heard.beats.get(rank)
+            last = f"; last seen: {beat.describe()}" if beat else ""
+            parts.append(f"rank {rank} is dead or frozen: nothing was heard of it for {seconds:.0f} s{last}")
+        return f"{'; '.join(parts)}. {self._beat.describe()}"
+
+    def _end_all(self, message: str | None, kill: Sequence[int]) -> None:
+        """Tell the message, unless another rank has; leave the verdict to the others; end this process."""
+        if self._store.add("verdicts", 1) == 1:
+            if message is not None:
+                log.critical("watchdog: %s. The job ends (watchdog.timeout_s=%g).", message, self.timeout_s)
+            victims = [self._heard.beats[rank] for rank in kill if rank in self._heard.beats]
+            self._store.set("verdict", json.dumps([victim.dump() for victim in victims]))
+            self._kill(victims)
+            time.sleep(2 * self._interval)  # the store may end with this process: let the others read it
+        self._end(EXIT_CODE if message is not None else 1)
+
+    def _end_if_told(self) -> None:
+        if self._store.check(["verdict"]):
+            self._kill([Beat.load(text) for text in json.loads(self._store.get("verdict"))])
+            self._end(EXIT_CODE)
+
+    def _kill(self, victims: Sequence[Beat]) -> None:
+        """A frozen process of this host cannot end itself, and its launcher may wait for it."""
+        for victim in victims:
+            if victim.host == self._beat.host and victim.space == self._beat.space:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(victim.pid, signal.SIGKILL)
+
+    def _without_store(self, why: str) -> None:
+        """The store lives in the first rank's process, or in torchrun."""
+        if self._beat.rank <= 1:  # the others would say the same
+            last = self._heard.beats.get(0)
+            seen = f"; last seen: {last.describe()}" if last else ""
+            log.critical(
+                "watchdog: rank 0, or the launcher, is dead or frozen: the rendezvous store is gone (%s)%s. %s. "
+                "The job ends (watchdog.timeout_s=%g).",
+                why,
+                seen,
+                self._beat.describe(),
+                self.timeout_s,
+            )
+        if self._beat.rank > 0 and 0 in self._heard.beats:
+            self._kill([self._heard.beats[0]])
+        self._end(EXIT_CODE)
+
+    def _end(self, code: int) -> None:
+        logging.shutdown()
+        os._exit(code)
+
+
+class _Heard:
+    """The newest heartbeat of each rank, and when it came, by our own clock."""
+
+    def __init__(self, world_size: int):
+        now = time.monotonic()
+        self.beats: dict[int, Beat] = {}
+        self._times = dict.fromkeys(range(world_size), now)
+        self._looked = now
+
+    def update(self, beat: Beat) -> None:
+        known = self.beats.get(beat.rank)
+        if known is None or known.count != beat.count:
+            self.beats[beat.rank] = beat
+            self._times[beat.rank] = time.monotonic()
+
+    def silence(self, rank: int) -> float:
+        return time.monotonic() - self._times[rank]
+
+    def silent_for(self, seconds: float) -> list[int]:
+        """Ranks that were not heard of for so long. A pause of our own (a job that was suspended) is nobody's silence."""
+        now = time.monotonic()
+        if now - self._looked > seconds / 2:
+            self._times = dict.fromkeys(self._times, now)
+        self._looked = now
+        return [rank for rank in self._times if now - self._times[rank] > seconds]
+
+
+def tell_stuck(beats: Sequence[Beat]) -> str:
+    """Which ranks keep the others waiting: those outside of any collective, else those in another one than most."""
+    places = Counter(beat.place.collective for beat in beats)
+    outside = [beat for beat in beats if beat.place.collective is None]
+    usual, _ = places.most_common(1)[0]
+    elsewhere = [beat for beat in beats if beat.place.collective != usual]
+    waiting = f"others have waited for {max(beat.still_s for beat in beats):.0f} s"
+    if len(outside) < len(beats) and outside:
+        guilty, why = outside, f"hangs outside of the collective in which {waiting}"
+    elif elsewhere:
+        guilty, why = elsewhere, f"went another way: {waiting} in {usual}"
+    else:
+        where = f"in {usual}" if usual else "outside of any collective"
+        guilty, why = list(beats), f"all ranks have been {where} for {max(beat.still_s for beat in beats):.0f} s"
+    rest = [beat for beat in beats if beat not in guilty]
+    named = "; ".join(beat.describe() for beat in guilty[:4]) + (f"; and {len(guilty) - 4} more" if guilty[4:] else "")
+    return f"{why}: {named}" + (f". {rest[0].describe()}" if rest else "")
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether a collective failed because a rank it needs has gone."""
+    text = str(error).lower()
+    words = ("gloo", "nccl", "connection", "socket", "broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+def _own_store() -> Any:
+    """The world's store over a connection of our own: the main thread may be stuck in a call of its."""
+    if dist.get_world_size() == 1:
+        return dist.HashStore()
+    default: Any = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"watchdog {next(_numbers)}", default.clone())

@@ -1,0 +1,34 @@
+"""What a configuration asks of the machine: its ranks, and what is installed."""
+
+import torch
+
+from megatron_rlhf.config import checks
+from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
+from megatron_rlhf.models.gpt import transformer_engine_serves
+
+
+def check_machine(config: BaseConfig, world_size: int) -> None:
+    """Layouts against the world, precision against what is installed. No process group is needed."""
+    engine = transformer_engine_serves()
+    gpu = torch.cuda.is_available()
+    checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
+    checks.check_fp8(config)
+    for key, (parallel, ranks) in _layouts(config, world_size).items():
+        whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
+        checks.check_layout(parallel, ranks, key, whose)
+        checks.check_experts(parallel, key)
+
+
+def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
+    """Each layout of a run, by its key, and on how many ranks it is."""
+    layouts = {"parallel": (config.parallel, world_size)}
+    if isinstance(config, EvaluateConfig):
+        layouts["critic_parallel"] = config.critic_parallel, world_size
+    if isinstance(config, PPOConfig):
+        checks.check_placement(config.placement, world_size)
+        policy, critic = map(len, config.placement.ranks(world_size))
+        layouts = {"parallel": (config.parallel, policy), "critic_parallel": (config.critic_parallel, critic)}
+        if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
+            layouts["rollout.parallel"] = sampling, policy
+    return layouts

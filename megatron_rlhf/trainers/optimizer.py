@@ -1,0 +1,73 @@
+"""Megatron-Core's gradient buffers and Adam around the chunks of a role."""
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from megatron_rlhf.config.model import Precision
+from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.roles import Role
+
+
+def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer | None:
+    """Wrap the role's chunks for data parallelism and build their optimizer. Collective; None on ranks outside the layout."""
+    layout = role.layout
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.config.distributed_optimizer
+    )
+    with layout:
+        role.chunks = [
+            DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=layout.groups)
+            for chunk in role.chunks
+        ]
+        for chunk in role.chunks:
+            assert isinstance(chunk, DistributedDataParallel)
+            chunk.broadcast_params()
+            _keep_padding_between_buckets(chunk)
+        if not layout.is_member:
+            return None
+        optimizer = _build_optimizer(role, config, precision)
+    transformer_config = role.modules[0].config
+    transformer_config.finalize_model_grads_func = _finalize
+    transformer_config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
+    # Megatron-Core drops the padding between gradient buckets when it gathers the optimizer's state for a fully
+    # reshardable checkpoint, yet cuts parameters out of it at offsets that count the padding: with tied embeddings (a
+    # bucket of their own) whose size is no multiple of 128, moments of other weights are saved. Calling padding content
+    # makes both agree.
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    # Losses are normalised already: leave out Megatron-Core's division by a token count.
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer:
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.epsilon,
+        clip_grad=config.clip_norm,
+        initial_loss_scale=2.0**16,  # fp16; Megatron-Core's 2**32 would skip the first sixteen updates
+        bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
+        fp16=precision is Precision.fp16,
+        params_dtype=role.modules[0].config.params_dtype,
+        use_distributed_optimizer=role.layout.config.distributed_optimizer,
+    )
+    return get_megatron_optimizer(
+        megatron_config,
+        list(role.chunks),
+        config_overrides=get_standard_config_overrides(megatron_config),  # a wd_mult of 0 for biases and norms
+        use_gloo_process_groups=False,
+        pg_collection=role.layout.groups,
+    )

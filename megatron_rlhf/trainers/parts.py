@@ -1,0 +1,120 @@
+"""The parts that stages are built of: where weights come from, roles, tokenizer, pretraining text."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rlhf.config import checks
+from megatron_rlhf.config.data import PretrainingDataConfig
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig, Precision
+from megatron_rlhf.config.stages import BaseConfig, PPOConfig
+from megatron_rlhf.conversion.starting_point import StartingPoint
+from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
+from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_fits
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.runs.session import Session
+
+log = logging.getLogger(__name__)
+
+# Saved roles that a role can start from, the best fit first.
+POLICY = ("policy",)
+SCALAR = ("reward", "value", "policy")
+
+
+def find_start(
+    init_from: str | None, key: str, wanted: Sequence[str], shape: ModelConfig | None, shape_key: str
+) -> tuple[StartingPoint | None, ModelConfig]:
+    """Where weights come from, and the shape of the model: of the checkpoint, else of the configuration."""
+    if init_from is None:
+        if shape is None:
+            raise UserError(f"give {key} (a checkpoint or Hugging Face folder)")
+        return None, shape
+    source = StartingPoint.find(init_from, key, tuple(wanted))
+    source.require_shape(shape, shape_key)
+    source.require_undamaged(key)
+    return source, source.model
+
+
+def make_role(
+    name: str,
+    model: ModelConfig,
+    layout: ParallelLayout,
+    config: BaseConfig,
+    source: StartingPoint | None,
+    scalar: bool = False,
+    dropout: float = 0.0,
+) -> Role:
+    """Build a role, with a fresh head where it is scalar, and fill it from `source`."""
+    precision = config.precision_of(name)
+    if precision is Precision.fp8_hybrid:
+        key = "critic_parallel" if layout.config is getattr(config, "critic_parallel", None) else "parallel"
+        checks.check_fp8_shape(model, layout.config, config.fp8.recipe, key)
+    role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
+    if scalar:
+        role.reset_head(config.run.seed)
+    if source is not None:
+        source.load_into(role)
+    origin = f", from {source.path}" if source else ", random weights"
+    log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, origin)
+    return role
+
+
+def read_text(path: str, key: str) -> str:
+    """Contents of a text file that the configuration key `key` names."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
+
+
+def make_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
+    """The tokenizer, checked against the model's vocabulary."""
+    tokenizer = load_tokenizer(path)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
+    return tokenizer
+
+
+def make_pretraining(
+    config: PretrainingDataConfig, tokenizer: Tokenizer, model: ModelConfig, samples: int, session: Session
+) -> PretrainingData:
+    """Pretraining text as sequences, enough for `samples`, and its held-out part."""
+    assert config.source is not None
+    if config.sequence_length > model.max_sequence_length:
+        raise UserError(
+            f"data.pretraining.sequence_length={config.sequence_length} is more than the model's context of "
+            f"{model.max_sequence_length} tokens"
+        )
+    return load_pretraining(
+        config.source,
+        tokenizer,
+        config.sequence_length,
+        samples=max(samples, 1),
+        seed=session.config.seed,
+        cache_dir=Path(session.config.dir) / "cache",
+        held_out_fraction=config.held_out,
+        is_builder=dist.get_rank() == 0,
+        barrier=dist.barrier,
+    )
+
+
+def padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:
+    """The same model, its embedding padded so that either number of tensor-parallel ranks divides the rows."""
+    multiple = math.lcm(model.vocab_multiple * training, sampling)
+    return dataclasses.replace(model, vocab_multiple=multiple // training)
+
+
+def make_sampler(policy: Role, config: PPOConfig) -> Role:
+    """The policy, or an empty copy of it at the layout to sample at."""
+    layout = config.rollout.parallel.of(config.parallel)
+    if layout is None:
+        return policy
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
+    model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
+    precision = config.precision_of("sampler")
+    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()

@@ -1,0 +1,93 @@
+"""Figures of an iteration, from what it computed anyway."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megatron_rlhf.algorithms.losses import explained_variance
+from megatron_rlhf.algorithms.masking import masked_sum
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.rollout.types import Rollout
+from megatron_rlhf.trainers.step import Update
+
+LOGGED_SAMPLES = 8
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What the rollout itself says, over all episodes."""
+    responses, scores = rollout.responses, rollout.scores_b
+    gap = (rollout.sampled_logprobs_bt - rollout.logprobs_bt).abs()[rollout.mask_bt]
+    return {
+        "reward/score_mean": float(scores.mean()),
+        "reward/score_std": float(scores.std(unbiased=False)),
+        "rollout/response_length_mean": float(responses.response_lengths_b.float().mean()),
+        "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
+        "rollout/logprob_gap_max": float(gap.max()),
+    }
+
+
+def sample_rows(rollout: Rollout, kl_bt: Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The first few episodes as text, for samples.jsonl."""
+    responses = rollout.responses
+    kl = masked_sum(kl_bt, rollout.mask_bt, dim=1).tolist()
+    rows = []
+    for i in range(min(LOGGED_SAMPLES, len(kl))):
+        start = int(responses.prompt_lengths_b[i])
+        tokens = responses.tokens_bs[i, : int(responses.last_b[i]) + 1].tolist()
+        rows.append(
+            {
+                "prompt": tokenizer.decode(tokens[:start]),
+                "response": tokenizer.decode(tokens[start:], continuation=True),
+                "score": float(rollout.scores_b[i]),
+                "kl": kl[i],
+            }
+        )
+    return rows
+
+
+def policy_metrics(updates: Sequence[Update], lr: float, with_pretraining: bool) -> dict[str, float]:
+    """Of an iteration's policy updates; during a warmup of the critic there are none."""
+    if not updates:
+        return {"policy/lr": 0.0}
+    names = ["policy/loss", "policy/ratio_mean", "policy/clip_fraction", "policy/approx_kl", "policy/entropy"]
+    return {
+        **{name: mean_of(updates, name) for name in names + ["ptx/loss"] * with_pretraining},
+        "policy/first_ratio_max_gap": updates[0].statistics["policy/ratio_max_gap"],
+        "policy/grad_norm": updates[-1].grad_norm,
+        "policy/lr": lr,
+    }
+
+
+def value_metrics(rollout: Rollout, returns_bt: Tensor, updates: Sequence[Update]) -> dict[str, float]:
+    """Of an iteration's value updates, and how well the old values predicted the returns."""
+    return {
+        **{name: mean_of(updates, name) for name in ("value/loss", "value/clip_fraction")},
+        "value/explained_variance": float(explained_variance(rollout.values_bt, returns_bt, rollout.mask_bt)),
+        "value/grad_norm": updates[-1].grad_norm,
+    }
+
+
+def mean_of(updates: Sequence[Update], name: str) -> float:
+    """Mean over the updates of an iteration; each is already a global mean of its minibatch."""
+    return sum(update.statistics[name] for update in updates) / len(updates)
+
+
+def iteration_cost(
+    parameters: tuple[int, int], episode_tokens: int, policy_epochs: int, value_epochs: int, pretraining_tokens: int
+) -> dict[str, float]:
+    """Tokens that the policy trains on, and model FLOPs: 2 N a token forward, 6 N with backward (Kaplan et al. 2020).
+
+    Attention's share is left out.
+
+    Args:
+        parameters: of the policy and of the critic.
+        episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value model once each.
+        policy_epochs, value_epochs: how often each trains on them.
+        pretraining_tokens: the policy trains on these as well.
+    """
+    policy, critic = parameters
+    policy_tokens = episode_tokens * policy_epochs + pretraining_tokens
+    forward = 2 * episode_tokens * (3 * policy + 2 * critic)
+    backward = 6 * (policy_tokens * policy + episode_tokens * value_epochs * critic)
+    return {"step_tokens": float(policy_tokens), "step_flops": float(forward + backward)}
