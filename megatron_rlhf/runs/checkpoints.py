@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rlhf.checkpoint import naming, integrity, sharded
+from megatron_rlhf.checkpoint import integrity, naming, sharded
+from megatron_rlhf.checkpoint.draft import Draft
 from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
-from megatron_rlhf.checkpoint.draft import Draft
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.models.roles import Role
@@ -36,9 +36,7 @@ class CheckpointWriter:
         self._draft: Draft | None = None
         """The one that is being written."""
 
-    def save(
-        self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True
-    ) -> bool:
+    def save(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True) -> bool:
         """Write `name` with the roles, their averages, and the trainer's state; whether it is written."""
         self.finish()
         try:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_rlhf.config.model import Fp8Recipe
 from megatron_rlhf.config.training import Fp8Config
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import forward_backward
-from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 
 log = logging.getLogger(__name__)
 

@@ -116,9 +116,7 @@ class Session:
         self.samples.truncate(step)
         dist.barrier()
 
-    def save(
-        self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True
-    ) -> bool:
+    def save(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True) -> bool:
         """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
         with self.timer("save"):
             return self.writer.save(name, roles, state, with_optimizer)
