@@ -9,6 +9,7 @@ from typing import Any
 
 from world import TRAINING_TASTE, utility
 
+from megatron_rlhf.evaluation.statistics import win_rate
 from megatron_rlhf.monitoring.metrics import read_metrics
 from megatron_rlhf.monitoring.report import text_table, write_comparison
 
@@ -48,12 +49,11 @@ def closing_table(answers: dict[str, Answers]) -> list[dict[str, Any]]:
     sft = answers["SFT"].gold
     rows = []
     for name, result in answers.items():
-        wins = [0.5 if a == b else float(a > b) for a, b in zip(result.gold, sft, strict=True)]
         rows.append(
             {
                 "model": name,
                 "gold score": with_error(result.gold),
-                "win rate against SFT, %": "-" if name == "SFT" else with_error([100 * win for win in wins]),
+                "win rate against SFT, %": "-" if name == "SFT" else win_rate(result.gold, sft),
                 "KL from SFT, nats": "-" if result.kl is None else f"{result.kl:.2f}",
                 "loss on held-out text": f"{result.pretraining_loss:.3f}",
             }
