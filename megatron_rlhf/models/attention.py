@@ -97,11 +97,14 @@ class KeyValueCache(BaseInferenceContext):
         """Before each forward pass: the positions of its tokens."""
         self.position_ids_bs, self.cos_sin = position_ids_bs, None
 
-    def rotation(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all."""
+    def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all.
+
+        Angles are fp32; what they are rounded to is the queries' type, as in Megatron-Core's pass over a whole sequence.
+        """
         if self.cos_sin is None:
             angles_sb1d = frequencies[:, 0, 0][self.position_ids_bs].transpose(0, 1).unsqueeze(2)
-            self.cos_sin = angles_sb1d.cos(), angles_sb1d.sin()
+            self.cos_sin = angles_sb1d.cos().to(dtype), angles_sb1d.sin().to(dtype)
         return self.cos_sin
 
     def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +134,7 @@ class CachedSelfAttention(SelfAttention):
         if inference_context is None:
             return query, key, value, rotary_pos_emb, self.attn_mask_type, None
         if rotary_pos_emb is not None:
-            cos, sin = inference_context.rotation(rotary_pos_emb[0])
+            cos, sin = inference_context.rotation(rotary_pos_emb[0], query.dtype)
             heads = [query.shape[2], key.shape[2]]
             query, key = _rotate(torch.cat([query, key], dim=2), cos, sin).split(heads, dim=2)
         key, value = inference_context.append(self.layer_number, key, value)
