@@ -14,23 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.compose import compose_config, help_text
 from megatron_rlhf.config import checks
-from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
+from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.parallel import runtime
-from megatron_rlhf.runs.agreement import RanksDisagree
-from megatron_rlhf.runs.guards import NotFinite
-from megatron_rlhf.runs.interruption import Interrupted
-from megatron_rlhf.runs.session import Session
-from megatron_rlhf.runs.watchdog import Watchdog
-from megatron_rlhf.trainers import setup
-from megatron_rlhf.trainers.machine import check_machine
-from megatron_rlhf.trainers.ppo import RolloutMismatch
-from megatron_rlhf.trainers.step import TrainingDiverged
+
+# torch and Megatron-Core take seconds to import: not at the top, so that help and mistakes do not wait for them.
 
 USER_ERROR = 2
 INTERRUPTED = 75
@@ -40,20 +30,18 @@ SECONDS_TO_LEAVE = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What an entry point runs. Settings start from `conf/<name>.yaml`."""
+    """What an entry point runs. Settings start from `conf/<name>.yaml`; `trainers.setup.BUILD` makes the trainer."""
 
     schema: type
     check: Callable[[Any], None]
     """Raises UserError for contradictions in the configuration; runs before anything is built."""
-    build: Callable[[Any, Session], Any]
-    """Makes a trainer with `run()`."""
 
 
 STAGES = {
-    "sft": Stage(SFTConfig, checks.check_sft, setup.build_sft),
-    "reward_model": Stage(RewardModelConfig, checks.check_reward_model, setup.build_reward_model),
-    "ppo": Stage(PPOConfig, checks.check_ppo, setup.build_ppo),
-    "evaluate": Stage(EvaluateConfig, checks.check_evaluate, setup.build_evaluate),
+    "sft": Stage(SFTConfig, checks.check_sft),
+    "reward_model": Stage(RewardModelConfig, checks.check_reward_model),
+    "ppo": Stage(PPOConfig, checks.check_ppo),
+    "evaluate": Stage(EvaluateConfig, checks.check_evaluate),
 }
 
 
@@ -61,28 +49,34 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
     """Run one stage as a command; the exit code is 2 for a user's mistake, named in one message on one rank."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     schema = STAGES[stage].schema
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(stage, schema))
-        return
     with exit_code_on_failure():
-        if "--cfg" in arguments:
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(stage, schema))
+        elif "--cfg" in arguments:
             print(compose_config(stage, schema, [a for a in arguments if a != "--cfg"])[1], end="")
-            return
-        run_stage(stage, arguments)
-    runtime.shutdown()
+        else:
+            run_stage(stage, arguments)
+            from megatron_rlhf.parallel import runtime
+
+            runtime.shutdown()
 
 
 def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     """Compose, check, build and run one stage inside this process; returns its trainer."""
-    entry = STAGES[stage]
     config: Any
-    config, resolved = compose_config(stage, entry.schema, overrides)
-    entry.check(config)
-    check_machine(config, runtime.detect_launch().world_size)
+    config, resolved = compose_config(stage, STAGES[stage].schema, overrides)
+    STAGES[stage].check(config)
+    from megatron_rlhf.parallel import runtime
+    from megatron_rlhf.runs.session import Session
+    from megatron_rlhf.runs.watchdog import Watchdog
+    from megatron_rlhf.trainers.machine import check_machine
+    from megatron_rlhf.trainers.setup import BUILD
+
+    check_machine(config, detect_launch().world_size)
     runtime.initialize()
     with Watchdog(config.watchdog.timeout_s) as watchdog:
         session = Session.open(config.run, resolved)
-        trainer = entry.build(config, session)
+        trainer = BUILD[stage](config, session)
         roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
         watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
         trainer.run()
@@ -95,8 +89,9 @@ def exit_code_on_failure() -> Iterator[None]:
 
     A run that was asked to stop, and has saved, exits with code 75 (EX_TEMPFAIL): slurm/common.sh queues it again.
     """
-    rank = runtime.detect_launch().rank
+    rank = 0  # until it is known
     try:
+        rank = detect_launch().rank
         yield
     except Interrupted as reason:
         logging.getLogger(__name__).info("%s", reason)
@@ -107,17 +102,24 @@ def exit_code_on_failure() -> Iterator[None]:
     except UserError as error:
         if rank > 0:  # the first rank has most likely met the same mistake: it speaks, and the launcher ends us
             time.sleep(SECONDS_TO_LEAVE)
-        if not dist.is_initialized() or runtime.is_first_to_report(str(error)):
+        if _is_first_to_report(error):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         _leave(USER_ERROR)
-    # They explain themselves; all ranks of a layout saw them.
-    except (TrainingDiverged, RolloutMismatch, RanksDisagree, NotFinite, NotWritten) as error:
-        if runtime.is_first_to_report(str(error)):
+    except RunFailed as error:
+        if _is_first_to_report(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:
         logging.getLogger(__name__).critical("rank %d failed:\n%s", rank, traceback.format_exc())
         _leave(1)
+
+
+def _is_first_to_report(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # no world has been joined
+        return True
+    from megatron_rlhf.parallel import runtime
+
+    return runtime.is_first_to_report(str(error))
 
 
 def _leave(code: int) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 # Ranks are forked from a server that has imported the package once: a rank starts in milliseconds, not in seconds.
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["pytest", "megatron_rlhf.cli", "matplotlib.pyplot", "torch.utils.tensorboard", "torch.distributed.checkpoint"]
+    [
+        "pytest",
+        "megatron_rlhf.cli",
+        "megatron_rlhf.trainers.setup",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+        "torch.distributed.checkpoint",
+    ]
 )
 DIE_WITH_PARENT = 1  # prctl(PR_SET_PDEATHSIG, ...)
 

@@ -27,13 +27,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 
 import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.cli import SECONDS_TO_LEAVE
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.conversion import convert, key_maps
 from megatron_rlhf.conversion.check.outputs import CheckFailed
 from megatron_rlhf.conversion.convert import CheckOptions
@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     options = _parser().parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    rank = runtime.detect_launch().rank
+    rank = 0  # until it is known
     try:
+        rank = detect_launch().rank
         runtime.initialize(timeout_minutes=24 * 60)  # one rank checks while the others wait
         message, code = f"{options.output}: {options.run(options)}", 0
     except (UserError, OSError) as error:  # OSError: no folder to write into, a full disk
@@ -70,7 +71,7 @@ def _tell(message: str, code: int, rank: int) -> None:
     """The first rank speaks; another one does where the first has not met the same failure."""
     if code and rank > 0:
         time.sleep(SECONDS_TO_LEAVE)  # the launcher ends all ranks when one leaves
-    new = code != 0 and dist.is_initialized() and runtime.is_first_to_report(message)
+    new = code != 0 and runtime.is_first_to_report(message)
     if rank == 0 or new:
         print(message, file=sys.stderr if code else sys.stdout, flush=True)
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rlhf.config.errors import RunFailed
+
 META = "meta.json"
 """Describes the checkpoint; what lies beside it in folders of their own are roles."""
 MANIFEST = "checksums.sha256"
 _CHUNK = 1 << 22
 
 
-class NotWritten(OSError):
+class NotWritten(RunFailed, OSError):
     """A checkpoint could not be written (a full disk, most likely). Raised on all ranks when it happened on one."""
 
 

@@ -1,4 +1,4 @@
-"""The one exception type for mistakes that a user can mend."""
+"""What ends a run and is no bug: a user's mistake, a run that cannot go on, a request to stop."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     Entry points print the message on one rank's log and exit with code 2; a traceback would only hide it.
     Programmers' mistakes are asserts, never this.
     """
+
+
+class RunFailed(Exception):
+    """A run cannot go on, and the message says all there is to know. Raised on all ranks of a layout. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and can go on from there with run.auto_resume=true. Exit code 75."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_pre
     """
     prefix = Path(output_prefix).expanduser()
     _writable_folder(prefix.parent)
-    unfinished = f"{prefix}.{os.getpid()}.unfinished"
+    unfinished = f"{prefix}.{secrets.token_hex(4)}.unfinished"  # process ids repeat on other nodes
     builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     try:
         tokens = 0

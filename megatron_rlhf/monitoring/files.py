@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that takes its place at the end of the block, or never if the block raises."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids repeat on other nodes
     try:
         with aside.open("wb") as file:
             yield file

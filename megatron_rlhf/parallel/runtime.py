@@ -5,36 +5,13 @@ import os
 import re
 import socket
 import subprocess
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import UserError
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who this process is among all."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def detect_launch(environment: dict[str, str] | os._Environ = os.environ) -> Launch:
-    """Read rank and world size from torchrun's variables, else Slurm's, else take one rank."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Launch(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
-    # An interactive shell inside an allocation has SLURM_NTASKS too, but only a step started by srun has a step id.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        return Launch(
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_NTASKS"]),
-            int(environment.get("SLURM_LOCALID", "0")),
-        )
-    return Launch(0, 1, 0)
+from megatron_rlhf.config.launch import Launch, detect_launch
 
 
 def initialize(timeout_minutes: float = 30) -> Launch:
@@ -46,14 +23,12 @@ def initialize(timeout_minutes: float = 30) -> Launch:
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
-    if launch.world_size > 1 and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_rendezvous()
-    init_method = "env://"
-    if launch.world_size == 1:  # no rendezvous needed: a file avoids every question of ports
-        init_method = f"file://{tempfile.mkdtemp(prefix='megatron_rlhf_')}/rendezvous"
+    if launch.world_size > 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=init_method,
+        # One rank meets nobody: a store of its own avoids every question of ports.
+        store=dist.HashStore() if launch.world_size == 1 else None,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -63,7 +38,9 @@ def initialize(timeout_minutes: float = 30) -> Launch:
 
 
 def is_first_to_report(message: str) -> bool:
-    """Whether no other rank has said the same before; only to be asked once the world is joined."""
+    """Whether no other rank of the world has said the same before."""
+    if not dist.is_initialized():
+        return True
     store = dist.distributed_c10d._get_default_store()
     try:
         return store.add(f"reported {message}", 1) == 1
@@ -77,8 +54,25 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _slurm_rendezvous() -> tuple[str, str]:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """Address and port where the ranks meet: what MASTER_ADDR and MASTER_PORT say, and Slurm for what they do not.
+
+    Raises:
+        UserError: for a port that is none, and where neither says it.
+    """
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    job = environment.get("SLURM_JOB_ID", "")
+    if port and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: a port is a whole number from 1 to 65535")
+    if not port and not job.isdecimal() and host:
+        raise UserError(
+            f"MASTER_ADDR={host} is set and MASTER_PORT is not: set it to a port that is free there, the same on all ranks"
+        )
+    return host or _first_node(environment), port or str(20000 + int(job if job.isdecimal() else "0") % 20000)
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise UserError(
             "MASTER_ADDR is not set and there is no SLURM_JOB_NODELIST to take it from: use torchrun or srun"
@@ -92,4 +86,4 @@ def _slurm_rendezvous() -> tuple[str, str]:
         socket.gethostbyname(host)
     except OSError as error:
         raise UserError(f"node {name} ({host}) cannot be resolved from {socket.gethostname()}: {error}") from error
-    return host, str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
+    return host

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.parallel import collectives
 
 
-class RanksDisagree(RuntimeError):
+class RanksDisagree(RunFailed):
     """Ranks have different batches, or are at different steps: they would compute nonsense, or wait for ever."""
 
 

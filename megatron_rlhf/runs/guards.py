@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics
 from megatron_rlhf.rollout.types import Rollout
@@ -22,7 +23,7 @@ SHOWN = 8
 """Sample ids in a message; the file has all."""
 
 
-class NotFinite(RuntimeError):
+class NotFinite(RunFailed):
     """A rollout holds a score or log-probability that is not finite: nothing can be learned from it."""
 
 

@@ -17,10 +17,6 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, has saved, and can go on from there with run.auto_resume=true."""
-
-
 class Interruption:
     """Notes a signal, and lets all ranks agree on the step after which they stop."""
 

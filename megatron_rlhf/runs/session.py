@@ -1,7 +1,7 @@
 """What every run needs besides its algorithm: folder, logs, metrics, checkpoints, progress, report."""
 
 import logging
-import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint import naming, sharded
 from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
-from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.errors import Interrupted, UserError
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.monitoring.files import replacing
 from megatron_rlhf.monitoring.logs import setup_logging
@@ -25,7 +25,7 @@ from megatron_rlhf.parallel.accelerators import describe_accelerators
 from megatron_rlhf.parallel.collectives import largest
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
-from megatron_rlhf.runs.interruption import Interrupted, Interruption
+from megatron_rlhf.runs.interruption import Interruption
 from megatron_rlhf.runs.run_lock import RunLock
 from megatron_rlhf.runs.trained import Trained
 
@@ -59,7 +59,6 @@ class Session:
         folder = Path(config.dir)
         first = dist.get_rank() == 0
         _require_writable(folder)
-        dist.barrier()
         lock = RunLock(folder)
         try:
             resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
@@ -194,10 +193,15 @@ def _synchronize() -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    probe = folder / f".writable_{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be written: {error.strerror}") from error
+    """One rank tries, all ranks hear what came of it: thousands that try at once are a storm on a shared file system."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            problem = [error.strerror]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(f"run.dir={folder} cannot be written: {problem[0]}")

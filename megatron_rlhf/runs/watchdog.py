@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megatron_rlhf.config.errors import Interrupted
 from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
-from megatron_rlhf.runs.interruption import Interrupted
 
 log = logging.getLogger(__name__)
 

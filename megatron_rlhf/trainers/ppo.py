@@ -12,6 +12,7 @@ from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController,
 from megatron_rlhf.algorithms.masking import masked_sum, whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
+from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.training import KLControl
@@ -51,7 +52,7 @@ from megatron_rlhf.trainers.step import Accumulated, TrainedRole, Update
 LOGPROB_GAPS = {Precision.fp32: 0.05, Precision.bf16: 2.0, Precision.fp16: 1.0, Precision.fp8_hybrid: 4.0}
 
 
-class RolloutMismatch(RuntimeError):
+class RolloutMismatch(RunFailed):
     """Sampled and recomputed log-probabilities differ by more than rounding: a bug, never a matter of tuning."""
 
 

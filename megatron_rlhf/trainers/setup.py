@@ -1,7 +1,8 @@
 """From a configuration to a trainer: data and starting points are checked first, then models are built."""
 
 import logging
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -170,6 +171,15 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
         checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
         reward = parts.make_role("reward", reward_model, critic_layout, config, reward_source, scalar=True).frozen()
     return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward, few_shot)
+
+
+# Stage -> what makes its trainer.
+BUILD: Mapping[str, Callable[[Any, Session], Any]] = {
+    "sft": build_sft,
+    "reward_model": build_reward_model,
+    "ppo": build_ppo,
+    "evaluate": build_evaluate,
+}
 
 
 def hold_out(items: list[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
+from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
@@ -24,7 +25,7 @@ from megatron_rlhf.trainers.optimizer import wrap
 log = logging.getLogger(__name__)
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Too many updates in a row had a non-finite loss or gradient."""
 
 

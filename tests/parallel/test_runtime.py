@@ -1,41 +1,17 @@
-"""Who a process is, read from the environment that python, torchrun or srun gives it."""
+"""Joining the world: where the ranks meet, and what is left behind."""
 
-import os
 import subprocess
+import tempfile
 
 import pytest
 import torch.distributed as dist
+from ranks import run_ranks
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.launch import Launch
 from megatron_rlhf.parallel import runtime
-from megatron_rlhf.parallel.runtime import Launch, detect_launch
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
-
-
-def test_plain_python_is_one_rank():
-    assert detect_launch({}) == Launch(0, 1, 0)
-
-
-def test_torchrun():
-    assert detect_launch(TORCHRUN) == Launch(5, 8, 1)
-
-
-def test_srun():
-    assert detect_launch(SRUN) == Launch(3, 4, 1)
-
-
-def test_torchrun_inside_an_srun_step_goes_before_slurm():
-    assert detect_launch(SRUN | TORCHRUN) == Launch(5, 8, 1)
-
-
-def test_a_shell_in_an_allocation_is_no_step():
-    assert detect_launch({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Launch(0, 1, 0)
-
-
-def test_rank_without_world_size_is_not_torchrun():
-    assert detect_launch({"RANK": "3"}) == Launch(0, 1, 0)
 
 
 def test_initialize_twice_is_one_world(world):
@@ -61,21 +37,50 @@ def fake_scontrol(monkeypatch, address):
 
 def test_slurm_rendezvous_is_the_first_nodes_address(monkeypatch):
     fake_scontrol(monkeypatch, "127.0.0.1")
-    host, port = runtime._slurm_rendezvous()
+    host, port = runtime.rendezvous()
     assert host == "127.0.0.1"
     assert 20000 <= int(port) < 40000
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert runtime._slurm_rendezvous()[1] != port, "two jobs on a node do not meet on one port"
+    assert runtime.rendezvous()[1] != port, "two jobs on a node do not meet on one port"
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert runtime.rendezvous() == ("127.0.0.1", "1234"), "what is given is kept"
+
+
+def test_an_address_without_a_port_is_completed_in_a_job():
+    assert runtime.rendezvous({"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7"}) == ("n1", "20007")
 
 
 def test_a_node_that_cannot_be_resolved_is_named(monkeypatch):
     fake_scontrol(monkeypatch, "no-such-host.invalid")
     with pytest.raises(UserError, match=r"n1 \(no-such-host\.invalid\) cannot be resolved"):
-        runtime._slurm_rendezvous()
+        runtime.rendezvous()
 
 
-def test_no_rendezvous_says_what_to_use(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    with pytest.raises(UserError, match="use torchrun or srun"):
-        runtime._slurm_rendezvous()
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "use torchrun or srun"),
+        ({"MASTER_PORT": "1234"}, "MASTER_ADDR is not set"),
+        ({"MASTER_ADDR": "n1"}, "MASTER_ADDR=n1 is set and MASTER_PORT is not"),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "http"}, "MASTER_PORT=http: a port is a whole number"),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "65536"}, "MASTER_PORT=65536: a port is a whole number"),
+    ],
+)
+def test_where_to_meet_must_be_known(environment, says):
+    with pytest.raises(UserError) as caught:
+        runtime.rendezvous(environment)
+    assert says in str(caught.value)
+
+
+def join_and_leave(folder):
+    """Files that one rank makes in the folder for temporary files, after the world has come and gone."""
+    dist.destroy_process_group()  # that of the test
+    tempfile.tempdir = str(folder)
+    runtime.initialize()
+    dist.barrier()
+    runtime.shutdown()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_rank_leaves_no_temporary_files(tmp_path):
+    assert run_ranks(1, join_and_leave, tmp_path) == [[]]

@@ -17,7 +17,7 @@ def signalled(overrides: Sequence[str], number: int, at_step: int) -> str:
     """One rank gets the signal while it logs a step; returns how the run ended."""
     import torch.distributed as dist
 
-    from megatron_rlhf.runs.interruption import Interrupted
+    from megatron_rlhf.config.errors import Interrupted
     from megatron_rlhf.runs.session import Session
 
     log = Session.log

@@ -1,0 +1,61 @@
+"""Who this process is among all, by what python, torchrun or srun left in the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_rlhf.config.errors import UserError
+
+# Slurm numbers the steps that are no srun's (interactive shell, batch script, extern) from here up.
+FIRST_RESERVED_STEP = 0xFFFFFFF0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read rank and world size from torchrun's variables, else Slurm's, else take one rank.
+
+    Raises:
+        UserError: for half of torchrun's variables, or numbers that are none.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if environment.get(name)]
+    if len(given) == 2:
+        return _launch(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if _is_srun_step(environment):
+        return _launch(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    alone = {"RANK": 0, "WORLD_SIZE": 1}
+    for name in given:
+        if _whole_number(environment, name) != alone[name]:
+            missing = "WORLD_SIZE" if name == "RANK" else "RANK"
+            raise UserError(
+                f"{name}={environment[name]} is set and {missing} is not: set both, as torchrun does, or neither for one "
+                "process alone"
+            )
+    return Launch(0, 1, 0)
+
+
+def _is_srun_step(environment: Mapping[str, str]) -> bool:
+    """A shell inside an allocation has SLURM_NTASKS too, but only the tasks of an srun are numbered in a step of its."""
+    step = environment.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in environment and step.isdecimal() and int(step) < FIRST_RESERVED_STEP
+
+
+def _launch(environment: Mapping[str, str], rank_name: str, size_name: str, local_name: str) -> Launch:
+    rank, size = _whole_number(environment, rank_name), _whole_number(environment, size_name)
+    if size < 1 or rank >= size:
+        raise UserError(f"{rank_name}={rank}, {size_name}={size}: ranks go from 0 to one less than their number")
+    return Launch(rank, size, _whole_number(environment, local_name, "0"))
+
+
+def _whole_number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name, default).strip()
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: a whole number is expected in the environment, as torchrun and srun set it")
+    return int(text)
