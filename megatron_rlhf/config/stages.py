@@ -218,14 +218,15 @@ class PPOAlgorithmConfig:
     ptx_micro_batch_size: int = 4
     """Pretraining sequences a forward pass."""
     warmup_iterations: int = 10
-    """The policy's learning rate rises from one tenth of its peak over these."""
+    """The policy's learning rate rises from one tenth of its peak over these, its first ones."""
     critic_warmup_iterations: int = 0
-    """First iterations in which only the value model learns."""
+    """First iterations in which only the value model learns; the policy's warmup and adaptive KL control begin after them."""
     ema_decay: float = 0.992
     """Decay of the exponential moving average of the policy's weights, per update; 0 keeps none."""
     missing_stop_penalty: float = 1.0
     """Taken off the score of a response that never stopped, in the reward model's units (log-odds); without it a policy
-    learns to talk on. The paper does not print how it treats them."""
+    learns to talk on. `reward/score_mean` is the score without it, `reward/total_mean` with it. The paper does not print how
+    it treats them."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and variance 1 over the whole rollout."""
     tax_every: int = 10

@@ -14,36 +14,42 @@ class ShuffledBatches(Iterator[list[int]]):
     """An endless iterator of global batches: lists of indices into a sequence of `size` examples.
 
     The order of epoch e is a permutation seeded by (seed, e), or 0, 1, 2, ... without `shuffle`. An epoch's last batch
-    may be smaller; `drop_last` leaves it out, so that every batch has `batch_size` indices.
+    may be smaller; with `whole` it is filled up from the next epoch, so that every batch has `batch_size` indices. Either
+    way nothing is left out: after e epochs, each index has come e times.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool = True, drop_last: bool = False):
-        """Raises `UserError` if `drop_last` would leave no batch."""
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool = True, whole: bool = False):
         assert size > 0, size
         assert batch_size > 0, batch_size
-        if drop_last and batch_size > size:
-            raise UserError(f"batch size {batch_size}: there are only {size} examples; lower it or add examples")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.whole = whole
         self.epoch = 0
-        """The epoch of the next batch, which is also the number of epochs done."""
-        self._least = batch_size if drop_last else 1
+        """The epoch of the next index, which is also the number of epochs done."""
         self._seen = 0
         self._order = self._permutation()
 
     @property
     def batches_per_epoch(self) -> int:
-        return (self.size - self._least) // self.batch_size + 1
+        assert not self.whole, "whole batches do not end where epochs do"
+        return -(-self.size // self.batch_size)
 
     def __next__(self) -> list[int]:
-        batch = self._order[self._seen : self._seen + self.batch_size]
-        self._seen += len(batch)
-        if self._is_epoch_over():
+        batch = self._take(self.batch_size)
+        while self.whole and len(batch) < self.batch_size:
+            batch += self._take(self.batch_size - len(batch))
+        return batch
+
+    def _take(self, count: int) -> list[int]:
+        """The next `count` indices, or what is left of the epoch."""
+        taken = self._order[self._seen : self._seen + count].tolist()
+        self._seen += len(taken)
+        if self._seen == self.size:
             self.epoch, self._seen = self.epoch + 1, 0
             self._order = self._permutation()
-        return batch.tolist()
+        return taken
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint needs to go on with the next batch: integers only."""
@@ -62,12 +68,7 @@ class ShuffledBatches(Iterator[list[int]]):
                     "resume with the same data and seed, or start anew"
                 )
         self.epoch, self._seen = state["epoch"], state["seen"]
-        if self._is_epoch_over():  # a larger batch may no longer fit into what was left
-            self.epoch, self._seen = self.epoch + 1, 0
         self._order = self._permutation()
-
-    def _is_epoch_over(self) -> bool:
-        return self.size - self._seen < self._least
 
     def _permutation(self) -> np.ndarray:
         if not self.shuffle:

@@ -132,7 +132,7 @@ def panel_chart(panel: Panel, x: Axis, records: Records) -> Chart:
     """The metrics of a panel in one run."""
     curves = {label: curve(records, name, panel.scale) for name, label in panel.metrics.items()}
     band = curve(records, panel.band, panel.scale) if panel.band else None
-    return line_chart(panel, x, curves, dict.fromkeys(curves, band) if band else {})
+    return line_chart(panel, x, curves, dict.fromkeys(list(curves)[:1], band) if band else {})
 
 
 def time_chart(x: Axis, records: Records) -> Chart | None:

@@ -14,7 +14,7 @@ class Panel:
     metrics: dict[str, str]
     """Metric name -> what to call its line; empty where the panel has a single line."""
     band: str | None = None
-    """Metric that gives the half width of a band around the line."""
+    """Metric that gives the half width of a band around the first line."""
     scale: float = 1.0
     """Stored values times `scale` are in `unit`."""
     logarithmic: bool = False
@@ -34,8 +34,13 @@ GROUPS = (
     Group(
         "Reward",
         (
-            Panel("Reward score", "reward-model units", {"reward/score_mean": ""}, band="reward/score_std"),
-            Panel("KL from the reference", "nats per sequence", {"kl/mean": ""}),
+            Panel(
+                "Reward score",
+                "reward-model units",
+                {"reward/score_mean": "the reward's own", "reward/total_mean": "after penalties"},
+                band="reward/score_std",
+            ),
+            Panel("KL from the reference", "nats per sequence", {"kl/mean": "k1", "kl/k3_mean": "k3"}),
             Panel("KL coefficient", "reward per nat", {"kl/coef": ""}, from_zero=True),
         ),
     ),

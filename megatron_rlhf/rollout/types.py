@@ -87,7 +87,7 @@ class Rollout:
     values_bt: Tensor
     """The value model's, before each token."""
     scores_b: Tensor
-    """The reward model's, at the last token."""
+    """The reward model's own, at the last token: penalties come later."""
 
     @property
     def mask_bt(self) -> Tensor:

@@ -1,7 +1,6 @@
 """PPO with pretraining gradients mixed in: PPO-ptx (Ouyang et al. 2022, section 3.5)."""
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
-from megatron_rlhf.algorithms.masking import masked_sum, whiten
+from megatron_rlhf.algorithms.masking import whiten
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.errors import RunFailed
@@ -75,7 +74,7 @@ class PPOTrainer(Trainer):
 
     def __post_init__(self) -> None:
         ppo, seed = self.config.ppo, self.config.run.seed
-        self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size, seed)
+        self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size, seed, whole=True)
         self.kl_control = (
             FixedKLController(ppo.kl_coef)
             if ppo.kl_control is KLControl.fixed
@@ -99,12 +98,18 @@ class PPOTrainer(Trainer):
     def trained(self) -> list[TrainedRole]:
         return [self.policy, self.value]
 
+    @property
+    def policy_step(self) -> int:
+        """Iterations since the policy began to learn; negative while the critic warms up."""
+        return self.step - self.config.ppo.critic_warmup_iterations
+
     def train_step(self) -> dict[str, float]:
         """One rollout and the updates on it."""
         cfg, timer = self.config.ppo, self.session.timer
         rollout = self._collect()
         kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
-        rewards = token_rewards(rollout.scores_b, kl, rollout.mask_bt, self.kl_control.coef)
+        totals = rollout.scores_b - cfg.missing_stop_penalty * ~rollout.responses.stopped_b
+        rewards = token_rewards(totals, kl, rollout.mask_bt, self.kl_control.coef)
         advantages, returns = gae(rewards, rollout.values_bt, rollout.mask_bt, cfg.gamma, cfg.lam)
         if cfg.whiten_advantages:  # over the whole rollout: every rank holds all of it
             advantages = whiten(advantages, rollout.mask_bt)
@@ -112,22 +117,21 @@ class PPOTrainer(Trainer):
         policy_updates, value_updates = [], []
         for epoch in range(cfg.inner_epochs):
             for minibatch in experience.minibatches(cfg.minibatch_size, (self.config.run.seed, self.step, epoch)):
-                if self.step >= cfg.critic_warmup_iterations:
+                if self.policy_step >= 0:
                     with timer("policy"):
                         policy_updates.append(self._update_policy(minibatch))
                 with timer("value"):
                     value_updates.append(self._update_value(minibatch))
         policy_updates, value_updates = self.policy.share(policy_updates), self.value.share(value_updates)
-        kl_per_sequence = float(masked_sum(kl, rollout.mask_bt, dim=1).mean())
-        metrics = self._metrics(rollout, returns, kl_per_sequence, policy_updates, value_updates)
-        self.kl_control.update(kl_per_sequence, cfg.batch_size)
+        metrics = self._metrics(rollout, totals, returns, policy_updates, value_updates)
+        if self.policy_step >= 0:
+            self.kl_control.update(metrics["kl/mean"], cfg.batch_size)
         self._require_on_policy(metrics)
-        self.session.samples.log(self.step + 1, sample_rows(rollout, kl, self.tokenizer))
+        self.session.samples.log(self.step + 1, sample_rows(rollout, totals, kl, self.tokenizer))
         return metrics
 
     def _collect(self) -> Rollout:
-        indices = self._next_prompts()
-        prompts = [self.prompts[i] for i in indices]
+        prompts = [self.prompts[i] for i in next(self.batches)]
         require_same_batch(self.step, (prompt.tokens for prompt in prompts))
         self.session.guard.name("prompt", [prompt.id for prompt in prompts], [prompt.tokens for prompt in prompts])
         self._refresh_sampler()
@@ -145,10 +149,7 @@ class PPOTrainer(Trainer):
                 meanwhile=self._pretrain_ahead,
             )
         self._require_finite(rollout, [prompt.id for prompt in prompts])
-        unstopped = ~rollout.responses.stopped_b
-        return dataclasses.replace(
-            rollout, scores_b=rollout.scores_b - self.config.ppo.missing_stop_penalty * unstopped
-        )
+        return rollout
 
     def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
         roles = self.roles
@@ -163,18 +164,11 @@ class PPOTrainer(Trainer):
 
     def _pretrain_ahead(self) -> None:
         """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""
-        if self.policy.role.layout.spans_world or self.step < self.config.ppo.critic_warmup_iterations:
+        if self.policy.role.layout.spans_world or self.policy_step < 0:
             return
         if self.config.ppo.ptx_coef > 0:
             with self.session.timer("pretraining_ahead"):
                 self.pretrained_ahead = self.policy.accumulate(self._pretraining_microbatches())
-
-    def _next_prompts(self) -> list[int]:
-        """Always a whole batch: a small set of prompts is gone through as often as it takes."""
-        indices: list[int] = []
-        while len(indices) < self.config.ppo.batch_size:
-            indices += next(self.batches)
-        return indices[: self.config.ppo.batch_size]
 
     def _update_policy(self, minibatch: Experience) -> Update:
         """PPO and pretraining microbatches through one schedule into the same gradient buffers."""
@@ -195,8 +189,8 @@ class PPOTrainer(Trainer):
         return self.value.update(value_microbatches(minibatch, self.value, self.config), optimizer.lr)
 
     def policy_lr(self) -> float:
-        """Constant after a warmup over iterations that starts at a tenth of the peak."""
-        return constant_lr(self.step, self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
+        """Constant after a warmup over the policy's own iterations that starts at a tenth of the peak."""
+        return constant_lr(self.policy_step, self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
 
     def _next_pretraining(self) -> TokenBatch:
         assert self.pretraining is not None
@@ -221,15 +215,14 @@ class PPOTrainer(Trainer):
         return {"tax/pretraining_loss": policy / tokens, "tax/reference_pretraining_loss": reference / tokens}
 
     def _metrics(
-        self, rollout: Rollout, returns_bt: Tensor, kl: float, policy: list[Update], value: list[Update]
+        self, rollout: Rollout, totals_b: Tensor, returns_bt: Tensor, policy: list[Update], value: list[Update]
     ) -> dict[str, float]:
         cfg = self.config.ppo
         metrics = {
-            **rollout_metrics(rollout),
+            **rollout_metrics(rollout, totals_b),
             **value_metrics(rollout, returns_bt, value),
             **policy_metrics(policy, self.policy_lr(), cfg.ptx_coef > 0),
             "samples": float((self.step + 1) * cfg.batch_size),
-            "kl/mean": kl,
             "kl/coef": self.kl_control.coef,
             "skipped_updates": float(sum(update.skipped for update in [*policy, *value])),
         }

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_rlhf.algorithms.kl import token_kl
 from megatron_rlhf.algorithms.losses import explained_variance
 from megatron_rlhf.algorithms.masking import masked_sum
 from megatron_rlhf.data.tokenizer import Tokenizer
@@ -14,20 +15,28 @@ from megatron_rlhf.trainers.step import Update
 LOGGED_SAMPLES = 8
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What the rollout itself says, over all episodes."""
+def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
+    """What the rollout itself says, over all episodes; `totals_b` are the scores after penalties."""
     responses, scores = rollout.responses, rollout.scores_b
+
+    def kl_of_sequences(estimator: str) -> float:
+        kl_bt = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt, estimator)
+        return float(masked_sum(kl_bt, rollout.mask_bt, dim=1).mean())
+
     gap = (rollout.sampled_logprobs_bt - rollout.logprobs_bt).abs()[rollout.mask_bt]
     return {
         "reward/score_mean": float(scores.mean()),
         "reward/score_std": float(scores.std(unbiased=False)),
+        "reward/total_mean": float(totals_b.mean()),
+        "kl/mean": kl_of_sequences("k1"),
+        "kl/k3_mean": kl_of_sequences("k3"),
         "rollout/response_length_mean": float(responses.response_lengths_b.float().mean()),
         "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
         "rollout/logprob_gap_max": float(gap.max()),
     }
 
 
-def sample_rows(rollout: Rollout, kl_bt: Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def sample_rows(rollout: Rollout, totals_b: Tensor, kl_bt: Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The first few episodes as text, for samples.jsonl."""
     responses = rollout.responses
     kl = masked_sum(kl_bt, rollout.mask_bt, dim=1).tolist()
@@ -40,6 +49,7 @@ def sample_rows(rollout: Rollout, kl_bt: Tensor, tokenizer: Tokenizer) -> list[d
                 "prompt": tokenizer.decode(tokens[:start]),
                 "response": tokenizer.decode(tokens[start:], continuation=True),
                 "score": float(rollout.scores_b[i]),
+                "total": float(totals_b[i]),
                 "kl": kl[i],
             }
         )

@@ -38,20 +38,20 @@ def test_unshuffled():
     assert take(batches, 4) == [[0, 1], [2, 3], [4], [0, 1]]
 
 
-def test_drop_last_keeps_full_batches_only():
-    batches = ShuffledBatches(10, 4, seed=1, drop_last=True)
-    assert batches.batches_per_epoch == 2
-    assert {len(batch) for batch in take(batches, 20)} == {4}
-    with pytest.raises(UserError, match="batch size 4: there are only 3 examples"):
-        ShuffledBatches(3, 4, seed=1, drop_last=True)
-    assert len(next(ShuffledBatches(3, 4, seed=1))) == 3
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (10, 3), (3, 4), (2, 9), (8, 4)])
+def test_whole_batches_flow_from_epoch_to_epoch_and_leave_nothing_out(size, batch):
+    drawn = flat(take(ShuffledBatches(size, batch, seed=1, whole=True), 5 * size))
+    assert len(drawn) == 5 * size * batch, "every batch is whole"
+    assert drawn == flat(take(ShuffledBatches(size, 1, seed=1), len(drawn))), "the order of each epoch"
+    for start in range(0, len(drawn), size):
+        assert sorted(drawn[start : start + size]) == list(range(size)), "each epoch has everything once"
 
 
 @pytest.mark.parametrize(
-    ("size", "drop_last", "expected"), [(8, False, [0, 1, 1, 2]), (9, False, [0, 0, 1, 1]), (9, True, [0, 1, 1, 2])]
+    ("size", "whole", "expected"), [(8, False, [0, 1, 1, 2]), (9, False, [0, 0, 1, 1]), (9, True, [0, 0, 1, 1])]
 )
-def test_epoch_counts_the_epochs_done(size, drop_last, expected):
-    batches = ShuffledBatches(size, 4, seed=1, drop_last=drop_last)
+def test_epoch_counts_the_epochs_done(size, whole, expected):
+    batches = ShuffledBatches(size, 4, seed=1, whole=whole)
     epochs = []
     for _ in range(4):
         next(batches)
@@ -59,12 +59,13 @@ def test_epoch_counts_the_epochs_done(size, drop_last, expected):
     assert epochs == expected
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("done", range(8))
-def test_resume_is_exact(done):
-    batches = ShuffledBatches(10, 4, seed=1)
+def test_resume_is_exact(done, whole):
+    batches = ShuffledBatches(10, 4, seed=1, whole=whole)
     take(batches, done)
     state = json.loads(json.dumps(batches.state_dict()))
-    resumed = ShuffledBatches(10, 4, seed=1)
+    resumed = ShuffledBatches(10, 4, seed=1, whole=whole)
     resumed.load_state_dict(state)
     assert resumed.epoch == batches.epoch
     assert take(resumed, 7) == take(batches, 7)
@@ -76,10 +77,10 @@ def test_resume_with_another_batch_size_repeats_and_skips_nothing():
     resumed = ShuffledBatches(10, 3, seed=1)
     resumed.load_state_dict(batches.state_dict())
     assert sorted(seen + flat(take(resumed, 2))) == list(range(10))
-    larger = ShuffledBatches(10, 8, seed=1, drop_last=True)
+    larger = ShuffledBatches(10, 8, seed=1, whole=True)
     larger.load_state_dict(batches.state_dict())
+    assert sorted(seen + next(larger)[:6]) == list(range(10))
     assert larger.epoch == 1
-    assert len(next(larger)) == 8
 
 
 def test_resume_with_other_data_or_seed_is_refused():

@@ -12,8 +12,8 @@ SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "ski
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
 # The list of the shared design, and what a run says beyond it.
 PPO = COMMON | set(
-    """samples tokens reward/score_mean reward/score_std kl/mean kl/coef policy/loss policy/ratio_mean
-    policy/first_ratio_max_gap policy/clip_fraction policy/entropy policy/grad_norm policy/lr value/loss
+    """samples tokens reward/score_mean reward/score_std reward/total_mean kl/mean kl/k3_mean kl/coef policy/loss
+    policy/ratio_mean policy/first_ratio_max_gap policy/clip_fraction policy/entropy policy/grad_norm policy/lr value/loss
     value/explained_variance value/grad_norm ptx/loss rollout/response_length_mean rollout/stop_fraction
     rollout/logprob_gap_max time/rollout_s time/scoring_s time/policy_s time/value_s""".split()
 )
@@ -126,7 +126,7 @@ def test_it_learns(runs):
 
 def test_samples_and_evaluation_are_readable(runs):
     samples = [json.loads(line) for line in (runs["ppo"] / "samples.jsonl").read_text().splitlines()]
-    assert {"step", "prompt", "response", "score", "kl"} <= set(samples[0])
+    assert {"step", "prompt", "response", "score", "total", "kl"} <= set(samples[0])
     assert {sample["step"] for sample in samples} == {1, 2, 3}
     assert all(sample["prompt"].startswith("say ") for sample in samples)
     rows = [json.loads(line) for line in (runs["evaluation"] / "evaluation.jsonl").read_text().splitlines()]

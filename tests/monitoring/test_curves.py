@@ -171,4 +171,4 @@ def test_every_metric_has_one_panel_and_strangers_are_drawn_last() -> None:
 
 def test_a_metric_alone_keeps_its_label_in_the_title() -> None:
     assert panel_of("sft/validation_loss").title == "SFT loss, validation"
-    assert panel_of("kl/mean").title == "KL from the reference"
+    assert panel_of("kl/coef").title == "KL coefficient"

@@ -1,6 +1,8 @@
 """PPO-ptx as a whole, on the toy recipe: schedules, controls, guards, and what counts as on-policy."""
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -90,6 +92,78 @@ def test_moving_average_after_every_update(recipe):
     assert_close(average, expected, relative=1e-5)
 
 
+def record_prompts(stage, arguments):
+    """Ids of the prompts of every rollout."""
+    from megatron_rlhf import cli
+    from megatron_rlhf.trainers import ppo
+
+    seen = []
+    original = ppo.collect_rollout
+
+    def watched(roles, prompts, prompt_ids, *args, **more):
+        seen.append(list(prompt_ids))
+        return original(roles, prompts, prompt_ids, *args, **more)
+
+    ppo.collect_rollout = watched
+    cli.run_stage(stage, arguments)
+    return seen
+
+
+def test_every_prompt_is_drawn_equally_often(recipe):
+    """10 prompts in batches of 4: what is left of an epoch opens the next batch. A resume takes up the rest as well."""
+    sizes = ("ppo.batch_size=4", "ppo.minibatch_size=4", "ppo.iterations=5", "ppo.ptx_coef=0", "run.save_every=3")
+    (straight,), _ = run(recipe, "ppo_prompts", *sizes, function=record_prompts)
+    drawn = [prompt for rollout in straight for prompt in rollout]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    (first,), _ = run(recipe, "ppo_prompts_stopped", *sizes, "run.stop_at_step=3", function=record_prompts)
+    (rest,), _ = run(recipe, "ppo_prompts_stopped", *sizes, "run.resume=true", function=record_prompts)
+    assert first + rest == straight
+
+
+def test_the_policys_schedules_begin_with_its_first_update(recipe):
+    """Two iterations for the critic alone, then what a policy without them does from the start."""
+    settings = ("ppo.kl_control=adaptive", "ppo.kl_target=0.02", "ppo.kl_horizon=50")
+    _, rows = run(recipe, "ppo_late", *settings, "ppo.critic_warmup_iterations=2", "ppo.iterations=5")
+    assert [row["policy/lr"] for row in rows] == pytest.approx([0, 0, 1e-5, 5.5e-5, 1e-4])
+    assert [row["kl/coef"] for row in rows[:3]] == [0.02] * 3
+    for before, row in itertools.pairwise(rows[2:]):
+        change = 1 + max(-0.2, min(0.2, before["kl/mean"] / 0.02 - 1)) * 10 / 50
+        assert row["kl/coef"] == pytest.approx(before["kl/coef"] * change, rel=1e-6)
+    assert rows[3]["kl/coef"] == pytest.approx(0.02 * 0.96)
+
+
+def test_kl_is_reported_by_two_estimators(recipe, plain):
+    """Both from the samples' log-ratios; k3 is never negative, and the two agree where the policy has hardly moved."""
+    (seen,), rows = run(recipe, "ppo_kl", "policy.optimizer.lr=1e-3", function=record_log_ratios)
+    for row, sequences in zip(rows, seen, strict=True):
+        k1 = sum(sum(ratios) for ratios in sequences) / len(sequences)
+        k3 = sum(math.exp(-x) - 1 + x for ratios in sequences for x in ratios) / len(sequences)
+        assert row["kl/mean"] == pytest.approx(k1, rel=1e-4, abs=1e-5)
+        assert row["kl/k3_mean"] == pytest.approx(k3, rel=1e-3, abs=1e-5)
+    assert rows[-1]["kl/k3_mean"] > 1e-3
+    assert all(row["kl/k3_mean"] >= 0 for row in plain)
+
+
+def record_log_ratios(stage, arguments):
+    """log pi - log pi_ref of every sampled token, a list a response."""
+    from megatron_rlhf import cli
+    from megatron_rlhf.trainers.ppo import PPOTrainer
+
+    seen = []
+    original = PPOTrainer._collect
+
+    def watched(self):
+        rollout = original(self)
+        ratios = (rollout.logprobs_bt - rollout.ref_logprobs_bt).double()
+        seen.append([row[mask].tolist() for row, mask in zip(ratios, rollout.mask_bt, strict=True)])
+        return rollout
+
+    PPOTrainer._collect = watched
+    cli.run_stage(stage, arguments)
+    return seen
+
+
 def test_critic_warmup_leaves_the_policy_alone(recipe):
     results, rows = run(recipe, "ppo_warmup", "ppo.critic_warmup_iterations=2", "ppo.iterations=2")
     before = whole_weights(run_ranks(1, frozen_policy, str(recipe.root / "sft")))["policy"]
@@ -111,16 +185,22 @@ def frozen_policy(folder):
     return {"policy": weight_blocks(role)}
 
 
-def test_a_response_that_never_stops_is_penalised(recipe, plain):
+def test_a_response_that_never_stops_is_penalised(recipe):
+    """The score stays the reward's own; the total, which the policy is paid by, has the penalty."""
     _, rows = run(recipe, "ppo_missing_stop", "ppo.missing_stop_penalty=100", "ppo.iterations=1")
     _, without = run(recipe, "ppo_no_penalty", "ppo.missing_stop_penalty=0", "ppo.iterations=1")
-    unstopped = 1 - rows[0]["rollout/stop_fraction"]
+    (row,), (free,) = rows, without
+    unstopped = 1 - row["rollout/stop_fraction"]
     assert 0 < unstopped < 1
-    assert rows[0]["reward/score_mean"] == pytest.approx(without[0]["reward/score_mean"] - 100 * unstopped, rel=1e-5)
+    assert row["reward/score_mean"] == free["reward/score_mean"] == free["reward/total_mean"]
+    assert row["reward/score_std"] == free["reward/score_std"]
+    assert row["reward/total_mean"] == pytest.approx(row["reward/score_mean"] - 100 * unstopped, rel=1e-5)
+    assert row["value/loss"] > 10 * free["value/loss"], "returns have it"
     samples = [
         json.loads(line) for line in (recipe.root / "ppo_missing_stop" / "samples.jsonl").read_text().splitlines()
     ]
-    assert {sample["score"] < -50 for sample in samples} == {True, False}
+    penalties = {round(sample["score"] - sample["total"]) for sample in samples}
+    assert penalties == {0, 100}
 
 
 def test_minimum_lengths_stay_on_policy(recipe):
