@@ -3,29 +3,37 @@
 Only `examples/`, `tools/` and `cli` import this module; below them, configurations are plain dataclasses.
 """
 
-import ast
 import dataclasses
-import difflib
 import inspect
-import itertools
+import re
 import textwrap
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.keys import Key, keys, nearest
 from megatron_rlhf.config.model import ModelConfig
 
 Config = TypeVar("Config")
 CONF = Path(__file__).parent.parent / "conf"
+MISSING = "???"
 
 
 def compose_config(
@@ -40,14 +48,18 @@ def compose_config(
     Raises:
         UserError: unknown key (with the nearest right one), wrong type, missing value.
     """
-    _require_known_keys(schema, overrides)
+    known = keys(schema)
+    require_known_keys(known, overrides)
+    for_hydra = [_for_hydra(stage, known, override) for override in overrides]
+    for override, readable in zip(overrides, for_hydra, strict=True):
+        _require_readable(override, readable)
     store = ConfigStore.instance()
     store.store(name=f"{stage}_schema", node=schema)
     store.store(group="model", name="schema", node=ModelConfig)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            composed = compose(stage, overrides=[_for_hydra(stage, override) for override in overrides])
+            composed = compose(stage, overrides=for_hydra)
             if missing is not None:
                 for key in OmegaConf.missing_keys(composed):
                     OmegaConf.update(composed, key, missing)
@@ -55,44 +67,13 @@ def compose_config(
             resolved = OmegaConf.to_yaml(composed, resolve=True)
     # OmegaConf asserts on a.b=1 where a is null.
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise UserError(_explain(error, schema, overrides)) from error
+        raise UserError(_explain(error, known, overrides)) from error
     return config, resolved  # type: ignore[return-value]
 
 
 def recipes(stage: str) -> list[str]:
     """Names that `recipe=` takes for a stage."""
     return sorted(path.parent.name for path in (CONF / "recipe").glob(f"*/{stage}.yaml"))
-
-
-def _for_hydra(stage: str, override: str) -> str:
-    """`recipe=NAME` means the recipe's file for this stage (`NAME/FILE`: another), `GROUP=null` no file of a group."""
-    key, _, name = override.partition("=")
-    if name == "null" and (CONF / key.split("@")[0]).is_dir():
-        return f"~{key}"
-    if key != "recipe":
-        return override
-    chosen = name if "/" in name else f"{name}/{stage}"
-    if not (CONF / "recipe" / f"{chosen}.yaml").is_file():
-        raise UserError(
-            f"{override}: there is no conf/recipe/{chosen}.yaml; recipes for this stage: {', '.join(recipes(stage))}"
-        )
-    return f"recipe={chosen}"
-
-
-def field_paths(schema: type, prefix: str = "") -> dict[str, tuple[dataclasses.Field, str]]:
-    """Every key of a schema, dotted, with its field and docstring."""
-    paths: dict[str, tuple[dataclasses.Field, str]] = {}
-    docs = _field_docs(schema)
-    hints = inspect.get_annotations(schema, eval_str=True)
-    for base in schema.__mro__[1:-1]:
-        hints = inspect.get_annotations(base, eval_str=True) | hints
-    for field in dataclasses.fields(schema):
-        path = f"{prefix}{field.name}"
-        paths[path] = (field, docs.get(field.name, ""))
-        nested = next((t for t in _alternatives(hints[field.name]) if dataclasses.is_dataclass(t)), None)
-        if isinstance(nested, type):
-            paths |= field_paths(nested, f"{path}.")
-    return paths
 
 
 def help_text(stage: str, schema: type) -> str:
@@ -104,62 +85,108 @@ def help_text(stage: str, schema: type) -> str:
         "       --cfg prints the resolved configuration and stops; recipe=NAME and model=NAME choose files of conf/",
         "",
     ]
-    for path, (field, doc) in field_paths(schema).items():
-        default = field.default
+    for path, key in keys(schema).items():
+        default = key.field.default
         if isinstance(default, Enum):
             default = default.value
         shown = "" if default is dataclasses.MISSING else f" = {default}"
         lines.append(f"{path}{shown}")
-        lines += textwrap.wrap(doc, 100, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(key.doc, 100, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def _field_docs(schema: type) -> dict[str, str]:
-    """The string under each field, read from the source: dataclasses do not keep them."""
-    docs: dict[str, str] = {}
-    for base in reversed(schema.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, doc in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(doc, ast.Expr)
-                and isinstance(doc.value, ast.Constant)
-            ):
-                docs[field.target.id] = " ".join(str(doc.value.value).split())
-    return docs
+def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
+    """The override in Hydra's grammar.
+
+    A key that holds text takes everything after `=` as it is, unless it is quoted in Hydra's way, or null and may be. So
+    do lists of texts, as one text, unless a list is given. `${...}` stays Hydra's, but for templates, whose braces name
+    columns. `recipe=NAME` means the recipe's file for this stage (`NAME/FILE`: another), `GROUP=null` no file of a group.
+    """
+    name, _, value = override.partition("=")
+    path = name.lstrip("+")
+    if value == "null" and (CONF / path.split("@")[0]).is_dir():
+        return f"~{path}"
+    if path == "recipe":
+        return f"{name}={_recipe_file(stage, override, value)}"
+    key = known.get(path)
+    if key is None or not (key.holds_text or key.holds_texts) or value == MISSING or (value == "null" and key.optional):
+        return override
+    if key.holds_texts and not key.holds_text:
+        return override if value.startswith("[") else f"{name}=[{_quoted(value, key)}]"
+    return f"{name}={_quoted(value, key)}"
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__args__", None) or (hint,)
+def _quoted(value: str, key: Key) -> str:
+    """A text in Hydra's quotes; one that is in them already is left alone."""
+    if value[:1] in ("'", '"') and len(value) > 1:
+        try:
+            if isinstance(OverridesParser.create().parse_override(f"key={value}")._value, QuotedString):
+                return value
+        except HydraException:
+            pass  # quotes that belong to the text
+    if key.field.metadata.get("template"):
+        value = re.sub(r"(\\*)\$\{", lambda found: found.group(1) * 2 + r"\${", value)
+    return QuotedString(value, Quote.single).with_quotes()
 
 
-def _require_known_keys(schema: type, overrides: Sequence[str]) -> None:
-    """Hydra would take an unknown key with a `+` before it, and nobody would read it."""
-    known = [*field_paths(schema), *(path.name for path in CONF.iterdir() if path.is_dir())]
+def _recipe_file(stage: str, override: str, name: str) -> str:
+    chosen = name if "/" in name else f"{name}/{stage}"
+    if not (CONF / "recipe" / f"{chosen}.yaml").is_file():
+        raise UserError(
+            f"{override}: there is no conf/recipe/{chosen}.yaml; recipes for this stage: {', '.join(recipes(stage))}"
+        )
+    return chosen
+
+
+def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> None:
+    """Raise UserError for what is no `key=value`, or no key. Hydra would take an unknown key with a `+` before it."""
     for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if key not in known and not key.startswith("data.columns."):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
-            raise UserError(f"{override}: there is no key {key}; {hint}")
+        name, equals, _ = override.partition("=")
+        if name.startswith("-"):
+            raise UserError(f"{override}: there is no such flag; settings are key=value, and --help lists them")
+        if not equals and not name.startswith("~"):
+            raise UserError(f"{override}: a setting is key=value, as in {name}=... (no blanks around =)")
+        path = name.lstrip("+~")
+        if not knows(known, path):
+            near = nearest(path, [*known, "recipe"])
+            hint = f"did you mean {near}?" if near else "--help lists all keys"
+            raise UserError(f"{override}: there is no key {path}; {hint}")
 
 
-def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
+def knows(known: Mapping[str, Key], path: str) -> bool:
+    """Whether a stage with these keys has this one, which may be `GROUP@KEY`, or a name in a dictionary."""
+    key = path.split("@")[-1]
+    parent = known.get(key.rpartition(".")[0])
+    in_dictionary = parent is not None and any(typing.get_origin(kind) is dict for kind in parent.types)
+    return key in known or key == "recipe" or in_dictionary
+
+
+def _require_readable(override: str, for_hydra: str) -> None:
+    """Raise UserError for what is not Hydra's grammar, or several values."""
+    try:
+        parsed = OverridesParser.create().parse_override(for_hydra)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{override}: not a value that can be read ({reason}); inside of [...] and {{...}}, put text in quotes"
+        ) from error
+    if parsed.is_sweep_override():
+        raise UserError(f"{override}: a run takes one value; start a run for each of several")
+
+
+def _explain(error: Exception, known: Mapping[str, Key], overrides: Sequence[str]) -> str:
     """What is wrong, in one sentence: the key, its value, and what would be right."""
-    paths = field_paths(schema)
     chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
     cause = next((c for c in chain if isinstance(c, OmegaConfBaseException) and c.full_key), error)
     key = getattr(cause, "full_key", None) or ""
-    meaning = f" ({paths[key][1]})" if key in paths else ""
+    meaning = f" ({known[key].doc})" if key in known else ""
     if isinstance(cause, MissingMandatoryValue):
         return f"{key} is not given{meaning}"
     if isinstance(error, AssertionError):
-        return f"{' '.join(overrides)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
+        below = [o for o in overrides if (parent := known.get(o.lstrip("+").split(".")[0])) and parent.optional]
+        return f"{' '.join(below)}: a key inside a group that is not chosen; choose it first, as in model=tiny"
     message = str(cause).splitlines()[0] if key else " ".join(str(cause).split("Config search path")[0].split())
-    given = (
-        next((override for override in reversed(overrides) if override.lstrip("+").startswith(f"{key}=")), key)
-        if key
-        else ""
-    )
+    given = next((o for o in reversed(overrides) if o.lstrip("+").startswith(f"{key}=")), key) if key else ""
+    if isinstance(cause, InterpolationKeyError | InterpolationToMissingValueError):
+        message = f"{message}; ${{...}} stands for another key's value: write \\${{...}} for the characters themselves"
     return f"{given}: {message}{meaning}" if given else message

@@ -1,6 +1,7 @@
 """The directions of imports (shared design): which part of the package may know which."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,12 @@ ALLOWED: dict[str, set[str]] = {
 FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.
 COMMAND_LINE = {"hydra": {"compose", "cli"}, "omegaconf": {"compose", "cli"}}
-ONLY_TORCH = {"algorithms": {"torch", "math"}, "config": {"os"}}
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "enum", "typing"}
+# Parts -> all that they may import besides the package, and how a message calls it.
+ONLY = {
+    "algorithms": (STANDARD | {"torch", "math"}, "math and torch"),
+    "config": (sys.stdlib_module_names, "the standard library"),
+}
 
 
 def sources() -> list[Path]:
@@ -63,10 +68,8 @@ def offences(part: str, source: str) -> list[str]:
         top, *rest = name.split(".")
         if top in COMMAND_LINE and part not in COMMAND_LINE[top]:
             found.append(f"{name}: configurations arrive as dataclasses")
-        if part in ONLY_TORCH and top != PACKAGE and top not in ONLY_TORCH[part] | STANDARD:
-            found.append(
-                f"{name}: {part} needs {' and '.join(sorted(ONLY_TORCH[part])) or 'the standard library'} alone"
-            )
+        if part in ONLY and top != PACKAGE and top not in ONLY[part][0]:
+            found.append(f"{name}: {part} needs {ONLY[part][1]} alone")
         if top == PACKAGE and rest and not ".".join(rest).startswith(FOR_ALL) and rest[0] not in {part} | ALLOWED[part]:
             found.append(f"{name}: {part} may import {', '.join(sorted(ALLOWED[part])) or 'nothing of ours'}")
     return found
@@ -92,7 +95,7 @@ def test_entry_points_go_through_the_package():
     [
         ("algorithms", "from megatron_rlhf.parallel import vocab", "nothing of ours"),
         ("config", "import megatron_rlhf.data.records", "nothing of ours"),
-        ("config", "import torch", "config needs os alone"),
+        ("config", "import torch", "the standard library alone"),
         ("algorithms", "from megatron.core import parallel_state", "torch alone"),
         ("models", "def f():\n    from megatron_rlhf.trainers.step import Update", "may import algorithms, config"),
         ("trainers", "from omegaconf import OmegaConf", "dataclasses"),

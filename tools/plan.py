@@ -17,9 +17,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megatron_rlhf.compose import compose_config, field_paths, recipes
+from megatron_rlhf.compose import compose_config, recipes
 from megatron_rlhf.config.cluster import PlanConfig
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.keys import keys
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
 from megatron_rlhf.planning import report
 from megatron_rlhf.planning.plan import Plan
@@ -71,7 +72,7 @@ def _size_in_name(recipe: str) -> float:
 
 def _plan(stage: str, overrides: Sequence[str], layouts: int) -> tuple[Plan, list[Plan]]:
     ours = [o for o in overrides if _key(o).split(".")[0] in ("cluster", "workload")]
-    known = {name: field_paths(schema) for name, schema in SCHEMAS.items()}
+    known = {name: keys(schema) for name, schema in SCHEMAS.items()}
     theirs = [
         o
         for o in overrides

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_rlhf.config.data import written_out
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
@@ -99,7 +100,7 @@ def _columns(assignments: list[str]) -> dict[str, str]:
         name, equals, template = assignment.partition("=")
         if not equals:
             raise UserError(f"--column {assignment!r}: write NAME=TEMPLATE, such as 'prompt={{question}}'")
-        columns[name] = template.replace("\\n", "\n")
+        columns[name] = written_out(template)
     return columns
 
 

@@ -1,6 +1,8 @@
 """What every stage reads: text for the pretraining mix, demonstrations, comparisons, prompts."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(kw_only=True)
@@ -17,19 +19,30 @@ class PretrainingDataConfig:
     """Sequences in each held-out measurement."""
 
 
+def _template() -> Any:
+    """A key that holds a format template: its braces name columns, also after a $."""
+    return field(default=None, metadata={"template": True})
+
+
 @dataclass(kw_only=True)
 class ColumnTemplates:
     """How to make a prompt and a response out of a record's own columns."""
 
-    prompt: str | None = None
+    prompt: str | None = _template()
     """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
-    response: str | None = None
+    response: str | None = _template()
     """A format template, e.g. "{output}"; not given: the column `response`."""
 
     def given(self) -> dict[str, str] | None:
-        """The templates that were given; None if none was. A written \\n means a new line: shells do not pass one easily."""
-        pairs = {"prompt": self.prompt, "response": self.response}
-        return {name: text.replace("\\n", "\n") for name, text in pairs.items() if text is not None} or None
+        """The templates that were given, `written_out`; None if none was."""
+        pairs = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: written_out(text) for name, text in pairs.items() if text is not None} or None
+
+
+def written_out(text: str) -> str:
+    """A written \\n becomes a new line, \\t a tab, \\\\ a backslash: shells do not pass such characters easily."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda found: meant[found.group()], text)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,78 @@
+"""The keys of a schema, dotted, each with its type and meaning, read from the dataclasses."""
+
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a schema."""
+
+    field: Field
+    doc: str
+    """The string under the field."""
+    types: tuple[Any, ...]
+    """What its value may be; NoneType among them where the key may be null."""
+
+    @property
+    def optional(self) -> bool:
+        return NoneType in self.types
+
+    @property
+    def holds_text(self) -> bool:
+        return str in self.types
+
+    @property
+    def holds_texts(self) -> bool:
+        """A list of them."""
+        return any(typing.get_origin(kind) is list and typing.get_args(kind) == (str,) for kind in self.types)
+
+    @property
+    def schema(self) -> type | None:
+        """The dataclass that holds the keys below this one."""
+        return next((kind for kind in self.types if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def keys(schema: type, prefix: str = "") -> dict[str, Key]:
+    """Every key of a schema, by its path."""
+    found: dict[str, Key] = {}
+    docs, hints = _docs(schema), typing.get_type_hints(schema)
+    for field in fields(schema):
+        key = Key(field, docs.get(field.name, ""), _alternatives(hints[field.name]))
+        found[f"{prefix}{field.name}"] = key
+        if key.schema is not None:
+            found |= keys(key.schema, f"{prefix}{field.name}.")
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was most likely meant."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _docs(schema: type) -> dict[str, str]:
+    """The string under each field, read from the source: dataclasses do not keep them."""
+    docs: dict[str, str] = {}
+    for base in reversed(schema.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, doc in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(doc, ast.Expr)
+                and isinstance(doc.value, ast.Constant)
+            ):
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs

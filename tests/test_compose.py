@@ -1,0 +1,100 @@
+"""Settings from the command line: text as it stands, and mistakes named before anything is composed."""
+
+import pytest
+
+from megatron_rlhf.cli import STAGES
+from megatron_rlhf.compose import compose_config
+from megatron_rlhf.config.errors import UserError
+
+TEMPLATES = [
+    "{instruction}\n",
+    r"{instruction}\n\n{input}\n",
+    "Q: {q}, A:",
+    "it's {a}",
+    '"{a}" and "{b}"',
+    "{a}: {b}",
+    "[INST] {a} [/INST]",
+    "<|user|>\n{a}<|end|>",
+    "Cost: ${price}",
+    r"\${a} and \\${b}",
+    "{a}\\",
+    "a={b}",
+    "# {a}",
+    "null {a}",
+    "{{a}} {b}",
+    "  {a} ",
+    "(x, {a})",
+    "ünï {a} 中",
+    "$HOME {a}",
+    "'{a}' \\",
+    "{a}\\'",
+    "%s~@`{a};",
+]
+PATHS = [
+    "a b",
+    "a&b",
+    "a#b",
+    "a(b)",
+    "a=b",
+    "a,b",
+    "a'b",
+    'a"b',
+    "100%",
+    "a[b]",
+    "$x",
+    "ünï",
+    "a:b",
+    "{x}",
+    "a\\b",
+    "[x",
+]
+PATHS += ["*?", "'", '"', "\\", "\\'", " x", "-x", "true", "1e3", "007", "~/x", "a\tb"]
+
+
+def composed(*overrides: str, stage: str = "sft"):
+    return compose_config(stage, STAGES[stage].schema, ["data.tokenizer=t", *overrides])[0]
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_a_template_arrives_as_it_was_written(text):
+    assert composed("run.dir=x", f"data.columns.prompt={text}").data.columns.prompt == text
+
+
+@pytest.mark.parametrize("text", PATHS)
+def test_a_path_arrives_as_it_was_written(text):
+    assert composed(f"run.dir={text}").run.dir == text
+
+
+def test_hydras_own_quotes_null_and_references_still_mean_what_they_do_there():
+    assert composed("run.dir='a,b'").run.dir == "a,b"
+    assert composed('run.dir="a b"').run.dir == "a b"
+    assert composed("run.dir=runs/${run.seed}").run.dir == "runs/1234"
+    assert composed(r"run.dir=runs/\${run.seed}").run.dir == "runs/${run.seed}"
+    assert composed("run.dir=x", "run.wandb_project=null").run.wandb_project is None
+    assert composed("run.dir=x", "+run.wandb_project=null or not").run.wandb_project == "null or not"
+    assert list(composed("run.dir=x", "policy.optimizer.betas=[0.8,0.9]").policy.optimizer.betas) == [0.8, 0.9]
+
+
+def test_a_written_newline_is_one():
+    columns = composed("run.dir=x", r"data.columns.prompt={a}\n\t{b}\\n").data.columns
+    assert columns.given() == {"prompt": "{a}\n\t{b}\\n"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run.dir=${nope}"], r"run.dir=${nope}: Interpolation key 'nope' not found; "),
+        (["sft.batch_size=4("], "sft.batch_size=4(: not a value that can be read"),
+        (["policy.optimizer.betas=[0.9"], "policy.optimizer.betas=[0.9: not a value that can be read"),
+        (["sft.batch_size=4,8"], "sft.batch_size=4,8: a run takes one value"),
+        (["--multirun"], "--multirun: there is no such flag"),
+        (["sft.epochs", "=", "3"], "sft.epochs: a setting is key=value"),
+        (["model.num_layers=3"], "model.num_layers=3: a key inside a group that is not chosen"),
+        (["data.columns.promt=x"], "did you mean data.columns.prompt?"),
+        (["placement=disaggregated"], "placement=disaggregated: there is no key placement"),
+    ],
+)
+def test_a_mistake_names_the_override(overrides, says):
+    with pytest.raises(UserError) as caught:
+        composed("run.dir=x", *overrides)
+    assert says in str(caught.value)
