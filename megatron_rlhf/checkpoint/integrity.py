@@ -134,7 +134,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, str]] | str:
     entries = []
     for number, line in enumerate((folder / MANIFEST).read_text(errors="replace").splitlines(), start=1):
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
-        if match is None:
+        if match is None or Path(match.group(2)).is_absolute() or ".." in Path(match.group(2)).parts:
             return f"{MANIFEST}, line {number} is broken: {line[:80]!r}"
         entries.append((match.group(2), match.group(1)))
     if META not in dict(entries):

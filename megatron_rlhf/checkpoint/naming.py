@@ -120,8 +120,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def _pointed(root: Path, name: str) -> Path | None:
     if not (root / name).is_file():
         return None
-    target = root / (root / name).read_text().strip()
-    return target if target != root and is_whole(target) else None
+    target = (root / name).read_text(errors="replace").strip()
+    is_name = target not in ("", ".", "..") and Path(target).name == target  # of a checkpoint beside it, no path
+    return root / target if is_name and is_whole(root / target) else None
 
 
 def _number(step: Path) -> int:

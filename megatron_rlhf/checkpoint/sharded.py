@@ -7,7 +7,7 @@ picked up. `writing` has how files are written, `folders` how they are named, `i
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from megatron.core.dist_checkpointing.state_dict_utils import extract_sharded_ba
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_rlhf.checkpoint import restricted
 from megatron_rlhf.checkpoint.draft import Draft, RoleFiles, write_text, writing
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
 from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
@@ -45,6 +47,7 @@ __all__ = [
     "model_to_json",
     "point",
     "read_meta",
+    "require_plain",
     "save_role",
     "state_to_save",
     "write_description",
@@ -197,8 +200,31 @@ def _is_head(name: str) -> bool:
     return name.startswith("output_layer.")
 
 
+def require_plain(folder: Path, roles: Iterable[str]) -> None:
+    """Raise UserError, on all ranks, for a checkpoint that holds code, before it is loaded. Collective."""
+    refusal: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            for role in roles:
+                restricted.load_metadata(folder / role)
+                restricted.require_plain_common(folder / role)
+        except UserError as error:
+            refusal = [str(error)]
+    dist.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise UserError(refusal[0])
+
+
 def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
-    return dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    require_plain(source.parent, [source.name])
+    try:
+        loaded = dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except CheckpointException as exception:
+        raise restricted.user_error_in(exception) or exception from None
+    for key, part in loaded.items():
+        if key.startswith("model"):
+            restricted.require_plain_scales(part, str(source))
+    return loaded
 
 
 def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True) -> dict[str, Any]:

@@ -47,9 +47,12 @@ class StartingPoint:
             )
 
     def require_undamaged(self, key: str) -> None:
-        """Raise UserError, naming the file, when the checkpoint is not what was written. Collective."""
-        if self.saved_role is not None and (problem := integrity.find_damage(self.path, self.saved_role)):
+        """Raise UserError, naming the file, when the checkpoint is not what was written, or holds code. Collective."""
+        if self.saved_role is None:
+            return
+        if problem := integrity.find_damage(self.path, self.saved_role):
             raise UserError(f"{key}: {self.path} is damaged: {problem}; name another checkpoint")
+        sharded.require_plain(self.path, [self.saved_role])
 
     def load_into(self, role: Role) -> None:
         """Fill the role's weights. A scalar role filled from a language model keeps its fresh head."""

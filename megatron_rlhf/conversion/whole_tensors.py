@@ -8,10 +8,9 @@ import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, EnumMeta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_rlhf.checkpoint.restricted import COMMON, load_metadata
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.conversion.architecture import is_layer
 
-COMMON = "common.pt"  # Megatron-Core's file for what is no tensor
 EVERY_ROW = slice(None)
 CHUNK_BYTES = 2**26
 """Tensors are written in chunks of rows of about this size: whoever reads some rows reads few others with them."""
@@ -93,12 +92,7 @@ class CheckpointReader:
 
     @cached_property
     def _metadata(self) -> Metadata:
-        path = self.folder / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: not the metadata of a distributed checkpoint: {error}") from error
+        metadata = load_metadata(self.folder)
         self._storage.set_up_storage_reader(metadata, is_coordinator=True)
         return metadata
 
@@ -140,37 +134,6 @@ class CheckpointReader:
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(f"{self.folder}: the checkpoint has no tensor {key}")
         return stored
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what describes a distributed checkpoint, and nothing that could run code: archives come from anywhere."""
-
-    ALLOWED: ClassVar = {
-        "torch.distributed.checkpoint.metadata": {
-            *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata"),
-            *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-        "pathlib": {"PosixPath", "PurePosixPath"},
-        "collections": {"OrderedDict"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _enum_member(kind: Any, name: str) -> Enum:
-    """What Python before 3.11.4 writes enumeration members with `getattr` for, and nothing else that it could fetch."""
-    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
-        raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}")
-    return kind.__members__[name]
 
 
 class _Into(dcp.DefaultLoadPlanner):

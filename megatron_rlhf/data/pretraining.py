@@ -143,6 +143,7 @@ def load_pretraining(
             f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
             f"them held out), less than one sequence of {sequence_length} + 1; give more text or a shorter sequence"
         )
+    _require_plain_indices(cache / "indices")
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -157,6 +158,17 @@ def load_pretraining(
     )
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config).build()
     return PretrainingData(TokenSequences(train), TokenSequences(valid) if held_out else None)
+
+
+def _require_plain_indices(folder: Path) -> None:
+    """Megatron reads the indices that it finds in its cache as pickles, where they are no plain arrays."""
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(
+                f"{path}: not an index of pretraining text ({error}); delete the folder {folder}, it is made anew"
+            ) from error
 
 
 class _TokenizerStandIn:

@@ -103,7 +103,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     # A tokenizer.json leaves nothing to guess; AutoTokenizer would go by the model type in a config.json beside it.
     loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
     try:
-        hf = loader.from_pretrained(str(folder), local_files_only=True)
+        hf = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"{path}: no fast tokenizer can be loaded from this folder (tokenizer.json): {error}"

@@ -116,7 +116,7 @@ def choose_checkpoint(root: Path, config: RunConfig) -> tuple[Path | None, dict[
     """The checkpoint to go on from, and those passed over because they are damaged: name -> what is wrong. Collective.
 
     Raises:
-        UserError: the folder holds another run, or nothing to resume.
+        UserError: the folder holds another run, nothing to resume, or a checkpoint with code in it.
     """
     if not (config.resume or config.auto_resume):
         if naming.newest_first(root):
@@ -128,6 +128,7 @@ def choose_checkpoint(root: Path, config: RunConfig) -> tuple[Path | None, dict[
     for candidate in naming.newest_first(root):
         problem = integrity.find_damage(candidate)
         if problem is None:
+            sharded.require_plain(candidate, sharded.read_meta(candidate)["roles"])
             return candidate, damaged
         damaged[candidate.name] = problem
     if damaged:

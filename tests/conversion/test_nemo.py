@@ -1,6 +1,5 @@
 """NeMo's archives, built here in each of the forms they come in."""
 
-import io
 import pickle
 import tarfile
 
@@ -9,7 +8,6 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch.distributed.checkpoint.planner import WriteItemType
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.checkpoint import sharded
@@ -19,7 +17,7 @@ from megatron_rlhf.conversion import convert
 from megatron_rlhf.conversion.architecture import is_layer, tensor_shapes
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.nemo import archive as nemo_archive
-from megatron_rlhf.conversion.whole_tensors import Place, _MetadataUnpickler, places
+from megatron_rlhf.conversion.whole_tensors import Place, places
 
 SHAPES = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
 CONFIGS = {
@@ -258,23 +256,3 @@ def test_code_in_an_archive_is_never_run(world, tmp_path, capsys, form):
     with pytest.raises(UserError, match=r"objects other than tensors|it names builtins.print"):
         convert.import_nemo(pack(tmp_path / "model.nemo", CONFIGS["gpt2"], files), tmp_path / "ours")
     assert "code was run" not in capsys.readouterr().out
-
-
-class Fetched:
-    """As Python before 3.11.4 pickles members of enumerations."""
-
-    def __init__(self, owner: object, name: str) -> None:
-        self.arguments = owner, name
-
-    def __reduce__(self):
-        return (getattr, self.arguments)
-
-
-def test_metadata_may_fetch_members_of_enumerations_alone():
-    def read(value: object) -> object:
-        return _MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
-
-    assert read(Fetched(WriteItemType, "TENSOR")) is WriteItemType.TENSOR
-    for owner, name in ((torch.Size, "__new__"), (WriteItemType, "__call__"), (WriteItemType, "mro")):
-        with pytest.raises(pickle.UnpicklingError, match=f"it asks for {name}"):
-            read(Fetched(owner, name))

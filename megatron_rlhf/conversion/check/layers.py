@@ -177,6 +177,8 @@ def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
     content |= {str(architecture.fields["num_layers"]): 1, str(architecture.fields["vocab_size"]): vocabulary_rows}
     content |= {key: None for key in content if key.endswith("_token_id")}  # they are of the whole vocabulary
     content.pop("layer_types", None)  # a list with an entry for every layer
+    for key in [key for key in content if "attn_implementation" in key or key in ("auto_map", "use_kernels")]:
+        del content[key]  # these may name code to fetch and run
     config = CONFIG_MAPPING[architecture.model_type].from_dict(content)
     config.pad_token_id = None
     model_class = getattr(transformers, architecture.class_name(weights.described.head))

@@ -144,7 +144,10 @@ def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
     yield from (folder / KEPT, folder)
     for run in (folder, folder.parent.parent):  # a run folder, or run/checkpoints/step_N
         if (run / "config.yaml").is_file():
-            config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+            try:
+                config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+            except yaml.YAMLError as error:
+                raise UserError(f"{run / 'config.yaml'}: not plain YAML: {str(error).splitlines()[0]}") from error
             parts = [config.get(part) or {} for part in ("data", "policy", "reward", "value")]
             for name in (part.get(key) for key in ("tokenizer", "init_from") for part in parts):
                 if isinstance(name, str):

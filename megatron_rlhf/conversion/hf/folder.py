@@ -89,6 +89,8 @@ def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dic
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
                 raise UserError(f"{index}: weight_map must name the file of every tensor")
+            if outside := next((file for file in listed.values() if Path(file).name != file), None):
+                raise UserError(f"{index}: names {outside}, which is no file beside it")
             return sorted({folder / file for file in listed.values()}), index, listed
         if (folder / name).is_file():
             return [folder / name], index, None

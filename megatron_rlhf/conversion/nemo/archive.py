@@ -250,8 +250,18 @@ def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSour
             raise UserError(f"--nemo {archive}: not a whole .nemo archive: {error}") from error
         if not (folder / CONFIG).is_file():
             raise UserError(f"--nemo {archive}: holds no {CONFIG}; it is not a model that NeMo saved")
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        yield _open(folder, config, archive)
+        yield _open(folder, _read_config(folder / CONFIG, archive), archive)
+
+
+def _read_config(path: Path, archive: Path) -> Mapping[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--nemo {archive}: {CONFIG} is not plain YAML: {reason}") from error
+    if not isinstance(config, Mapping):
+        raise UserError(f"--nemo {archive}: {CONFIG} holds {type(config).__name__}, not keys and values")
+    return config
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
