@@ -106,9 +106,10 @@ def _take_shapes(config: BaseConfig) -> None:
     for key, role in sources:
         path = getattr(config, role).init_from
         if getattr(config, key) is None and path is not None:
-            from megatron_rlhf.conversion.starting_point import StartingPoint  # imports Megatron-Core: seconds
+            from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
 
-            setattr(config, key, StartingPoint.find(path, f"{role}.init_from", ("policy", "reward", "value")).model)
+            wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
+            setattr(config, key, starting_point.StartingPoint.find(path, f"{role}.init_from", wanted).model)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -249,7 +249,7 @@ class PPOConfig(BaseConfig):
     reward: RoleConfig = field(default_factory=RoleConfig)
     """The frozen reward model."""
     value: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
-    """The critic; starts from the reward model unless init_from names another."""
+    """The critic; starts from the reward model unless init_from names another: a language model gets a new scalar head."""
     critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of reward and value model."""
     critic_model: ModelConfig | None = None

@@ -64,7 +64,7 @@ class RoleConfig:
     """A model that is only read: the reward model of PPO."""
 
     init_from: str | None = None
-    """A checkpoint of ours (step folder or run folder) or a Hugging Face folder."""
+    """A checkpoint of ours (step folder or run folder) or a Hugging Face folder, of a model that is what the role is."""
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,32 @@ from megatron_rlhf.models.roles import Role
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a role can be filled with."""
+
+    roles: tuple[str, ...]
+    """Saved roles, the best fit first."""
+    scalar: bool
+    """The role has a scalar head."""
+    fresh_head: bool = False
+    """A language model will do for a scalar role that is to learn: its head is drawn anew."""
+
+    def describe(self) -> str:
+        """What to name instead, for a message."""
+        if not self.scalar:
+            return "a language model"
+        return "a language model or a model with a scalar head" if self.fresh_head else "a model with a scalar head"
+
+
+POLICY = Wanted(("policy",), scalar=False)
+AVERAGE = Wanted(("policy_ema",), scalar=False)
+REWARD = Wanted(("reward",), scalar=True)
+"""A reward model that is only read: a head drawn anew would be noise, and a value model judges other things."""
+TRAINED_REWARD = Wanted(("reward", "value", "policy"), scalar=True, fresh_head=True)
+VALUE = Wanted(("value", "reward", "policy"), scalar=True, fresh_head=True)
+
+
+@dataclass(frozen=True)
 class StartingPoint:
     """Weights on disk that a role can start from."""
 
@@ -22,22 +48,29 @@ class StartingPoint:
     """Folder inside a checkpoint of ours; None for a Hugging Face folder."""
 
     @classmethod
-    def find(cls, path: str, key: str, wanted: tuple[str, ...]) -> "StartingPoint":
-        """Look at `path`, given by the configuration key `key`. `wanted`: saved roles to take, the best first.
+    def find(cls, path: str, key: str, wanted: Wanted) -> "StartingPoint":
+        """Look at `path`, given by the configuration key `key`.
 
         Raises:
-            UserError: if the path holds nothing to start from.
+            UserError: if the path holds nothing to start from, or something else than what the role is.
         """
         folder = Path(path)
         if hf_load.is_hf_folder(folder):
-            model, scalar = hf_load.read_model_config(folder)
-            return cls(folder, model, scalar, None)
-        folder = sharded.find_checkpoint(folder, key)
-        roles = sharded.read_meta(folder)["roles"]
-        name = next((name for name in wanted if name in roles), None)
-        if name is None:
-            raise UserError(f"{key}={path}: {folder} holds {', '.join(roles)}; needed is {' or '.join(wanted)}")
-        return cls(folder, sharded.model_from_json(roles[name]["model"]), roles[name]["scalar"], name)
+            found = cls(folder, *hf_load.read_model_config(folder), None)
+            if wanted is AVERAGE:
+                raise UserError(f"{key}={path}: a Hugging Face folder holds no moving average; needed is a run of PPO")
+        else:
+            folder = sharded.find_checkpoint(folder, key)
+            roles = sharded.read_meta(folder)["roles"]
+            name = next((name for name in wanted.roles if name in roles), None)
+            if name is None:
+                needed = " or ".join(wanted.roles)
+                raise UserError(f"{key}={path}: {folder} holds {', '.join(roles)}; needed is {needed}")
+            found = cls(folder, sharded.model_from_json(roles[name]["model"]), roles[name]["scalar"], name)
+        if found.scalar != wanted.scalar and not wanted.fresh_head:
+            holds = "a model with a scalar head" if found.scalar else "a language model, without a scalar head"
+            raise UserError(f"{key}={path}: {folder} holds {holds}; needed is {wanted.describe()}")
+        return found
 
     def require_shape(self, model: ModelConfig | None, key: str) -> None:
         """Raise UserError when the configuration asks for another shape than these weights have."""

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
-from megatron_rlhf.conversion.starting_point import StartingPoint
+from megatron_rlhf.conversion.starting_point import StartingPoint, Wanted
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
 from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_fits
 from megatron_rlhf.models.roles import Role
@@ -22,20 +21,16 @@ from megatron_rlhf.runs.session import Session
 
 log = logging.getLogger(__name__)
 
-# Saved roles that a role can start from, the best fit first.
-POLICY = ("policy",)
-SCALAR = ("reward", "value", "policy")
-
 
 def find_start(
-    init_from: str | None, key: str, wanted: Sequence[str], shape: ModelConfig | None, shape_key: str
+    init_from: str | None, key: str, wanted: Wanted, shape: ModelConfig | None, shape_key: str
 ) -> tuple[StartingPoint | None, ModelConfig]:
     """Where weights come from, and the shape of the model: of the checkpoint, else of the configuration."""
     if init_from is None:
         if shape is None:
             raise UserError(f"give {key} (a checkpoint or Hugging Face folder)")
         return None, shape
-    source = StartingPoint.find(init_from, key, tuple(wanted))
+    source = StartingPoint.find(init_from, key, wanted)
     source.require_shape(shape, shape_key)
     source.require_undamaged(key)
     return source, source.model

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRAINED_REWARD, VALUE
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.prompts import load_prompts
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     """`examples/train_sft.py`."""
     data = config.data
-    source, model = parts.find_start(config.policy.init_from, "policy.init_from", parts.POLICY, config.model, "model")
+    source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     checks.check_model(model, config.parallel, "parallel")
     tokenizer = parts.make_tokenizer(data.tokenizer, model)
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
@@ -55,7 +56,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     reward = None
     if config.reward.init_from is not None:
         reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", parts.SCALAR, None, "model"
+            config.reward.init_from, "reward.init_from", REWARD, None, "model"
         )
         reward = parts.make_role("reward", reward_model, layout, config, reward_source, scalar=True).frozen()
     return SFTTrainer(config, session, tokenizer, trained, demonstrations, validation, pretraining, reward)
@@ -64,7 +65,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
 def build_reward_model(config: RewardModelConfig, session: Session) -> RewardModelTrainer:
     """`examples/train_reward_model.py`."""
     data = config.data
-    source, model = parts.find_start(config.reward.init_from, "reward.init_from", parts.SCALAR, config.model, "model")
+    source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     checks.check_model(model, config.parallel, "parallel")
     tokenizer = parts.make_tokenizer(data.tokenizer, model)
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
@@ -89,16 +90,15 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
 
 def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     """`examples/train_ppo.py`."""
-    policy_source, model = parts.find_start(
-        config.policy.init_from, "policy.init_from", parts.POLICY, config.model, "model"
-    )
+    policy_source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     reward_source, critic_model = parts.find_start(
-        config.reward.init_from, "reward.init_from", parts.SCALAR, config.critic_model, "critic_model"
+        config.reward.init_from, "reward.init_from", REWARD, config.critic_model, "critic_model"
     )
-    value_from = config.value.init_from or config.reward.init_from
-    value_source, value_model = parts.find_start(
-        value_from, "value.init_from", ("value", "reward", "policy"), config.critic_model, "critic_model"
-    )
+    # The reward model's own weights, unless another model is named: then a language model gets a head drawn anew.
+    value_from, value_key = config.value.init_from, "value.init_from"
+    if value_from is None:
+        value_from, value_key = config.reward.init_from, "reward.init_from"
+    value_source, value_model = parts.find_start(value_from, value_key, VALUE, config.critic_model, "critic_model")
     checks.check_model(model, config.parallel, "parallel")
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         checks.check_generation(model, sampling, config.parallel)
@@ -148,7 +148,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     """`examples/evaluate.py`."""
-    wanted = ("policy_ema",) if config.evaluate.ema else parts.POLICY
+    wanted = AVERAGE if config.evaluate.ema else POLICY
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
     checks.check_model(model, config.parallel, "parallel")
     tokenizer = parts.make_tokenizer(config.data.tokenizer, model)
@@ -165,7 +165,7 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     reward = None
     if config.reward.init_from is not None:
         reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", parts.SCALAR, None, "model"
+            config.reward.init_from, "reward.init_from", REWARD, None, "model"
         )
         critic_layout = ParallelLayout.create(config.critic_parallel)
         checks.check_model(reward_model, config.critic_parallel, "critic_parallel")

@@ -187,6 +187,20 @@ CASES: dict[str, Case] = {
     "reward_model_for_policy": Case(
         "ppo", ["policy.init_from={recipe}/reward_model"], [r"policy\.init_from", "holds reward; needed is policy"]
     ),
+    "language_model_for_reward_model": Case(
+        "ppo", ["reward.init_from={recipe}/sft"], [r"reward\.init_from=.*sft: .*holds policy; needed is reward"]
+    ),
+    "language_model_judges_an_evaluation": Case(
+        "evaluate", ["reward.init_from={recipe}/sft"], [r"reward\.init_from=.*holds policy; needed is reward"]
+    ),
+    "language_model_chooses_the_best": Case(
+        "sft",
+        ["sft.select_by=reward_model", "reward.init_from={recipe}/sft", "sampling.max_response_tokens=8"],
+        [r"reward\.init_from=.*holds policy; needed is reward"],
+    ),
+    "reward_model_to_evaluate": Case(
+        "evaluate", ["policy.init_from={recipe}/reward_model"], [r"policy\.init_from=.*holds reward; needed is policy"]
+    ),
     "checkpoint_of_another_shape": Case(
         "sft",
         ["policy.init_from={recipe}/sft", "model.hidden_size=64"],

@@ -28,7 +28,7 @@ from megatron_rlhf.conversion.architecture import tensor_shapes
 from megatron_rlhf.conversion.convert import CheckOptions
 from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
 from megatron_rlhf.conversion.nemo import archive
-from megatron_rlhf.conversion.starting_point import StartingPoint
+from megatron_rlhf.conversion.starting_point import POLICY, StartingPoint
 from megatron_rlhf.conversion.whole_tensors import CheckpointReader
 from megatron_rlhf.data.pretraining import load_pretraining
 from megatron_rlhf.data.records import read_records
@@ -108,7 +108,7 @@ def plant_in_objects(checkpoint: Path, trace: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "init_from": lambda folder: StartingPoint.find(str(folder), "k", ("policy",)).require_undamaged("k"),
+    "init_from": lambda folder: StartingPoint.find(str(folder), "k", POLICY).require_undamaged("k"),
     "weights": lambda folder: sharded.load_weights(folder, make_role(GPT2_LIKE), "policy"),
     "role": lambda folder: load_role(folder),
     "resume": lambda folder: choose_checkpoint(folder.parent, RunConfig(dir="run", resume=True)),

@@ -177,9 +177,9 @@ def test_critic_warmup_leaves_the_policy_alone(recipe):
 def frozen_policy(folder):
     from toys import make_role
 
-    from megatron_rlhf.conversion.starting_point import StartingPoint
+    from megatron_rlhf.conversion.starting_point import POLICY, StartingPoint
 
-    source = StartingPoint.find(folder, "policy.init_from", ("policy",))
+    source = StartingPoint.find(folder, "policy.init_from", POLICY)
     role = make_role(source.model)
     source.load_into(role)
     return {"policy": weight_blocks(role)}

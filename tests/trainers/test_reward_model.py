@@ -73,11 +73,11 @@ def mean_score(recipe, folder):
     """Of demonstrations, read anew from the checkpoint, one at a time."""
     from toys import make_role
 
-    from megatron_rlhf.conversion.starting_point import StartingPoint
+    from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint
     from megatron_rlhf.data.demonstrations import load_demonstrations
     from megatron_rlhf.data.tokenizer import load_tokenizer
 
-    source = StartingPoint.find(str(folder), "reward.init_from", ("reward",))
+    source = StartingPoint.find(str(folder), "reward.init_from", REWARD)
     role = make_role(source.model, name="reward", scalar=True)
     source.load_into(role)
     tokenizer = load_tokenizer(recipe.root / "tokenizer")
