@@ -30,6 +30,7 @@ from omegaconf.errors import (
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import Key, keys, nearest
 from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.ranges import check_ranges
 
 Config = TypeVar("Config")
 CONF = Path(__file__).parent.parent / "conf"
@@ -46,7 +47,7 @@ def compose_config(
         missing: a text that stands in for texts that must be given and are not, for whoever reads only the numbers.
 
     Raises:
-        UserError: unknown key (with the nearest right one), wrong type, missing value.
+        UserError: unknown key (with the nearest right one), wrong type, missing value, number out of range.
     """
     known = keys(schema)
     require_known_keys(known, overrides)
@@ -68,6 +69,7 @@ def compose_config(
     # OmegaConf asserts on a.b=1 where a is null.
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise UserError(_explain(error, known, overrides)) from error
+    check_ranges(config)
     return config, resolved  # type: ignore[return-value]
 
 

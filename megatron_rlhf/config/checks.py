@@ -1,4 +1,7 @@
-"""Contradictions in a configuration, found before any model is built; messages name key, value and what would be right."""
+"""Contradictions between keys, found before any model is built; messages name key, value and what would be right.
+
+Each number by itself: ranges.py.
+"""
 
 from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
@@ -128,12 +131,7 @@ def check_precision(
 
 
 def check_fp8(config: BaseConfig) -> None:
-    """The gate's numbers, and where sampling may be in fp8."""
-    if config.fp8.gate_every < 0:
-        raise UserError(f"fp8.gate_every={config.fp8.gate_every} must not be negative (0: never)")
-    if config.fp8.gate_max_gap <= 0:
-        raise UserError(f"fp8.gate_max_gap={config.fp8.gate_max_gap} must be positive")
-    _check_positive("fp8", config.fp8.gate_samples, "gate_samples")
+    """Where sampling may be in fp8."""
     copied = isinstance(config, PPOConfig) and config.rollout.parallel.of(config.parallel) is not None
     if isinstance(config, PPOConfig) and copied and config.rollout.precision is Precision.fp8_hybrid:
         raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
@@ -191,8 +189,6 @@ def check_experts(parallel: ParallelConfig, key: str) -> None:
 def check_sft(config: SFTConfig) -> None:
     """Demonstrations, mix and length of the schedule must agree."""
     data, sft = config.data, config.sft
-    if not 0 <= data.pretraining_mix <= 1:
-        raise UserError(f"data.pretraining_mix={data.pretraining_mix} must be between 0 and 1")
     if data.pretraining_mix > 0:
         _check_pretraining(data.pretraining, f"data.pretraining_mix={data.pretraining_mix}")
     if data.pretraining_mix < 1 and data.demonstrations is None:
@@ -203,8 +199,8 @@ def check_sft(config: SFTConfig) -> None:
         raise UserError(
             "give policy.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_125m)"
         )
-    _check_positive("sft", sft.batch_size, "batch_size")
-    _check_positive("sft", sft.micro_batch_size, "micro_batch_size")
+    if sft.max_steps is not None:
+        check_warmup(sft.warmup_steps, sft.max_steps, "sft.warmup_steps")
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
     if config.sft.select_by.value == "reward_model":
@@ -215,24 +211,21 @@ def check_reward_model(config: RewardModelConfig) -> None:
     """A start and sensible sizes."""
     if config.reward.init_from is None and config.model is None:
         raise UserError("give reward.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_6b)")
-    _check_positive("reward_model", config.reward_model.batch_size, "batch_size")
-    _check_positive("reward_model", config.reward_model.micro_batch_size, "micro_batch_size")
-    if not 0 <= config.data.validation_fraction < 1:
-        raise UserError(
-            f"data.validation_fraction={config.data.validation_fraction} must be at least 0 and less than 1"
-        )
 
 
 def check_ppo(config: PPOConfig) -> None:
     """Batches, mix, sampling and starting points must agree."""
     ppo = config.ppo
-    for name in ("batch_size", "minibatch_size", "micro_batch_size", "ptx_micro_batch_size", "inner_epochs"):
-        _check_positive("ppo", getattr(ppo, name), name)
     if ppo.batch_size % ppo.minibatch_size:
         raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
     if ppo.ptx_coef > 0:
         _check_pretraining(config.data.pretraining, f"ppo.ptx_coef={ppo.ptx_coef}")
-        _check_positive("ppo", ppo.ptx_ratio, "ptx_ratio")
+    if ppo.critic_warmup_iterations > ppo.iterations:
+        raise UserError(
+            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} is longer than the run's {ppo.iterations} iterations"
+        )
+    if learning := ppo.iterations - ppo.critic_warmup_iterations:  # none: the value model learns alone
+        check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
     if config.reward.init_from is None:
@@ -253,25 +246,25 @@ def check_evaluate(config: EvaluateConfig) -> None:
     """A model to evaluate and a way to sample."""
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
-    _check_positive("evaluate", config.evaluate.samples, "samples")
     check_sampling(config.sampling, "sampling")
     check_one_token(config.parallel, "evaluation")
 
 
 def check_sampling(sampling: SamplingConfig, key: str) -> None:
     """Limits that make sense together."""
-    if sampling.temperature < 0:
-        raise UserError(f"{key}.temperature={sampling.temperature} must not be negative")
-    if not 0 < sampling.top_p <= 1:
-        raise UserError(f"{key}.top_p={sampling.top_p} must be greater than 0 and at most 1")
-    if sampling.top_k < 0:
-        raise UserError(f"{key}.top_k={sampling.top_k} must not be negative (0 keeps all tokens)")
-    if not 1 <= sampling.min_response_tokens <= sampling.max_response_tokens:
+    if sampling.min_response_tokens > sampling.max_response_tokens:
         raise UserError(
-            f"{key}.min_response_tokens={sampling.min_response_tokens} must be at least 1 and at most "
+            f"{key}.min_response_tokens={sampling.min_response_tokens} must be at most "
             f"{key}.max_response_tokens={sampling.max_response_tokens}"
         )
-    _check_positive(key, sampling.batch_size, "batch_size")
+
+
+def check_warmup(warmup: int, length: int, key: str, unit: str = "steps") -> None:
+    """A learning rate must reach its peak before the run ends."""
+    if warmup > length:
+        raise UserError(
+            f"{key}={warmup} is longer than the run's {length} {unit}: the learning rate would not reach its peak"
+        )
 
 
 def check_fits_context(prompt_tokens: int, response_tokens: int, model: ModelConfig, keys: tuple[str, str]) -> None:
@@ -286,10 +279,3 @@ def check_fits_context(prompt_tokens: int, response_tokens: int, model: ModelCon
 def _check_pretraining(pretraining: PretrainingDataConfig, because: str) -> None:
     if pretraining.source is None:
         raise UserError(f"{because} needs data.pretraining.source")
-    if not 0 <= pretraining.held_out < 1:
-        raise UserError(f"data.pretraining.held_out={pretraining.held_out} must be at least 0 and less than 1")
-
-
-def _check_positive(group: str, value: int, name: str) -> None:
-    if value < 1:
-        raise UserError(f"{group}.{name}={value} must be at least 1")

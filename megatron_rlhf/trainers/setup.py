@@ -42,12 +42,13 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
         log.info(demonstrations.describe())
         if data.validation is not None:
             validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns.given())
+    per_step = round(config.sft.batch_size * data.pretraining_mix)
+    steps = config.sft.max_steps or config.sft.epochs * (
+        -(-len(demonstrations or []) // max(config.sft.batch_size - per_step, 1))
+    )
+    checks.check_warmup(config.sft.warmup_steps, steps, "sft.warmup_steps")
     pretraining = None
     if data.pretraining_mix > 0:
-        per_step = round(config.sft.batch_size * data.pretraining_mix)
-        steps = config.sft.max_steps or config.sft.epochs * (
-            -(-len(demonstrations or []) // max(config.sft.batch_size - per_step, 1))
-        )
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, steps * per_step, session)
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
@@ -75,6 +76,9 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits))
     else:
         training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed)
+    algorithm = config.reward_model
+    steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
+    checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
     if data.demonstrations is not None:
         demonstrations = [d.tokens.tolist() for d in load_demonstrations(data.demonstrations, tokenizer, *limits)]
     else:

@@ -81,7 +81,7 @@ CASES: dict[str, Case] = {
     ),
     "fp8": Case("sft", ["precision=fp8_hybrid"], ["precision=fp8_hybrid", "Transformer Engine", "bf16"]),
     "fp16": Case("sft", ["precision=fp16"], ["precision=fp16 needs a GPU", "bf16"]),
-    "fp8_gate_never_open": Case("ppo", ["fp8.gate_max_gap=0"], [r"fp8\.gate_max_gap=0\.0 must be positive"]),
+    "fp8_gate_never_open": Case("ppo", ["fp8.gate_max_gap=0"], [r"fp8\.gate_max_gap=0\.0 must be more than 0"]),
     "sampling_in_fp8_alone": Case(
         "ppo", ["rollout.precision=fp8_hybrid"], [r"rollout\.precision=fp8_hybrid", "precision=fp32", "sample in fp32"]
     ),
@@ -146,6 +146,26 @@ CASES: dict[str, Case] = {
     ),
     "top_p": Case("evaluate", ["sampling.top_p=0"], [r"sampling\.top_p=0", "at most 1"]),
     "select_without_reward_model": Case("sft", ["sft.select_by=reward_model"], [r"needs reward\.init_from"]),
+    # Numbers that mean nothing, and schedules that do not fit (each range by itself: tests/config/test_ranges.py).
+    "no_epochs": Case("sft", ["sft.epochs=0"], [r"sft\.epochs=0 must be at least 1"]),
+    "dropout": Case("sft", ["sft.dropout=1.5"], [r"sft\.dropout=1\.5 must be at least 0 and less than 1"]),
+    "negative_decay": Case(
+        "ppo", ["value.optimizer.weight_decay=-0.1"], [r"value\.optimizer\.weight_decay=-0\.1 must be at least 0"]
+    ),
+    "warmup_longer_than_the_steps": Case(
+        "sft", ["sft.max_steps=4", "sft.warmup_steps=5"], [r"sft\.warmup_steps=5 is longer than the run's 4 steps"]
+    ),
+    "warmup_longer_than_the_epochs": Case("sft", ["sft.warmup_steps=4"], [r"warmup_steps=4 .* the run's 3 steps"]),
+    "reward_warmup_longer_than_the_epochs": Case(
+        "reward_model", ["reward_model.warmup_steps=5"], [r"reward_model\.warmup_steps=5 .* the run's 4 steps"]
+    ),
+    "policy_warmup_longer_than_its_iterations": Case(
+        "ppo", ["ppo.critic_warmup_iterations=2"], [r"ppo\.warmup_iterations=2 .* the run's 1 iterations in which"]
+    ),
+    "critic_warmup_longer_than_the_run": Case(
+        "ppo", ["ppo.critic_warmup_iterations=4"], [r"ppo\.critic_warmup_iterations=4 .* the run's 3 iterations"]
+    ),
+    "empty_text": Case("sft", ["run.wandb_project="], [r"run\.wandb_project= is empty"]),
     # Files.
     "missing_file": Case("sft", ["data.demonstrations={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "missing_tokenizer": Case("sft", ["data.tokenizer={folder}/nothing"], ["nothing: no such tokenizer folder"]),

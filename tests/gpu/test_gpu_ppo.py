@@ -26,7 +26,7 @@ def started(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def iteration(recipe: Recipe, name: str, *settings: str) -> dict[str, float]:
     base = (recipe.root / "sft", recipe.root / "reward_model")
-    run("train_ppo", recipe.ppo(name, *base, "ppo.iterations=1", *settings))
+    run("train_ppo", recipe.ppo(name, *base, "ppo.iterations=1", "ppo.warmup_iterations=1", *settings))
     assert (recipe.root / name / "checkpoints" / "latest").is_file()
     (row,) = read_metrics(recipe.root / name)
     return row

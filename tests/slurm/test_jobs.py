@@ -96,8 +96,8 @@ def pipeline(cluster: Cluster, scripts: Path, recipe: Recipe, runs: Path, **chan
         "SFT_OVERRIDES": f"{small} sft.epochs=1 data.pretraining.sequence_length=24",
         "REWARD_OVERRIDES": f"{small} reward_model.batch_size=10",
         "PPO_OVERRIDES": f"{small} model@critic_model=null critic_parallel.tensor=2 data.max_prompt_tokens=32 "
-        "data.pretraining.sequence_length=24 rollout.max_response_tokens=8 ppo.iterations=1 ppo.batch_size=4 "
-        "ppo.minibatch_size=4 ppo.ptx_ratio=1",
+        "data.pretraining.sequence_length=24 rollout.max_response_tokens=8 ppo.iterations=1 "
+        "ppo.warmup_iterations=0 ppo.batch_size=4 ppo.minibatch_size=4 ppo.ptx_ratio=1",
         **changed,
     }
     printed = cluster.client("bash", str(scripts / "pipeline_175b.sh"), **settings)

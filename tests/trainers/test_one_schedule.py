@@ -41,7 +41,13 @@ def stages(recipe):
     arguments = recipe.ppo(
         "one_schedule", recipe.root / "sft", recipe.root / "reward_model", f"parallel.pipeline={STAGES}"
     )
-    return run_ranks(STAGES, schedules_of_policy_updates, "ppo", [*arguments, "ppo.iterations=1"], timeout=200)
+    return run_ranks(
+        STAGES,
+        schedules_of_policy_updates,
+        "ppo",
+        [*arguments, "ppo.iterations=1", "ppo.warmup_iterations=1"],
+        timeout=200,
+    )
 
 
 @pytest.mark.parametrize("stage", range(STAGES))

@@ -187,8 +187,12 @@ def frozen_policy(folder):
 
 def test_a_response_that_never_stops_is_penalised(recipe):
     """The score stays the reward's own; the total, which the policy is paid by, has the penalty."""
-    _, rows = run(recipe, "ppo_missing_stop", "ppo.missing_stop_penalty=100", "ppo.iterations=1")
-    _, without = run(recipe, "ppo_no_penalty", "ppo.missing_stop_penalty=0", "ppo.iterations=1")
+    _, rows = run(
+        recipe, "ppo_missing_stop", "ppo.missing_stop_penalty=100", "ppo.iterations=1", "ppo.warmup_iterations=1"
+    )
+    _, without = run(
+        recipe, "ppo_no_penalty", "ppo.missing_stop_penalty=0", "ppo.iterations=1", "ppo.warmup_iterations=1"
+    )
     (row,), (free,) = rows, without
     unstopped = 1 - row["rollout/stop_fraction"]
     assert 0 < unstopped < 1
@@ -264,5 +268,12 @@ def mean_entropy(stage, arguments):
 
 
 def test_entropy_is_of_the_sampled_distribution(recipe):
-    (seen,), rows = run(recipe, "ppo_entropy", "rollout.temperature=0.8", "ppo.iterations=1", function=mean_entropy)
+    (seen,), rows = run(
+        recipe,
+        "ppo_entropy",
+        "rollout.temperature=0.8",
+        "ppo.iterations=1",
+        "ppo.warmup_iterations=1",
+        function=mean_entropy,
+    )
     assert rows[0]["policy/entropy"] == pytest.approx(sum(seen) / len(seen), rel=1e-5)

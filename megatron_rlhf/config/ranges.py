@@ -1,0 +1,138 @@
+"""Which numbers each key takes: what is beyond them is refused before anything is built."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megatron_rlhf.config import cluster, data, model, stages, training
+from megatron_rlhf.config.errors import UserError
+
+LARGEST_WHOLE = 2**31 - 1
+"""Tokens, seeds and steps are kept in 32 bits somewhere."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (isinstance(value, float) or value <= LARGEST_WHOLE)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+
+COUNT = Range(least=1)
+NOT_NEGATIVE = Range(least=0)
+POSITIVE = Range(above=0)
+SHARE = Range(least=0, most=1)
+PROPER_SHARE = Range(least=0, below=1)
+"""All of it would leave nothing."""
+SOME_SHARE = Range(above=0, most=1)
+"""None of it would leave nothing."""
+
+# A number that is not in this table must not be negative.
+RANGES: Mapping[type, Mapping[str, Range]] = {
+    training.RunConfig: {"stop_at_step": COUNT, "max_skipped_steps": COUNT},
+    training.OptimizerConfig: {"lr": POSITIVE, "betas": PROPER_SHARE, "epsilon": POSITIVE},
+    training.Fp8Config: {"gate_max_gap": POSITIVE, "gate_samples": COUNT},
+    training.SamplingConfig: {
+        "top_p": SOME_SHARE,
+        "max_response_tokens": COUNT,
+        "min_response_tokens": COUNT,
+        "batch_size": COUNT,
+    },
+    model.ModelConfig: {
+        **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size"), COUNT),
+        **dict.fromkeys(("max_sequence_length", "num_query_groups", "head_dim", "ffn_hidden_size"), COUNT),
+        **dict.fromkeys(("rope_base", "rope_scaling_factor", "rope_low_frequency", "rope_high_frequency"), POSITIVE),
+        **dict.fromkeys(("norm_epsilon", "init_std"), POSITIVE),
+        "rope_fraction": SOME_SHARE,
+        "rope_original_length": COUNT,
+        "vocab_multiple": COUNT,
+    },
+    model.ParallelConfig: dict.fromkeys(
+        ("tensor", "pipeline", "virtual_stages", "last_stage_layers", "context", "expert"), COUNT
+    ),
+    stages.GenerationLayoutConfig: dict.fromkeys(("tensor", "pipeline", "last_stage_layers"), COUNT),
+    data.PretrainingDataConfig: {"sequence_length": COUNT, "held_out": PROPER_SHARE, "held_out_samples": COUNT},
+    data.DemonstrationDataConfig: {
+        "max_prompt_tokens": COUNT,
+        "max_response_tokens": COUNT,
+        "pretraining_mix": SHARE,
+    },
+    data.ComparisonDataConfig: {
+        "max_prompt_tokens": COUNT,
+        "max_response_tokens": COUNT,
+        "validation_fraction": PROPER_SHARE,
+    },
+    data.PromptDataConfig: {"max_prompt_tokens": COUNT, "max_per_user": COUNT},
+    stages.SFTAlgorithmConfig: {
+        **dict.fromkeys(("epochs", "max_steps", "batch_size", "micro_batch_size", "selection_samples"), COUNT),
+        "dropout": PROPER_SHARE,
+        "final_lr_fraction": SHARE,
+    },
+    stages.RewardAlgorithmConfig: {
+        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "validate_every"), COUNT),
+        "final_lr_fraction": SHARE,
+    },
+    stages.PPOAlgorithmConfig: {
+        **dict.fromkeys(("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size"), COUNT),
+        **dict.fromkeys(("kl_horizon", "ptx_ratio", "ptx_micro_batch_size"), COUNT),
+        **dict.fromkeys(("clip", "value_clip", "kl_target", "max_logprob_gap"), POSITIVE),
+        **dict.fromkeys(("gamma", "lam"), SHARE),
+        "ema_decay": PROPER_SHARE,
+    },
+    stages.EvaluateAlgorithmConfig: {"samples": COUNT},
+    cluster.ClusterConfig: {
+        **dict.fromkeys(("nodes", "gpus_per_node"), COUNT),
+        **dict.fromkeys(("memory_gib", "bf16_tflops", "fp32_tflops", "fp8_tflops"), POSITIVE),
+        **dict.fromkeys(("memory_gb_per_s", "node_gb_per_s", "network_gb_per_s"), POSITIVE),
+        **dict.fromkeys(("matmul_efficiency", "memory_efficiency"), SOME_SHARE),
+    },
+    cluster.WorkloadConfig: {
+        **dict.fromkeys(("demonstrations", "rankings", "prompt_tokens", "response_tokens"), COUNT),
+        **dict.fromkeys(("completions", "max_completions"), Range(least=2)),
+    },
+}
+
+
+def range_of(schema: type, name: str) -> Range:
+    """The numbers that a field of a schema takes; a schema has its parents' ranges."""
+    return next((RANGES[base][name] for base in schema.__mro__ if name in RANGES.get(base, {})), NOT_NEGATIVE)
+
+
+def check_ranges(config: Any) -> None:
+    """Raise UserError for the first number outside its range, and for a text that is empty."""
+    for path, value, allowed in _values(config):
+        if isinstance(value, str):
+            if not value:
+                raise UserError(f"{path}= is empty: give a text, or leave the key out")
+        elif not allowed.holds(value):
+            bounds = f"must be {allowed}" if math.isfinite(value) else f"must be a number, {allowed}"
+            whole = isinstance(value, int) and value > LARGEST_WHOLE
+            raise UserError(f"{path}={value} {f'must be at most {LARGEST_WHOLE}' if whole else bounds}")
+
+
+def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
+    for field in fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from _values(value, f"{path}.")
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str | int | float) and not isinstance(item, bool):
+                yield path, item, range_of(type(config), field.name)
