@@ -78,14 +78,17 @@ class Role:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Weights of the whole model; tied embeddings and weights that ranks repeat count once. Collective over the world."""
+        """Weights of the whole model; tied embeddings and weights that ranks repeat count once, rows that pad the vocabulary
+        not at all. Collective over the world."""
         return collectives.publish_object(self._count_parameters() if self.layout.is_member else 0, self.layout)
 
     def _count_parameters(self) -> int:
         parameters = [p for chunk in self.modules for p in chunk.parameters() if not getattr(p, "shared", False)]
         first = self.layout.tp_rank == 0
         here = sum(p.numel() for p in parameters if first or getattr(p, "tensor_model_parallel", False))
-        return int(collectives.sum_over(here, self.layout.groups.mp))
+        rows = self.model.padded_vocab_size(self.layout.config.tensor) - self.model.vocab_size
+        matrices = 1 if self.scalar or self.model.tied_embeddings else 2
+        return int(collectives.sum_over(here, self.layout.groups.mp)) - rows * matrices * self.model.hidden_size
 
     @property
     def in_fp8(self) -> bool:
