@@ -36,6 +36,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="session")
+def reference_world(tmp_path_factory: pytest.TempPathFactory):
+    """Data and models that the runs of tests/reference and the independent program both read."""
+    from reference.world import make_world
+
+    return make_world(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data that is kept beside the repository."""
     if not SHARED_DATA.is_dir():

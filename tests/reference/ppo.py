@@ -1,0 +1,283 @@
+"""PPO with pretraining gradients, PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2, and appendix C.4)."""
+
+import copy
+import itertools
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+from reference import data, models
+from reference.data import Settings
+from reference.models import Adam
+from reference.sampling import Response, respond, row_key
+from reference.sft import Result
+from torch import Tensor
+
+
+@dataclass
+class Episode:
+    """A prompt, a response, and what the models thought of it before any update."""
+
+    prompt: list[int]
+    response: Response
+    score: float
+    """The reward model's own."""
+    total: float
+    """The score less the penalty."""
+    logprobs: Tensor
+    """[t] of each response token under the policy that wrote it."""
+    kl: Tensor
+    """[t] log-ratio to the reference."""
+    values: Tensor
+    """[t] of the state before each token."""
+    returns: Tensor | None = None
+    advantages: Tensor | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.response.tokens
+
+    @property
+    def length(self) -> int:
+        return len(self.response.tokens)
+
+
+class Run:
+    """One run, iteration by iteration."""
+
+    def __init__(self, s: Settings):
+        self.s = s
+        self.policy = models.language_model(s["policy.init_from"])
+        self.reference = models.language_model(s["policy.init_from"])
+        self.reward = models.scalar_model(s["reward.init_from"])
+        self.value = models.scalar_model(s["value.init_from"])
+        self.average = copy.deepcopy(self.policy)
+        self.policy_adam, self.value_adam = Adam(self.policy, s, "policy"), Adam(self.value, s, "value")
+        self.tokenizer = data.load_tokenizer(s)
+        self.stops = [self.tokenizer.eos_token_id]
+        self.prompts = data.prompts(s)
+        self.batches = data.shuffled_batches(len(self.prompts), s["ppo.batch_size"], s["run.seed"], whole=True)
+        updates = s["ppo.iterations"] * s["ppo.inner_epochs"] * s["ppo.batch_size"] // s["ppo.minibatch_size"]
+        self.text = data.pretraining_text(s, updates * s["ppo.minibatch_size"] * s["ppo.ptx_ratio"])
+        self.next_text = itertools.cycle(self.text.train)
+        self.kl_coef = s["ppo.kl_coef"]
+        self.trained_tokens = 0
+
+    def collect(self, iteration: int) -> list[Episode]:
+        """The policy answers, all models judge. A prompt that comes twice gets another sample."""
+        s, temperature, seen, episodes = self.s, self.s["rollout.temperature"], [], []
+        for number in next(self.batches):
+            prompt = self.prompts[number]
+            key = row_key(s["run.seed"], iteration, prompt.number, seen.count(number))
+            seen.append(number)
+            response = respond(self.policy, prompt.tokens, key, s, "rollout", self.stops)
+            tokens, first = prompt.tokens + response.tokens, len(prompt.tokens)
+            with torch.no_grad():
+                score = models.scalars(self.reward, tokens)[-1].item()
+                old, reference = (
+                    models.of_tokens(models.logprobs(model, tokens, temperature), tokens)[first - 1 :]
+                    for model in (self.policy, self.reference)
+                )
+                episodes.append(
+                    Episode(
+                        prompt.tokens,
+                        response,
+                        score,
+                        score if response.stopped else score - s["ppo.missing_stop_penalty"],
+                        old,
+                        old - reference,
+                        models.scalars(self.value, tokens)[first - 1 : -1],
+                    )
+                )
+        return episodes
+
+    def judge(self, episodes: list[Episode]) -> None:
+        """Rewards (equation 2), advantages (Schulman et al. 2016, equations 11 and 16) and returns."""
+        gamma, lam = self.s["ppo.gamma"], self.s["ppo.lam"]
+        for episode in episodes:
+            rewards = -self.kl_coef * episode.kl
+            rewards[-1] += episode.total
+            values = [*episode.values, 0.0]  # the episode is over
+            deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(episode.length)]
+            episode.advantages = torch.stack(
+                [
+                    sum((gamma * lam) ** (later - t) * deltas[later] for later in range(t, episode.length))
+                    for t in range(episode.length)
+                ]
+            )
+            episode.returns = episode.advantages + episode.values
+        if self.s["ppo.whiten_advantages"]:
+            every = torch.cat([episode.advantages for episode in episodes])
+            for episode in episodes:
+                episode.advantages = (episode.advantages - every.mean()) / (every.var() + 1e-8).sqrt()
+
+    def minibatches(self, episodes: list[Episode], iteration: int, epoch: int) -> list[list[Episode]]:
+        seed = hash((self.s["run.seed"], iteration, epoch)) % 2**63
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).tolist()
+        size = self.s["ppo.minibatch_size"]
+        return [[episodes[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+    def update_policy(self, minibatch: list[Episode], rate: float) -> tuple[dict[str, float], list[list[int]]]:
+        """The clipped objective (Schulman et al. 2017, equation 7) plus ptx_coef times the loss on text; the texts."""
+        s, clip = self.s, self.s["ppo.clip"]
+        tokens = sum(episode.length for episode in minibatch)
+        names = ("loss", "ratio_mean", "clip_fraction", "approx_kl", "entropy")
+        sums, gaps = dict.fromkeys((f"policy/{name}" for name in names), 0.0), []
+        for episode in minibatch:
+            every = models.logprobs(self.policy, episode.tokens, s["rollout.temperature"])[len(episode.prompt) - 1 :]
+            new = every.gather(1, torch.tensor(episode.response.tokens).unsqueeze(1)).squeeze(1)
+            ratio = (new - episode.logprobs).exp()
+            gain, clipped = ratio * episode.advantages, ratio.clamp(1 - clip, 1 + clip) * episode.advantages
+            loss = -torch.minimum(gain, clipped).sum() / tokens
+            loss.backward()
+            log_ratio = (new - episode.logprobs).detach()
+            figures = (
+                loss,
+                ratio.sum() / tokens,
+                (clipped < gain).sum() / tokens,
+                # KL(old || new) by Schulman's k3, of tokens drawn from the old
+                (log_ratio.exp() - 1 - log_ratio).sum() / tokens,
+                -(every.exp() * every).sum() / tokens,
+            )
+            sums = {name: total + float(x.detach()) for (name, total), x in zip(sums.items(), figures, strict=True)}
+            gaps.append((ratio.detach() - 1).abs().max().item())
+        texts = list(itertools.islice(self.next_text, s["ppo.ptx_ratio"] * s["ppo.minibatch_size"]))
+        sums["ptx/loss"] = models.text_loss(
+            self.policy, [(text, 1) for text in texts], lambda part: (s["ppo.ptx_coef"] * part).backward()
+        )
+        norm = self.policy_adam.step(rate)
+        with torch.no_grad():
+            for average, weight in zip(self.average.parameters(), self.policy.parameters(), strict=True):
+                average.copy_(s["ppo.ema_decay"] * average + (1 - s["ppo.ema_decay"]) * weight)
+        return sums | {"policy/first_ratio_max_gap": max(gaps), "policy/grad_norm": norm}, texts
+
+    def update_value(self, minibatch: list[Episode]) -> dict[str, float]:
+        """Half the larger of two squared errors, one of the value clipped around the old (Engstrom et al. 2020, section 3)."""
+        clip, tokens = self.s["ppo.value_clip"], sum(episode.length for episode in minibatch)
+        sums = {"value/loss": 0.0, "value/clip_fraction": 0.0}
+        for episode in minibatch:
+            new = models.scalars(self.value, episode.tokens)[len(episode.prompt) - 1 : -1]
+            near = new.clamp(episode.values - clip, episode.values + clip)
+            error, clipped = (new - episode.returns) ** 2, (near - episode.returns) ** 2
+            loss = torch.maximum(error, clipped).sum() / 2 / tokens
+            loss.backward()
+            sums["value/loss"] += loss.item()
+            sums["value/clip_fraction"] += (clipped > error).sum().item() / tokens
+        return sums | {"value/grad_norm": self.value_adam.step(self.s["value.optimizer.lr"])}
+
+    def iterate(self, iteration: int) -> tuple[dict[str, float], list[Episode], dict[str, list[list[int]]]]:
+        """Metrics, episodes and the data that was read."""
+        s, policy_updates, value_updates = self.s, [], []
+        episodes = self.collect(iteration)
+        self.judge(episodes)
+        read = {"prompt": [episode.prompt for episode in episodes], "text": []}
+        rate, warmup = s["policy.optimizer.lr"], s["ppo.warmup_iterations"]
+        done = iteration - s["ppo.critic_warmup_iterations"]  # by the policy; none while only the critic learns
+        learns = done >= 0
+        if done < warmup:  # from one tenth of the peak (appendix C.4)
+            rate *= 0.1 + 0.9 * done / warmup
+        for epoch in range(s["ppo.inner_epochs"]):
+            for minibatch in self.minibatches(episodes, iteration, epoch):
+                if learns:
+                    update, texts = self.update_policy(minibatch, rate)
+                    policy_updates.append(update)
+                    read["text"] += texts
+                value_updates.append(self.update_value(minibatch))
+        row = {
+            "step": iteration + 1,
+            "samples": (iteration + 1) * s["ppo.batch_size"],
+            "skipped_updates": 0,
+            **self.rollout_metrics(episodes),
+            **update_metrics(value_updates),
+            **update_metrics(policy_updates),
+            "policy/lr": rate if learns else 0.0,
+            **self.costs(episodes, read["text"], bool(policy_updates)),
+        }
+        if (iteration + 1) % s["ppo.tax_every"] == 0:
+            row |= self.tax()
+        if learns:
+            self.control_kl(row["kl/mean"])
+        return row, episodes, read
+
+    def rollout_metrics(self, episodes: list[Episode]) -> dict[str, float]:
+        scores = [episode.score for episode in episodes]
+        returns = torch.cat([episode.returns for episode in episodes])
+        errors = returns - torch.cat([episode.values for episode in episodes])
+        return {
+            "reward/score_mean": statistics.fmean(scores),
+            "reward/score_std": statistics.pstdev(scores),
+            "rollout/response_length_mean": statistics.fmean(episode.length for episode in episodes),
+            "rollout/stop_fraction": statistics.fmean(episode.response.stopped for episode in episodes),
+            "rollout/logprob_gap_max": 0.0,
+            "reward/total_mean": statistics.fmean(episode.total for episode in episodes),
+            "kl/mean": statistics.fmean(float(episode.kl.sum()) for episode in episodes),
+            # Schulman's k3, of tokens drawn from the policy
+            "kl/k3_mean": statistics.fmean(float((torch.exp(-e.kl) - 1 + e.kl).sum()) for e in episodes),
+            "kl/coef": self.kl_coef,
+            "value/explained_variance": float(1 - errors.var() / returns.var()),
+        }
+
+    def control_kl(self, kl: float) -> None:
+        """Ziegler et al. 2019, section 2.2."""
+        if self.s["ppo.kl_control"] == "adaptive":
+            error = min(max(kl / self.s["ppo.kl_target"] - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * self.s["ppo.batch_size"] / self.s["ppo.kl_horizon"]
+
+    @torch.no_grad()
+    def tax(self) -> dict[str, float]:
+        """Loss on held-out text, of the policy and of the reference."""
+        texts = [(text, 1) for text in self.text.held_out[: self.s["data.pretraining.held_out_samples"]]]
+        policy, reference = (
+            models.text_loss(model, texts, lambda part: None) for model in (self.policy, self.reference)
+        )
+        return {"tax/pretraining_loss": policy, "tax/reference_pretraining_loss": reference}
+
+    def costs(self, episodes: list[Episode], texts: list[list[int]], learns: bool) -> dict[str, float]:
+        """Tokens that the policy trained on; 2 FLOPs a weight and token forward, 6 with backward (Kaplan et al. 2020)."""
+        policy, critic = models.count_weights(self.policy), models.count_weights(self.value)
+        sampled = sum(len(episode.tokens) for episode in episodes)
+        learned = self.s["ppo.inner_epochs"] * sampled
+        trained = learned * learns + sum(len(text) - 1 for text in texts)
+        self.trained_tokens += trained
+        # Sampling, policy and reference; reward and value model.
+        forward = 2 * sampled * (3 * policy + 2 * critic)
+        return {
+            "tokens": self.trained_tokens,
+            "step_tokens": trained,
+            "step_flops": forward + 6 * (trained * policy + learned * critic),
+        }
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over an iteration's updates; of the gap the first, of the gradient's norm the last."""
+    if not updates:
+        return {}
+    means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
+    firsts = {name: value for name, value in updates[0].items() if "first" in name}
+    return means | firsts | {name: value for name, value in updates[-1].items() if "grad_norm" in name}
+
+
+def run(s: Settings) -> tuple[Result, list[dict[str, object]]]:
+    """The result, and the rows of samples.jsonl."""
+    result, samples, ppo = Result([], [], {}), [], Run(s)
+    decode = ppo.tokenizer.decode
+    for iteration in range(s["ppo.iterations"]):
+        row, episodes, read = ppo.iterate(iteration)
+        result.rows.append(row)
+        result.read.append(read)
+        samples += [
+            {
+                "step": iteration + 1,
+                "prompt": decode(episode.prompt, skip_special_tokens=True),
+                "response": decode(episode.response.tokens, skip_special_tokens=True),
+                "score": episode.score,
+                "total": episode.total,
+                "kl": float(episode.kl.sum()),
+            }
+            for episode in episodes[:8]
+        ]
+    for name in ("policy", "value", "average"):
+        result.weights[name] = models.weights_of(getattr(ppo, name))
+    assert all(math.isfinite(x) for row in result.rows for x in row.values())
+    return result, samples
