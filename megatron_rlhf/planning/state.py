@@ -15,8 +15,8 @@ def frozen_bytes(placed: PlacedModel, stage: int) -> Bytes:
 def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Bytes:
     """A model that learns: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
 
-    The distributed optimizer shards moments and master weights over data and context parallelism. `average`: a moving
-    average of the weights, in fp32.
+    The distributed optimizer shards moments, master weights and their moving average (`average`) over data and context
+    parallelism.
     """
     count = placed.parameters(stage)
     shards = placed.data * placed.parallel.context if placed.parallel.distributed_optimizer else 1
@@ -29,5 +29,5 @@ def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Byt
     if placed.precision is Precision.fp8_hybrid:  # kept between microbatches: one for each of the two matrix layouts
         state["fp8 weights"] = 2 * placed.stage_layers(stage) * layer_parameters(placed.model, placed.parallel.tensor)
     if average:
-        state["ema"] = count * FP32
+        state["ema"] = count * FP32 / shards
     return state

@@ -70,7 +70,9 @@ def update_seconds(placed: PlacedModel, cluster: ClusterConfig, average: bool = 
     communication = _all_reduce(count * FP32, placed.data, link)
     if parallel.distributed_optimizer and placed.data > 1:  # reduce-scatter, then gather the weights
         communication = communication / 2 + count * placed.element / (link * _GB)
-    touched = count * (4 * FP32 + placed.element) + 6 * FP32 * count / shards + (2 * FP32 * count if average else 0)
+    touched = (
+        count * (4 * FP32 + placed.element) + 6 * FP32 * count / shards + (2 * FP32 * count / shards if average else 0)
+    )
     return communication + touched / _memory_rate(cluster)
 
 

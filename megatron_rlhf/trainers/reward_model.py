@@ -156,10 +156,7 @@ class RewardModelTrainer(Trainer):
             values = self.reward.role.values(tokens, self.config.reward_model.micro_batch_size * 4)
             total += float(values.gather(1, last.unsqueeze(-1)).sum())
         mean = total / max(count, 1)
-        for chunk in self.reward.role.modules:
-            if chunk.post_process:
-                chunk.output_layer.bias -= mean
-        self.reward.weights_have_changed()
+        self.reward.add_to("output_layer.bias", -mean)
         log.info("bias %.4f: %d demonstrations now score 0 on average", -mean, count)
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_rlhf.parallel.offload import storage_of
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics, forward_backward
 from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.trainers.average import MovingAverage
+from megatron_rlhf.trainers.masters import masters_of
 from megatron_rlhf.trainers.optimizer import wrap
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,9 @@ class TrainedRole:
         ema_decay: float = 0.0,
     ) -> "TrainedRole":
         """Wrap the role's chunks and build the optimizer for them. Collective."""
-        average = MovingAverage(role, ema_decay) if ema_decay else None
-        return cls(role, wrap(role, config, precision), max_skipped, average)
+        optimizer = wrap(role, config, precision)
+        average = MovingAverage(role, optimizer, ema_decay) if ema_decay else None
+        return cls(role, optimizer, max_skipped, average)
 
     def accumulate(self, microbatches: Sequence[Microbatch]) -> Accumulated:
         """Gradients of a first part of the next update, in a schedule of their own, not yet reduced over ranks."""
@@ -114,10 +116,14 @@ class TrainedRole:
         updates, self.skipped_in_a_row = collectives.publish_object((updates, self.skipped_in_a_row), self.role.layout)
         return updates
 
-    def weights_have_changed(self) -> None:
-        """After a change of weights outside an update: the optimizer may keep master copies."""
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+    @torch.no_grad()
+    def add_to(self, name: str, amount: float) -> None:
+        """Change the weights called `name` outside of an update: the model's, and the optimizer's masters of them alone."""
+        for chunk, masters in zip(self.role.modules, masters_of(self.role, self.optimizer), strict=True):
+            for parameter in (p for n, p in chunk.named_parameters() if n == name):
+                parameter.add_(amount)
+            if name in masters:
+                masters[name].add(amount)
 
     def optimizer_tensors(self) -> list[Tensor]:
         """Master weights, moments and the moving average: what an update needs and nothing else does."""

@@ -166,6 +166,6 @@ def test_mixed_precision_state_by_hand() -> None:
         "weights": 2 * count,
         "gradients": 4 * count,
         "optimizer": 12 * count / 4,
-        "ema": 4 * count,
+        "ema": 4 * count / 4,
     }
     assert frozen_bytes(placed, 0) == {"weights": 2 * count}

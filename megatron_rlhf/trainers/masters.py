@@ -1,0 +1,57 @@
+"""Master weights: what the optimizer really updates. The model's own are a rounded copy of them in half precision.
+
+What is to follow training exactly (a moving average, a correction of a weight) follows these.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_rlhf.models.roles import Role
+
+
+@dataclass(frozen=True)
+class Master:
+    """The part of a parameter that this rank's optimizer owns."""
+
+    parameter: Tensor
+    rows: slice | None
+    """Of the flattened parameter, where the distributed optimizer shards it; None: all of it."""
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The same part of a tensor that is shaped like the parameter; a view."""
+        return whole if self.rows is None else whole.view(-1)[self.rows]
+
+    def values(self) -> Tensor:
+        """The master weights themselves, fp32."""
+        if self.parameter.dtype is torch.float32:
+            return self.part_of(self.parameter.data)
+        return self.parameter.main_param.data  # type: ignore[attr-defined]
+
+    def add(self, amount: float) -> None:
+        """Change the weights outside of an update: the master's, not the rounded copy's."""
+        if self.parameter.dtype is not torch.float32:
+            self.values().add_(amount)
+
+
+def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str, Master]]:
+    """For each chunk of the role, by the names of its parameters; of those alone that this rank owns a part of."""
+    return [
+        {name: master for name, p in chunk.named_parameters() if (master := _master(p, optimizer)) is not None}
+        for chunk in role.modules
+    ]
+
+
+def _master(parameter: Tensor, optimizer: MegatronOptimizer | None) -> Master | None:
+    assert optimizer is not None, "a role with chunks on this rank has an optimizer here"
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            if parameter not in part.model_param_gbuf_map:
+                continue
+            buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
+            owned = part.gbuf_ranges[buffer][dtype][bucket]["param_map"].get(parameter)
+            return None if owned is None else Master(parameter, slice(owned["param"].start, owned["param"].end))
+    return Master(parameter, None)
