@@ -47,11 +47,12 @@ def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str
 
 def _master(parameter: Tensor, optimizer: MegatronOptimizer | None) -> Master | None:
     assert optimizer is not None, "a role with chunks on this rank has an optimizer here"
-    for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer):
-            if parameter not in part.model_param_gbuf_map:
-                continue
+    sharded = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    if not sharded:
+        return Master(parameter, None)
+    for part in sharded:
+        if parameter in part.model_param_gbuf_map:
             buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
-            owned = part.gbuf_ranges[buffer][dtype][bucket]["param_map"].get(parameter)
-            return None if owned is None else Master(parameter, slice(owned["param"].start, owned["param"].end))
-    return Master(parameter, None)
+            owned = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+            return Master(parameter, slice(owned.start, owned.end))
+    return None  # all of it is other ranks'
