@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config", "algorithms", "parallel"},
     "rollout": {"config", "algorithms", "parallel", "models"},
     "checkpoint": {"config", "parallel", "models"},
-    "conversion": {"config", "parallel", "models", "checkpoint"},
+    "conversion": {"config", "data", "parallel", "models", "checkpoint"},
     "runs": {"config", "monitoring", "parallel", "models", "rollout", "checkpoint"},
     "evaluation": {"config", "data", "monitoring", "parallel", "models", "rollout", "conversion", "runs"},
     "trainers": {

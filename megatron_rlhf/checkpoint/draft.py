@@ -11,7 +11,7 @@ import logging
 import queue
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -207,10 +207,15 @@ def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """A small file, written by the first rank. Collective; raises NotWritten on all ranks."""
+    on_first_rank(lambda: path.write_text(text))
+
+
+def on_first_rank(write: Callable[[], object]) -> None:
+    """Small files. Collective; raises NotWritten on all ranks."""
     error = None
     if dist.get_rank() == 0:
         try:
-            path.write_text(text)
+            write()
         except OSError as problem:
             error = problem
     agree(error)

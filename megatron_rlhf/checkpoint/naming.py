@@ -10,6 +10,8 @@ from megatron_rlhf.checkpoint.integrity import META, is_whole, sync
 from megatron_rlhf.config.errors import UserError
 
 FORMAT = 1
+TOKENIZER = "tokenizer"
+"""Folder inside a checkpoint with the tokenizer that its models were trained with."""
 # What a killed process may leave behind: folders on their way in or out. None of them counts as a checkpoint.
 _WRITING, _LEAVING = "writing", "leaving"
 

@@ -93,15 +93,17 @@ def state_to_save(saved: SavedRole) -> dict[str, Any]:
         return _known_to_all(_sharded_state(saved, is_loading=False) if layout.is_member else {}, layout)
 
 
-def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]) -> None:
-    """`meta.json`, last: shapes of the roles, layouts, and the trainer's state (JSON)."""
-    write_description(
-        folder, {name: (role.model, role.scalar, layout_signature(role)) for name, role in roles.items()}, state
-    )
+def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any], tokenizer: str | None = None) -> None:
+    """`meta.json`, last: shapes of the roles, layouts, the trainer's state (JSON), and the tokenizer's fingerprint."""
+    described = {name: (role.model, role.scalar, layout_signature(role)) for name, role in roles.items()}
+    write_description(folder, described, state, tokenizer)
 
 
 def write_description(
-    folder: Path, roles: Mapping[str, tuple[ModelConfig, bool, str]], state: Mapping[str, Any]
+    folder: Path,
+    roles: Mapping[str, tuple[ModelConfig, bool, str]],
+    state: Mapping[str, Any],
+    tokenizer: str | None = None,
 ) -> None:
     """`write_meta` for roles that are not in memory: shape, whether it has a scalar head, and layout of each. Collective."""
     content = {
@@ -110,6 +112,7 @@ def write_description(
             name: {"model": model_to_json(model), "scalar": scalar, "layout": layout}
             for name, (model, scalar, layout) in roles.items()
         },
+        "tokenizer": tokenizer,
         "state": dict(state),
     }
     write_text(folder / META, json.dumps(content, indent=1))

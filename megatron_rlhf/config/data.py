@@ -46,11 +46,24 @@ def written_out(text: str) -> str:
 
 
 @dataclass(kw_only=True)
-class DemonstrationDataConfig:
+class TokenizerConfig:
+    """The tokenizer, and what ends a response."""
+
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`; not given: the one that came with
+    the model that the run starts from."""
+    allow_other_tokenizer: bool = False
+    """Go on although a model was trained with another tokenizer, for those who know that the ids agree."""
+    stop: list[str] = field(default_factory=list)
+    """More that ends a sampled response, beside the end tokens of the tokenizer's folder (all that generation_config.json
+    and config.json name): special tokens by their text, which checkpoints keep as end tokens, and strings, however they are
+    cut into tokens: `data.stop=["<|eot|>","\\nUser:"]`, where a written \\n means a new line."""
+
+
+@dataclass(kw_only=True)
+class DemonstrationDataConfig(TokenizerConfig):
     """Prompts with responses to imitate."""
 
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
     demonstrations: str | None = None
     """JSON lines (or any `datasets` name) with `prompt` and `response`."""
     validation: str | None = None
@@ -68,11 +81,9 @@ class DemonstrationDataConfig:
 
 
 @dataclass(kw_only=True)
-class ComparisonDataConfig:
+class ComparisonDataConfig(TokenizerConfig):
     """Responses that people have ranked."""
 
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
     comparisons: str
     """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
     validation: str | None = None
@@ -88,11 +99,9 @@ class ComparisonDataConfig:
 
 
 @dataclass(kw_only=True)
-class PromptDataConfig:
+class PromptDataConfig(TokenizerConfig):
     """Prompts to answer, and text to keep the policy from forgetting."""
 
-    tokenizer: str
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`."""
     prompts: str
     """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
     max_prompt_tokens: int = 1024

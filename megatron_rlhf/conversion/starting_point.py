@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlhf.checkpoint import integrity, sharded
+from megatron_rlhf.checkpoint.naming import TOKENIZER
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, model_differences
 from megatron_rlhf.conversion.hf import load as hf_load
+from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
 from megatron_rlhf.models.roles import Role
 
 
@@ -71,6 +73,12 @@ class StartingPoint:
             holds = "a model with a scalar head" if found.scalar else "a language model, without a scalar head"
             raise UserError(f"{key}={path}: {folder} holds {holds}; needed is {wanted.describe()}")
         return found
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with the tokenizer that came with these weights."""
+        folders = [self.path] if self.saved_role is None else [self.path / TOKENIZER, self.path / KEPT]
+        return next(filter(holds_tokenizer, folders), None)
 
     def require_shape(self, model: ModelConfig | None, key: str) -> None:
         """Raise UserError when the configuration asks for another shape than these weights have."""

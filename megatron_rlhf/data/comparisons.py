@@ -20,7 +20,7 @@ class Comparison:
 
     prompt_tokens: Tokens
     responses_tokens: tuple[Tokens, ...]
-    """Each response and end of text, at which the score of prompt + response is read."""
+    """Each response and the token that ends it, at which the score of prompt + response is read."""
 
     ranks: tuple[int, ...]
     """One for each response: 0 is the best, equal ranks are a tie. At least one pair is strict."""
@@ -71,7 +71,7 @@ def load_comparisons(
     )
     items: list[Comparison] = []
     for ranking, prompt in zip(rankings, prompts, strict=True):
-        ended = [np.append(next(responses), np.int32(tokenizer.eos_id)) for _ in ranking.responses]
+        ended = [np.append(next(responses), np.int32(tokenizer.end_id)) for _ in ranking.responses]
         if len(prompt) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
             continue

@@ -14,10 +14,10 @@ from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True, eq=False)
 class Demonstration:
-    """The loss is on the response: on `tokens[prompt_length:]`, end of text included."""
+    """The loss is on the response: on `tokens[prompt_length:]`, its end included."""
 
     tokens: Tokens
-    """Prompt, response and end of text, [t]."""
+    """Prompt, response and the token that ends a response, [t]."""
 
     prompt_length: int
 
@@ -33,8 +33,8 @@ def load_demonstrations(
     """Reads records {"prompt", "response"}; `source` and `columns` as in `read_records`.
 
     Args:
-        max_prompt_tokens: The prompt's limit, beginning-of-text token included.
-        max_response_tokens: The response's limit, end-of-text token included, as it is when sampling.
+        max_prompt_tokens: The prompt's limit, beginning of text included.
+        max_response_tokens: The response's limit, its end included, as it is when sampling.
         max_length: The limit of both together: the model's context.
 
     What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`.
@@ -48,7 +48,7 @@ def load_demonstrations(
     items: list[Demonstration] = []
     dropped: Counter[str] = Counter()
     for prompt, response in zip(prompts, responses, strict=True):
-        tokens = np.append(np.concatenate([prompt, response]), np.int32(tokenizer.eos_id))
+        tokens = np.append(np.concatenate([prompt, response]), np.int32(tokenizer.end_id))
         if len(prompt) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
         elif len(response) + 1 > max_response_tokens:

@@ -11,10 +11,13 @@ Item = TypeVar("Item")
 
 
 def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
-    """The record's prompt; it may be empty only where a beginning-of-text token gives the model a place to start."""
+    """The record's prompt; it may be empty only where the tokenizer begins a text with a token of its own."""
     prompt = record.text("prompt")
-    if not prompt and tokenizer.bos_id is None:
-        raise record.mistake("column 'prompt' is empty; this tokenizer has no beginning-of-text token to start from")
+    if not prompt and not tokenizer.start_ids:
+        raise record.mistake(
+            "column 'prompt' is empty; this tokenizer has no beginning-of-text token that it puts before a text, so there is "
+            "nothing to start from"
+        )
     return prompt
 
 

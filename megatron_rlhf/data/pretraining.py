@@ -58,7 +58,7 @@ class CorpusSize:
 
     documents: int
     tokens: int
-    """With one end of text a document."""
+    """With the beginning and the end of each document."""
 
 
 def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator[str]:
@@ -70,7 +70,8 @@ def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator
 
 
 def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_prefix: str | Path) -> CorpusSize:
-    """Tokenises texts into Megatron's `.bin` and `.idx`: a document a text, each closed by the end of text.
+    """Tokenises texts into Megatron's `.bin` and `.idx`: a document a text, begun as the tokenizer begins a
+    text, and closed by the end of text.
 
     A third file, `.meta.json`, names the tokenizer, so that `load_pretraining` can refuse another one. The files appear
     under their names only when complete. Memory use does not grow with the corpus.
@@ -84,7 +85,7 @@ def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_pre
     builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     try:
         tokens = 0
-        for ids in tokenizer.encode_stream(texts):
+        for ids in tokenizer.encode_stream(texts, bos=True):
             document = torch.from_numpy(np.append(ids, np.int32(tokenizer.eos_id)))
             builder.add_document(document, [len(document)])
             tokens += len(document)

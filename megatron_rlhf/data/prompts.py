@@ -20,7 +20,7 @@ class Prompt:
     text: str
     user: str | None
     tokens: Tokens
-    """Beginning-of-text token (if there is one) and text, [t]."""
+    """Beginning of text, where the tokenizer puts one, and text, [t]."""
 
 
 def load_prompts(

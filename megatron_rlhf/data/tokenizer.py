@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +16,34 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data import special_tokens
+from megatron_rlhf.data.special_tokens import GENERATION
+from megatron_rlhf.data.stop_watch import StopWatch
 
 Tokens = npt.NDArray[np.int32]
 """Token ids [t]: a ninth of the memory of a list of int."""
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
-END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
-"""Where to look for the end of text when the folder's configuration does not name it (GPT-2's own files do not)."""
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a Hugging Face tokenizer may consist of."""
+TEMPLATES = "additional_chat_templates"
+"""A folder beside them: a model may have several."""
 
 
 class Tokenizer:
-    """A thin wrapper around a fast Hugging Face tokenizer (`.hf`) that adds no token on its own.
+    """A thin wrapper around a fast Hugging Face tokenizer (`.hf`) that adds no token but where it is asked to.
 
     A prompt and its response are encoded one by one and joined, so that the border between them is a border between
     tokens. Tokenizers of Llama's kind put a space in front of every text; `continuation=True` leaves it out, for text
@@ -34,38 +51,70 @@ class Tokenizer:
     Special tokens written out in a text are read as those tokens, as Hugging Face does.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast):
-        """Raises `UserError` if no end-of-text token is to be found."""
+    def __init__(self, hf: PreTrainedTokenizerFast, folder: Path | None = None):
+        """`folder`: where it was loaded from. Raises `UserError` if no end-of-text token is to be found."""
+        ends = special_tokens.end_tokens(folder)
+        special_tokens.name_end_of_text(hf, ends)
         vocabulary = hf.get_vocab()
-        if hf.eos_token is None:
-            hf.eos_token = next((token for token in END_TOKENS if token in vocabulary), None)
-        if hf.eos_token is None:
-            raise UserError(
-                f"{hf.name_or_path}: the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json"
-            )
         self.hf = hf
+        self.folder = folder
         self._whole = hf.backend_tokenizer
         self._whole.no_truncation()
         self._whole.no_padding()
         self._continuation = _without_leading_space(self._whole)
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Largest id + 1: the rows that the model's embedding must have."""
+        self.known_ids: tuple[int, ...] = tuple(sorted(set(vocabulary.values())))
+        """Ids that stand for a token: a model may have more rows, and a vocabulary may have holes."""
+        self.start_ids: tuple[int, ...] = special_tokens.start_of_text(self._whole)
+        """What the tokenizer itself puts before a text; empty where it puts nothing."""
         self.eos_id: int = hf.eos_token_id
-        self.stop_ids: tuple[int, ...] = (self.eos_id,)
-        """The tokens that end a response."""
-        self.bos_id: int | None = None if hf.bos_token_id == self.eos_id else hf.bos_token_id
-        """None also where it is the end-of-text token, as in GPT-2, which was not trained to start with it."""
+        """Ends a document."""
+        self.end_id: int = special_tokens.end_of_response(hf)
+        """Ends a response: the chat template's end of an answer where there is a template."""
+        self.stop_ids: tuple[int, ...] = ()
+        """The tokens that end a sampled response: every one that the folder names as an end, and `end_id`."""
+        self.stop_texts: tuple[str, ...] = ()
+        """Texts that end a sampled response as well, however they are cut into tokens."""
+        self._add_stop_ids([self.eos_id, self.end_id, *ends])
+        self.bos_id: int | None = hf.bos_token_id
+        """The beginning of text that the folder names, whether or not texts begin with it (`start_ids`)."""
         padding = hf.pad_token_id
-        self.pad_id: int = padding if padding not in (None, self.eos_id) else int(self.eos_id == 0)
-        """Never the end of text. Without a padding token, an ordinary one: lengths tell padding, not ids."""
+        stops = self.stop_ids
+        self.pad_id: int = (
+            padding
+            if padding is not None and padding not in stops
+            else next(id for id in self.known_ids if id not in stops)
+        )
+        """Never an end. Without a padding token, an ordinary one: lengths tell padding, not ids."""
+
+    def _add_stop_ids(self, ids: Iterable[int]) -> None:
+        """Ids that are none of this tokenizer's are left out: a model may name what its tokenizer lacks."""
+        known = (id for id in (*self.stop_ids, *ids) if 0 <= id < self.vocab_size)
+        self.stop_ids = tuple(dict.fromkeys(known))
+
+    def stop_also_at(self, texts: Iterable[str]) -> None:
+        """More that ends a response: special tokens, by their text, and strings."""
+        special = self.hf.added_tokens_encoder
+        for text in texts:
+            if not text:
+                raise UserError("data.stop has an empty text, which every response would hold at once")
+            if text in special:
+                self._add_stop_ids([special[text]])
+            else:
+                self.stop_texts += (text,)
+
+    def stop_watch(self) -> StopWatch | None:
+        """For one response; None where no text ends it."""
+        return StopWatch(self._continuation, self.stop_texts) if self.stop_texts else None
 
     def encode(self, text: str, bos: bool = False, continuation: bool = False) -> list[int]:
-        """Token ids of the text; `bos` puts the beginning-of-text token first if the tokenizer has one."""
+        """Token ids of the text; `bos` begins it as the tokenizer itself begins a text (`start_ids`)."""
         return self.encode_batch([text], bos, continuation)[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, continuation: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        start = [self.bos_id] if bos and self.bos_id is not None else []
+        start = list(self.start_ids) if bos else []
         backend = self._continuation if continuation else self._whole
         return [start + encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -81,14 +130,38 @@ class Tokenizer:
         backend = self._continuation if continuation else self._whole
         return backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
 
+    def take_stops(self, folder: Path) -> None:
+        """The end tokens that another folder names, a model's with this tokenizer, count as well."""
+        self._add_stop_ids(special_tokens.end_tokens(folder))
+
     def save(self, path: str | Path) -> None:
-        """Writes a Hugging Face tokenizer folder."""
-        self.hf.save_pretrained(str(path))
+        """Writes a Hugging Face tokenizer folder that has all end tokens in its generation settings.
+
+        Files that say all there is to say are copied, so that whoever could read them still can.
+        """
+        target = Path(path)
+        settings = {}
+        if self.folder is not None and (self.folder / "tokenizer.json").is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, target / name)
+            if (self.folder / TEMPLATES).is_dir():
+                shutil.copytree(self.folder / TEMPLATES, target / TEMPLATES, copy_function=shutil.copyfile)
+        else:
+            self.hf.save_pretrained(str(target))
+        if self.folder is not None and (self.folder / GENERATION).is_file():
+            settings = special_tokens.read_object(self.folder / GENERATION)
+        settings["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.eos_id
+        (target / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of all that decides the ids of a text."""
-        return hashlib.sha256(f"{self._whole.to_str()}{self.eos_id}".encode()).hexdigest()[:16]
+        """A short hash of all that decides the ids of a text, its beginning and its end."""
+        definition = json.loads(self._whole.to_str())
+        parts = [definition[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        decides = [*parts, self.start_ids, self.eos_id, self.end_id]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -110,7 +183,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from error
     if not hf.is_fast:
         raise UserError(f"{path}: the folder holds no fast tokenizer; convert it so that it has a tokenizer.json")
-    return Tokenizer(hf)
+    return Tokenizer(hf, folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -> Tokenizer:

@@ -45,8 +45,9 @@ class Evaluator:
         tokens = [self._with_examples(prompt) for prompt in chosen]
         self._require_context(max(map(len, tokens)))
         ids = [prompt.id for prompt in chosen]
+        tokenizer = self.tokenizer
         completions = sample_responses(
-            self.policy, tokens, ids, self.config.sampling, self.tokenizer.stop_ids, (run.seed, 0)
+            self.policy, tokens, ids, self.config.sampling, tokenizer.stop_ids, (run.seed, 0), tokenizer.stop_watch
         )
         responses = Responses.pack(tokens, completions, self.tokenizer.pad_id, collectives.device())
         lengths = responses.response_lengths_b.float()

@@ -18,12 +18,10 @@ from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProduct
 from megatron_rlhf.models.linear import ColumnLinear, RowLinear
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 # e4m3 for activations and weights, e5m2 for their gradients.
 FP8_FORMAT = "hybrid"
-
-# A logit that no softmax gives any probability, yet finite: p * log p stays 0 and not NaN in fp16 too.
-PADDED_LOGIT = -3e4
 
 _ACTIVATIONS = {
     Activation.gelu: partial(F.gelu, approximate="tanh"),

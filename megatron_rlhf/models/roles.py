@@ -17,7 +17,7 @@ from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
-from megatron_rlhf.parallel.vocab import entropy, token_logprobs
+from megatron_rlhf.parallel.vocab import entropy, token_logprobs, without
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Role:
     scalar: bool
     resting: HostMemory | None = None
     """Frozen weights that are in host memory but for the passes that read them."""
+    unknown_v: Tensor | None = None
+    """bool over the padded vocabulary: rows of the embedding that are no token of the tokenizer's. None: all are."""
 
     @classmethod
     def build(
@@ -46,6 +48,22 @@ class Role:
         """A model with random weights."""
         chunks = build_chunks(model, layout, precision, scalar, dropout, fp8_recipe) if layout.is_member else []
         return cls(name, model, layout, chunks, scalar)
+
+    def know_only(self, tokens: Sequence[int]) -> None:
+        """These are all the tokens that there are: whatever else has a row in the embedding is never sampled.
+
+        The distribution of responses is over these, when they are sampled and in every pass that is compared with that
+        (`respond`). The loss of text stays over all rows, as in pretraining and in transformers: it teaches the model that
+        the others do not occur.
+        """
+        rows = self.model.padded_vocab_size(self.layout.config.tensor)
+        unknown_v = torch.ones(rows, dtype=torch.bool)
+        unknown_v[torch.tensor(tokens)] = False
+        self.unknown_v = unknown_v.to(collectives.device()) if unknown_v[: self.model.vocab_size].any() else None
+
+    def respond(self, logits: Tensor) -> Tensor:
+        """Logits [..., vocab] or [..., vocab / tp] of the distribution that responses are sampled from."""
+        return without(logits, self.unknown_v, self.layout.groups.tp)
 
     def reset_head(self, seed: int) -> None:
         """New weights for the scalar head, which depend on the seed and on nothing else."""
@@ -141,11 +159,14 @@ class Role:
         assert self.scalar, f"{self.name} has no scalar head"
         return self._read(tokens_bs, lambda output, rows: output.squeeze(-1), micro_batch_size)
 
-    def logprobs(self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0) -> Tensor:
+    def logprobs(
+        self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0, as_response: bool = False
+    ) -> Tensor:
         """Log-probability of each token but the first, given those before it: [b, s - 1] fp32, the whole batch, on every rank
-        of the layout; zeros elsewhere."""
+        of the layout; zeros elsewhere. `as_response`: over the tokens that can be sampled, not all rows of the embedding."""
 
         def read(logits: Tensor, rows: Tensor) -> Tensor:
+            logits = self.respond(logits) if as_response else logits
             return token_logprobs(logits, tokens_bs[rows, 1:], self.layout.groups.tp, temperature)
 
         return self._read(tokens_bs[:, :-1], read, micro_batch_size)

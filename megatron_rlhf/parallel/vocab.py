@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+PADDED_LOGIT = -3e4
+"""Of what is no token: no softmax gives it any probability, yet it is finite: p * log p stays 0 and not NaN in fp16 too."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0) -> Tensor:
@@ -24,6 +26,19 @@ def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: fl
 def entropy(logits: Tensor, group: Group) -> Tensor:
     """Entropy in nats of softmax(logits), fp32, shape [...]; differentiable with respect to this rank's logits."""
     return _Entropy.apply(logits, group)
+
+
+def without(logits: Tensor, unknown_v: Tensor | None, group: Group) -> Tensor:
+    """The logits with no probability on some tokens; None: all as they are.
+
+    Args:
+        unknown_v: bool over the whole padded vocabulary, as `logits` are split.
+    """
+    if unknown_v is None:
+        return logits
+    width = logits.shape[-1]
+    first = group.rank() * width if group is not None and width < len(unknown_v) else 0
+    return logits.masked_fill(unknown_v[first : first + width], PADDED_LOGIT)
 
 
 def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

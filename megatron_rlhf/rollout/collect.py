@@ -9,7 +9,7 @@ import torch
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
-from megatron_rlhf.rollout.generate import generate
+from megatron_rlhf.rollout.generate import StopWatch, generate
 from megatron_rlhf.rollout.sampling import row_keys
 from megatron_rlhf.rollout.types import Completion, Responses, Rollout
 
@@ -35,6 +35,7 @@ def sample_responses(
     config: SamplingConfig,
     stop_ids: Sequence[int],
     seed: tuple[int, int],
+    stop_watch: Callable[[], StopWatch | None] = lambda: None,
 ) -> list[Completion]:
     """One response to each prompt of the whole batch, on every rank; data-parallel ranks share the work.
 
@@ -45,7 +46,8 @@ def sample_responses(
     if not policy.layout.is_member:
         return collectives.publish_object([], policy.layout)
     mine = range(policy.layout.dp_rank, len(prompts), policy.layout.dp_size)
-    completions = generate(policy, [prompts[i] for i in mine], keys[list(mine)], config, stop_ids) if mine else []
+    texts = [prompts[i] for i in mine]
+    completions = generate(policy, texts, keys[list(mine)], config, stop_ids, stop_watch) if mine else []
     return collectives.publish_object(collectives.gather_rows(completions, policy.layout), policy.layout)
 
 
@@ -60,20 +62,21 @@ def collect_rollout(
     micro_batch_size: int,
     timer: Timer,
     meanwhile: Callable[[], None],
+    stop_watch: Callable[[], StopWatch | None] = lambda: None,
 ) -> Rollout:
     """Sample a response to each prompt, then score it. Every rank gets the whole rollout.
 
     `meanwhile` is what a rank does when its own roles have judged, before it waits for what those of other ranks have found.
     """
     with timer("rollout"):
-        completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed)
+        completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)
         responses = Responses.pack([list(p) for p in prompts], completions, pad_id, collectives.device())
     tokens_bs, temperature = responses.tokens_bs, config.temperature
     with timer("scoring"):
         scores_bs = roles.reward.values(tokens_bs, micro_batch_size)
         values_bs = roles.value.values(tokens_bs, micro_batch_size)
-        logprobs_bs = roles.policy.logprobs(tokens_bs, micro_batch_size, temperature)
-        ref_logprobs_bs = roles.reference.logprobs(tokens_bs, micro_batch_size, temperature)
+        logprobs_bs = roles.policy.logprobs(tokens_bs, micro_batch_size, temperature, as_response=True)
+        ref_logprobs_bs = roles.reference.logprobs(tokens_bs, micro_batch_size, temperature, as_response=True)
     meanwhile()
     with timer("exchange"):
         for judged in (scores_bs, values_bs):

@@ -1,6 +1,6 @@
 """Sampling responses from the model that trains, with a key/value cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
 from megatron_rlhf.rollout.sampling import Sampler
 from megatron_rlhf.rollout.types import Completion
 
+StopWatch = Callable[[int], bool]
+"""Reads a response token by token; True when it is to end with this one."""
+
 
 def generate(
     role: Role,
@@ -22,12 +25,15 @@ def generate(
     keys: Tensor,
     config: SamplingConfig,
     stop_ids: Sequence[int],
+    stop_watch: Callable[[], StopWatch | None] = lambda: None,
 ) -> list[Completion]:
     """Sample one response a prompt, on every rank of this data-parallel replica together.
 
     Args:
         prompts: token ids, any lengths; prompt and longest response must fit the model's context.
         keys: [number of prompts] random keys (`sampling.row_keys`); a row's text depends on its key and prompt alone.
+        stop_ids: tokens that end a response.
+        stop_watch: makes what ends a response besides; called once for each response.
 
     As many batches as there are pipeline stages are in flight, so that no stage waits for the sampled token of another.
     """
@@ -41,7 +47,9 @@ def generate(
     with role.decoding(in_fp8=config.precision is Precision.fp8_hybrid):
         for start in range(0, len(batches), in_flight):
             decoders = [
-                Decoder(role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids))
+                Decoder(
+                    role, rows, [prompts[i] for i in rows], keys[rows].to(device), config, tuple(stop_ids), stop_watch
+                )
                 for rows in batches[start : start + in_flight]
             ]
             while active := [decoder for decoder in decoders if decoder.unfinished]:
@@ -65,6 +73,7 @@ class Decoder:
     keys_b: Tensor
     config: SamplingConfig
     stop_ids: tuple[int, ...]
+    stop_watch: Callable[[], StopWatch | None] = lambda: None
 
     def __post_init__(self) -> None:
         device = self.keys_b.device
@@ -79,12 +88,13 @@ class Decoder:
         self.slots = torch.arange(width + limit, device=device)
         self.cache = KeyValueCache(capacity=width + limit)
         self.sampler = Sampler(self.config.temperature, self.config.top_k, self.config.top_p)
-        self.stops = torch.tensor(self.stop_ids, device=device)
+        self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         self.rows_b = torch.arange(len(lengths), device=device)  # rows still decoded, of those we started with
         self.tokens_bt = torch.zeros(len(lengths), limit, dtype=torch.long, device=device)
         self.logprobs_bt = torch.zeros(len(lengths), limit, device=device)
         self.lengths_b = torch.zeros(len(lengths), dtype=torch.long, device=device)
         self.stopped_b = torch.zeros(len(lengths), dtype=torch.bool, device=device)
+        self.watches = [self.stop_watch() for _ in lengths]
         self.step = 0
         # Filled by the last stage, then broadcast: token (exact in fp64) and log-probability of every decoded row.
         self.sampled = torch.zeros(2, len(lengths), dtype=torch.float64, device=device)
@@ -116,7 +126,7 @@ class Decoder:
         return (visible | itself).unsqueeze(1)
 
     def _sample(self, logits_b1v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_bv = logits_b1v[:, -1, : self.role.model.vocab_size]
+        logits_bv = self.role.respond(logits_b1v[:, -1])[:, : self.role.model.vocab_size]
         too_early = self.stops if self.step < self.config.min_response_tokens - 1 else None
         tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b, torch.full_like(self.keys_b, self.step), too_early)
         self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])
@@ -130,7 +140,7 @@ class Decoder:
         self.tokens_bt[rows, self.step] = tokens_b
         self.logprobs_bt[rows, self.step] = logprobs_b
         self.lengths_b[rows] += 1
-        stopped_b = torch.isin(tokens_b, self.stops)
+        stopped_b = torch.isin(tokens_b, self.stops) | self._stopped_by_text(tokens_b)
         self.stopped_b[rows] = stopped_b
         self.cache.length += self.next_tokens.shape[1]
         self.next_tokens = tokens_b.unsqueeze(-1)
@@ -139,6 +149,13 @@ class Decoder:
             self._keep(torch.zeros_like(stopped_b))
         elif stopped_b.any():
             self._keep(~stopped_b)
+
+    def _stopped_by_text(self, tokens_b: Tensor) -> Tensor:
+        """bool [b]. A text that is complete before the shortest response is long enough ends nothing."""
+        tokens, long_enough = tokens_b.tolist(), self.step + 1 >= self.config.min_response_tokens
+        watches = [self.watches[row] for row in self.rows_b.tolist()]
+        complete = [watch is not None and watch(token) for watch, token in zip(watches, tokens, strict=True)]
+        return torch.tensor(complete, device=tokens_b.device) & long_enough
 
     def _keep(self, keep_b: Tensor) -> None:
         rows = keep_b.nonzero().squeeze(-1)

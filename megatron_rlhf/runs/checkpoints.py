@@ -4,13 +4,13 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import integrity, naming, sharded
-from megatron_rlhf.checkpoint.draft import Draft
+from megatron_rlhf.checkpoint.draft import Draft, on_first_rank
 from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import UserError
@@ -20,6 +20,17 @@ from megatron_rlhf.parallel import collectives
 from megatron_rlhf.runs.trained import Trained
 
 log = logging.getLogger(__name__)
+
+
+class SavedTokenizer(Protocol):
+    """The tokenizer that a run's models are trained with."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one's is another."""
+
+    def save(self, path: Path) -> None:
+        """Write a folder that it can be loaded from."""
 
 
 class CheckpointWriter:
@@ -35,6 +46,8 @@ class CheckpointWriter:
         self._on_saved = on_saved
         self._draft: Draft | None = None
         """The one that is being written."""
+        self.tokenizer: SavedTokenizer | None = None
+        """Goes into every checkpoint."""
 
     def save(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True) -> bool:
         """Write `name` with the roles, their averages, and the trainer's state; whether it is written."""
@@ -97,7 +110,10 @@ class CheckpointWriter:
                 with trained.average.as_weights() as averaged:
                     draft.add(averaged.name, sharded.state_to_save(SavedRole(averaged)))
                     shapes[averaged.name] = averaged
-        sharded.write_meta(draft.path, shapes, state)
+        tokenizer = self.tokenizer
+        if tokenizer is not None:
+            on_first_rank(lambda: tokenizer.save(draft.path / naming.TOKENIZER))
+        sharded.write_meta(draft.path, shapes, state, None if tokenizer is None else tokenizer.fingerprint)
 
     def _give_up(self, name: str, error: NotWritten) -> None:
         """Say that there is no such checkpoint, and free what was written of it: it may be what fills the disk."""

@@ -14,7 +14,7 @@ from megatron_rlhf.config.model import ModelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.conversion.starting_point import StartingPoint, Wanted
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
-from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_fits
+from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
@@ -66,13 +66,6 @@ def read_text(path: str, key: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
-
-
-def make_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
-    """The tokenizer, checked against the model's vocabulary."""
-    tokenizer = load_tokenizer(path)
-    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
-    return tokenizer
 
 
 def make_pretraining(

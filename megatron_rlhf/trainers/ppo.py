@@ -147,6 +147,7 @@ class PPOTrainer(Trainer):
                 micro_batch_size=self.config.ppo.micro_batch_size,
                 timer=self.session.timer,
                 meanwhile=self._pretrain_ahead,
+                stop_watch=self.tokenizer.stop_watch,
             )
         self._require_finite(rollout, [prompt.id for prompt in prompts])
         return rollout

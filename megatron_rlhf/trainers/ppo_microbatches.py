@@ -28,7 +28,7 @@ def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOC
 
         def loss_of(logits_bsv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows = torch.arange(len(part), device=logits_bsv.device).unsqueeze(-1)
-            logits_btv = logits_bsv[rows, part.positions_bt]  # prompts and padding need no softmax
+            logits_btv = role.respond(logits_bsv[rows, part.positions_bt])  # prompts and padding need no softmax
             logprobs_bt = token_logprobs(logits_btv, targets_bt, role.layout.groups.tp, temperature)
             loss, statistics = policy_loss(
                 logprobs_bt, part.logprobs_bt, part.advantages_bt, part.mask_bt, config.ppo.clip, tokens_in_minibatch

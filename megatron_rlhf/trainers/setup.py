@@ -23,6 +23,7 @@ from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.sft import SFTTrainer
 from megatron_rlhf.trainers.step import TrainedRole
+from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,14 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     """`examples/train_sft.py`."""
     data = config.data
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
+    reward_source = reward_model = None
+    if config.reward.init_from is not None:
+        reward_source, reward_model = parts.find_start(
+            config.reward.init_from, "reward.init_from", REWARD, None, "model"
+        )
     checks.check_model(model, config.parallel, "parallel")
-    tokenizer = parts.make_tokenizer(data.tokenizer, model)
+    tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": reward_source}, session)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
@@ -53,12 +60,10 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     policy = parts.make_role("policy", model, layout, config, source, dropout=config.sft.dropout)
+    policy.know_only(tokenizer.known_ids)
     trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, config.run.max_skipped_steps)
     reward = None
-    if config.reward.init_from is not None:
-        reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", REWARD, None, "model"
-        )
+    if reward_model is not None:
         reward = parts.make_role("reward", reward_model, layout, config, reward_source, scalar=True).frozen()
     return SFTTrainer(config, session, tokenizer, trained, demonstrations, validation, pretraining, reward)
 
@@ -68,7 +73,8 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     data = config.data
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     checks.check_model(model, config.parallel, "parallel")
-    tokenizer = parts.make_tokenizer(data.tokenizer, model)
+    tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
     loaded = load_comparisons(data.comparisons, tokenizer, *limits)
     log.info(loaded.describe())
@@ -112,7 +118,9 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     for shape in (model, critic_model, value_model):
         keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
         checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
-    tokenizer = parts.make_tokenizer(config.data.tokenizer, model)
+    starts = {"policy.init_from": policy_source, "reward.init_from": reward_source, "value.init_from": value_source}
+    tokenizer = choose_tokenizer(config.data, starts, session)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
     prompts = load_prompts(
@@ -137,6 +145,8 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         if rests:
             role.offload()
     roles = Roles(policy, parts.make_sampler(policy, config), reference, reward, value)
+    for role in (policy, roles.sampler, reference):
+        role.know_only(tokenizer.known_ids)
     skips = config.run.max_skipped_steps
     return PPOTrainer(
         config,
@@ -155,7 +165,15 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     wanted = AVERAGE if config.evaluate.ema else POLICY
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
     checks.check_model(model, config.parallel, "parallel")
-    tokenizer = parts.make_tokenizer(config.data.tokenizer, model)
+    reward_source = reward_model = None
+    if config.reward.init_from is not None:
+        reward_source, reward_model = parts.find_start(
+            config.reward.init_from, "reward.init_from", REWARD, None, "model"
+        )
+        checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
+    starts = {"policy.init_from": source, "reward.init_from": reward_source}
+    tokenizer = choose_tokenizer(config.data, starts, session)
+    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     prompts = load_prompts(config.data.prompts, tokenizer, config.data.max_prompt_tokens)
     few_shot = None
     if config.evaluate.few_shot is not None:
@@ -166,13 +184,10 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     policy = parts.make_role("policy", model, layout, config, source).frozen()
+    policy.know_only(tokenizer.known_ids)
     reward = None
-    if config.reward.init_from is not None:
-        reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", REWARD, None, "model"
-        )
+    if reward_model is not None:
         critic_layout = ParallelLayout.create(config.critic_parallel)
-        checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
         reward = parts.make_role("reward", reward_model, critic_layout, config, reward_source, scalar=True).frozen()
     return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward, few_shot)
 

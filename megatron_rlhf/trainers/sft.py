@@ -153,6 +153,7 @@ class SFTTrainer(Trainer):
             self.config.sampling,
             self.tokenizer.stop_ids,
             (self.config.run.seed, 0),
+            self.tokenizer.stop_watch,
         )
         responses = Responses.pack(prompts, completions, self.tokenizer.pad_id, collectives.device())
         scores_bs = self.reward.values(responses.tokens_bs, self.config.sft.micro_batch_size)

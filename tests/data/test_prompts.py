@@ -1,6 +1,9 @@
 """Prompts: stable ids, limits, duplicates, and splits that keep users apart."""
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.prompts import load_prompts, split_by_user
@@ -74,7 +77,10 @@ def test_nothing_short_enough(tokenizer, write_records):
         load_prompts(write_records({"prompt": "abc"}), tokenizer, 2)
 
 
-def test_beginning_of_text_makes_an_empty_prompt_usable(shared_data, write_records):
-    tokenizer = load_tokenizer(shared_data / "tinystories_260k")
-    prompts = load_prompts(write_records({"prompt": ""}), tokenizer, 10)
-    assert prompts[0].tokens.tolist() == [tokenizer.bos_id]
+def test_beginning_of_text_makes_an_empty_prompt_usable(tokenizer, write_records, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 0)])
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|pad|>")
+    hf.save_pretrained(tmp_path / "begins")
+    prompts = load_prompts(write_records({"prompt": ""}), load_tokenizer(tmp_path / "begins"), 10)
+    assert prompts[0].tokens.tolist() == [0]

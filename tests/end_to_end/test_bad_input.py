@@ -169,6 +169,7 @@ CASES: dict[str, Case] = {
     # Files.
     "missing_file": Case("sft", ["data.demonstrations={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "missing_tokenizer": Case("sft", ["data.tokenizer={folder}/nothing"], ["nothing: no such tokenizer folder"]),
+    "empty_stop": Case("sft", ['data.stop=[""]'], [r"data\.stop has an empty text"]),
     "missing_text": Case("sft", ["data.pretraining.source={folder}/nothing.txt"], ["nothing.txt: no such file"]),
     "empty_file": demonstrations(says=[r"bad\.jsonl: empty"]),
     "broken_json": demonstrations(GOOD, '{"prompt": "say', says=[r"bad\.jsonl, line 2: not JSON"]),

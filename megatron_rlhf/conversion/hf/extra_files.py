@@ -10,30 +10,19 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_rlhf.checkpoint.naming import TOKENIZER
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import model_differences
 from megatron_rlhf.conversion.architecture import Head
 from megatron_rlhf.conversion.hf import config as hf_config
 from megatron_rlhf.conversion.hf.folder import CONFIG, read_json
 from megatron_rlhf.conversion.hf.weights import Described
+from megatron_rlhf.data.special_tokens import GENERATION
+from megatron_rlhf.data.tokenizer import FILES, TEMPLATES
 
 KEPT = "huggingface"
 """Folder inside a checkpoint with the extra files of the model that it was imported from."""
-GENERATION = "generation_config.json"
 REWARD_CODE = "modeling_reward.py"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_TEMPLATES = "additional_chat_templates"  # a folder: a model may have several
 _REWARD_CODE = '''"""A reward model whose score has a bias, which {base} has no place for."""
 
 import torch
@@ -79,18 +68,28 @@ class ExtraFiles:
 
     def copy_to(self, folder: Path, generation: bool = True) -> None:
         """Copy tokenizer, chat template and generation settings."""
-        for name in _TOKENIZER_FILES:
+        for name in FILES:
             if self.tokenizer is not None and (self.tokenizer / name).is_file():
                 shutil.copyfile(self.tokenizer / name, folder / name)
-        if self.tokenizer is not None and (self.tokenizer / _TEMPLATES).is_dir():
-            shutil.copytree(self.tokenizer / _TEMPLATES, folder / _TEMPLATES, copy_function=shutil.copyfile)
-        if generation and self.config is not None and (self.config / GENERATION).is_file():
-            shutil.copyfile(self.config / GENERATION, folder / GENERATION)
+        if self.tokenizer is not None and (self.tokenizer / TEMPLATES).is_dir():
+            shutil.copytree(self.tokenizer / TEMPLATES, folder / TEMPLATES, copy_function=shutil.copyfile)
+        if generation:
+            self._copy_generation_settings(folder)
+
+    def _copy_generation_settings(self, folder: Path) -> None:
+        """The model's, with the end tokens of the tokenizer that it was trained with."""
+        sources = [source for source in (self.config, self.tokenizer) if source is not None]
+        found = [path for source in dict.fromkeys(sources) if (path := source / GENERATION).is_file()]
+        if len(found) == 1:
+            shutil.copyfile(found[0], folder / GENERATION)
+        elif found:
+            settings = {**read_json(found[0]), "eos_token_id": read_json(found[1]).get("eos_token_id")}
+            (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def holds_tokenizer(folder: Path) -> bool:
     """There is a file of a tokenizer's."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in FILES)
 
 
 def keep(source: Path, checkpoint: Path) -> None:
@@ -141,7 +140,7 @@ def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if folder in seen or not folder.is_dir():
         return
     seen.add(folder)
-    yield from (folder / KEPT, folder)
+    yield from (folder / TOKENIZER, folder / KEPT, folder)
     for run in (folder, folder.parent.parent):  # a run folder, or run/checkpoints/step_N
         if (run / "config.yaml").is_file():
             try:

@@ -1,0 +1,70 @@
+"""The run's tokenizer: the one that is named, else the one that came with a model. All models must have been trained with it."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.config.data import TokenizerConfig
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.conversion.starting_point import StartingPoint
+from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rlhf.runs.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint | None], session: Session) -> Tokenizer:
+    """The tokenizer with all its ends; `session` puts it into every checkpoint.
+
+    Args:
+        starts: by the key that names each, where models start from; the first is the one that writes, if any does.
+
+    Raises:
+        UserError: No tokenizer is named or came along, or one of the models was trained with another one.
+    """
+    sources = {key: start for key, start in starts.items() if start is not None}
+    folders = {key: folder for key, start in sources.items() if (folder := start.tokenizer) is not None}
+    if data.tokenizer is not None:
+        tokenizer, named = load_tokenizer(data.tokenizer), f"data.tokenizer={data.tokenizer}"
+    elif folders:
+        key, folder = next(iter(folders.items()))
+        tokenizer, named = load_tokenizer(folder), f"that of {key}, {folder}"
+        log.info("tokenizer: %s", named)
+    else:
+        without = ", ".join(f"{key}={start.path}" for key, start in sources.items()) or "random weights"
+        raise UserError(f"data.tokenizer is not given (a Hugging Face tokenizer folder), and none came with {without}")
+    for key, start in sources.items():
+        _require_same(data, key, start.path, _fingerprint(start.path, start.tokenizer), tokenizer, named)
+    if session.resume_from is not None:
+        carried = _fingerprint(session.resume_from, None)
+        _require_same(data, "run.resume", session.resume_from, carried, tokenizer, named)
+    writer = next(iter(sources.values()), None)
+    if writer is not None:
+        tokenizer.take_stops(writer.tokenizer or writer.path)
+    tokenizer.stop_also_at(text.replace("\\n", "\n") for text in data.stop)
+    session.writer.tokenizer = tokenizer
+    return tokenizer
+
+
+def _require_same(
+    data: TokenizerConfig, key: str, path: Path, fingerprint: str | None, tokenizer: Tokenizer, named: str
+) -> None:
+    if fingerprint is None or fingerprint == tokenizer.fingerprint:
+        return
+    difference = (
+        f"{key}: {path} was trained with another tokenizer ({fingerprint}) than {named} ({tokenizer.fingerprint})"
+    )
+    if not data.allow_other_tokenizer:
+        raise UserError(
+            f"{difference}: the same ids would mean other texts. Give all models one tokenizer, or say "
+            "data.allow_other_tokenizer=true if you know that the ids agree"
+        )
+    log.warning("%s; data.allow_other_tokenizer=true", difference)
+
+
+def _fingerprint(path: Path, folder: Path | None) -> str | None:
+    """Of the tokenizer that a model was trained with; None where that is unknown."""
+    if (path / sharded.META).is_file() and (carried := sharded.read_meta(path).get("tokenizer")) is not None:
+        return carried
+    return None if folder is None else load_tokenizer(folder).fingerprint
