@@ -151,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("megatron-to-hf", help="one role of a checkpoint -> a Hugging Face folder")
     command.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a step folder, or a run folder (its newest)"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a step folder, or a run folder: its best, else its newest",
     )
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
     command.add_argument("--role", choices=list(convert.ROLES), help="default: policy, or the only role there is")

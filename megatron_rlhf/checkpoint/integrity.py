@@ -141,7 +141,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, str]] | str:
         return f"{MANIFEST} is cut off"
     try:
         roles = json.loads((folder / META).read_text())["roles"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{META} is broken"
     for role in roles:  # a file cut off at a line's end would hide files that nobody then misses
         if not any(name.startswith(f"{role}/") for name, _ in entries):

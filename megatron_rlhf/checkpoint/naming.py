@@ -114,6 +114,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / META).read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / META}:{error.lineno}: broken JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / META}: broken JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise UserError(f"{folder / META}: a JSON object is expected, found {type(meta).__name__}")
     if meta.get("format") != FORMAT:
         raise UserError(f"{folder / META}: format {meta.get('format')}, this version reads format {FORMAT}")
     return meta

@@ -231,7 +231,11 @@ def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int3
     """Tokens of each document, after making sure, as far as can be told, that they are this tokenizer's."""
     advice = "make it anew with tools/prepare_data.py pretraining and this run's tokenizer"
     about = Path(f"{prefix}.meta.json")
-    if about.exists() and json.loads(about.read_text()).get("tokenizer") != tokenizer.fingerprint:
+    try:
+        made_with = json.loads(about.read_text())["tokenizer"] if about.exists() else tokenizer.fingerprint
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{about}: does not name a tokenizer ({error!r:.80}); {advice}") from error
+    if made_with != tokenizer.fingerprint:
         raise UserError(f"{prefix}: was made with another tokenizer than this run's; {advice}")
     try:
         corpus = IndexedDataset(str(prefix))

@@ -13,6 +13,7 @@ import datasets
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.text_files import Progress, is_text_file, iterate_text_file
 
+MADE_BY_TEMPLATES = ("prompt", "response", "responses", "ranks", "chosen", "rejected")
 FORMATS = ".jsonl, .json, .csv, .txt (each also .gz) or .parquet"
 
 
@@ -38,7 +39,17 @@ class Record:
             return self.fields[column]
         if column in self.fields:
             raise self.mistake(f"column {column!r} is null")
-        raise self.mistake(f"no column {column!r}{_nearest(column, self.fields)}; there are: {', '.join(self.fields)}")
+        raise self.mistake(
+            f"no column {column!r}{_nearest(column, self.fields)}; there are: {', '.join(self.fields)}{self._cure(column)}"
+        )
+
+    def _cure(self, column: str) -> str:
+        """How to make a column of the others, where there is a key for it."""
+        texts = [name for name, value in self.fields.items() if isinstance(value, str)] or ["NAME"]
+        if column not in MADE_BY_TEMPLATES:
+            return ""
+        source = texts[-1] if column == "response" else texts[0]
+        return f'; make it of others, as in data.columns.{column}="{{{source}}}" (prepare_data.py: --column)'
 
     def text(self, column: str) -> str:
         """The field, which must be text."""
@@ -77,8 +88,8 @@ def read_records(
             saved, or a dataset's name on the Hugging Face hub, `name` or `name:configuration`. Folders and names take a
             split, `name#validation`; without one it is `train`.
         columns: Columns to make from others, each a format template: `{"prompt": "{instruction}\\n{input}\\n",
-            "response": "{output}"}`. A template that is one field, such as `{output}`, keeps that field's type. The
-            other columns stay.
+            "response": "{output}"}`. A template that is one field, such as `{output}`, keeps that field's type. Among
+            several fields a null is empty, unless all are. The other columns stay.
         progress: Called with the bytes read from disk, for text files only.
 
     Raises:
@@ -113,7 +124,12 @@ class _Template:
         match self.parts:
             case [("", str(name))]:
                 return record.value(name)
-        return "".join(literal + ("" if name is None else record.text(name)) for literal, name in self.parts)
+        names = [name for _, name in self.parts if name is not None]
+        if not any(name in record for name in names):
+            return record.value(names[0])  # a mistake: nothing is there to fill in
+        # Null is empty in a column that only some records fill, as Alpaca's `input`.
+        texts = {name: record.text(name) if record.fields.get(name, "") is not None else "" for name in names}
+        return "".join(literal + texts.get(name or "", "") for literal, name in self.parts)
 
 
 def _rows(source: str, progress: Progress | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

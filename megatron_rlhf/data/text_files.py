@@ -71,7 +71,7 @@ def _format(path: Path) -> str:
 def _read_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix.lower() == ".gz" else raw as lines:
             position = 0
             for number, line in enumerate(lines, start=1):
                 if progress is not None:
@@ -100,6 +100,8 @@ def _json_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, di
                 raise UserError(
                     f"{path}, line {number}: not JSON: {error.msg}, column {error.colno}, near {excerpt!r}"
                 ) from error
+            except (ValueError, RecursionError) as error:  # a number, or brackets, without end
+                raise UserError(f"{path}, line {number}: not JSON that can be read: {error}") from error
             yield _object(path, number, value)
 
 
@@ -124,6 +126,8 @@ def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tupl
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {line}: not JSON that can be read: {error}") from error
 
 
 def _skip_space(text: str, position: int) -> int:

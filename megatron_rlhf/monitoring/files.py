@@ -50,7 +50,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
             if not isinstance(record, dict) or "step" not in record:
                 raise UserError(

@@ -4,6 +4,8 @@ import json
 
 import hf_models
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
@@ -11,6 +13,7 @@ from megatron_rlhf.conversion import key_maps
 from megatron_rlhf.conversion.architecture import tensor_shapes
 from megatron_rlhf.conversion.hf import config as hf_config
 from megatron_rlhf.conversion.hf import load as hf_load
+from megatron_rlhf.conversion.hf.folder import TensorFiles
 from megatron_rlhf.conversion.hf.weights import Described
 from megatron_rlhf.conversion.whole_tensors import places
 
@@ -193,3 +196,44 @@ def test_obstacles_name_what_an_architecture_lacks():
     )
     assert hf_config.obstacles(model, key_maps.load("gpt2")) == ["norm=rmsnorm", "qk_norm=True"]
     assert "positions=learned" in hf_config.obstacles(model, key_maps.load("llama"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": None},
+        {"mlp_bias": None, "attention_bias": None},
+        {"hidden_act": None, "rope_scaling": None, "pretraining_tp": None},
+        {"rope_theta": None},
+        {"use_cache": None, "num_labels": None, "architectures": None, "head_dim": None},
+        *[{key: kind} for key in ("torch_dtype", "dtype") for kind in ("torch.bfloat16", "float32", "auto", None)],
+    ],
+    ids=str,
+)
+def test_a_null_is_the_default_and_the_files_know_their_type(tmp_path, changes):
+    model, scalar = hf_load.read_model_config(write(tmp_path / "plain", llama()))
+    assert hf_load.read_model_config(write(tmp_path / "changed", llama(**changes))) == (model, scalar)
+
+
+def test_a_null_that_has_a_meaning_keeps_it(tmp_path):
+    content = llama(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
+    assert hf_load.read_model_config(write(tmp_path / "whole", content))[0].num_layers == 4
+    with pytest.raises(UserError, match="sliding_window=4096"):
+        hf_load.read_model_config(write(tmp_path / "windows", {**content, "sliding_window": 4096}))
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000], ids=["brackets", "digits"])
+def test_json_without_end_is_broken(tmp_path, value):
+    (tmp_path / "config.json").write_text(f'{{"hidden_size": {value}')
+    with pytest.raises(UserError, match=r"config.json: broken JSON"):
+        hf_load.read_model_config(tmp_path)
+
+
+def test_an_index_that_was_left_behind_beside_a_whole_file_is_not_read(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert set(TensorFiles.open(tmp_path).files) == {"a"}
+    save_file({"b": torch.ones(2)}, tmp_path / "more.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}))
+    assert set(TensorFiles.open(tmp_path).files) == {"a", "b"}, "an index that counts the file in is of its time"

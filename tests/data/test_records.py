@@ -256,3 +256,41 @@ def test_real_files(shared_data, name, count):
 def test_broken_parquet_is_named(tmp_path):
     path = write(tmp_path / "a.parquet", "nonsense")
     assert message(path).startswith(f"{path}: `datasets` cannot load it: ")
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records.json", "array.json"])
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "9" * 5_000], ids=["open", "deep", "digits"]
+)
+def test_json_without_end_is_named_with_the_line(tmp_path, name, value):
+    good, bad = '{"prompt": "a"}', f'{{"prompt": {value}}}'
+    text = f"[{good},\n{bad}]" if name == "array.json" else f"{good}\n{bad}\n"
+    assert "line 2: not JSON" in message(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name", ["A.JSONL.GZ", "a.jsonl.Gz", "A.CSV.GZ"])
+def test_endings_in_capitals(tmp_path, name):
+    text = "prompt\na\n" if "CSV" in name else '{"prompt": "a"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert [record.text("prompt") for record in read_records(tmp_path / name)] == ["a"]
+
+
+def test_null_among_the_fields_of_a_template_is_empty(tmp_path):
+    records = [{"instruction": "sum", "input": None}, {"instruction": "add", "input": "1 2"}]
+    source = write(tmp_path / "alpaca.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    columns = {"prompt": "{instruction}\n{input}\n"}
+    assert [record.text("prompt") for record in read_records(source, columns)] == ["sum\n\n", "add\n1 2\n"]
+    assert "line 1: column 'input' is null" in message(source, {"prompt": "{input}"})
+    assert "line 1: column 'input' is null" in message(source, {"prompt": "{input}{input}"})
+    assert "line 1: no column 'inptu'" in message(source, {"prompt": "{instruction}{inptu}"})
+
+
+def test_a_missing_column_names_its_cure():
+    record = Record("f, line 1", {"id": 3, "instruction": "a", "output": "b"})
+    for column, source in (("prompt", "instruction"), ("response", "output")):
+        with pytest.raises(UserError) as caught:
+            record.value(column)
+        assert f'data.columns.{column}="{{{source}}}"' in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        record.value("text")
+    assert "data.columns" not in str(caught.value)

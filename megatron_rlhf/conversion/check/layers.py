@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_rlhf.config.model import ModelConfig, Precision
 from megatron_rlhf.conversion.architecture import HEAD, HEAD_BIAS, WORD_EMBEDDINGS
 from megatron_rlhf.conversion.check.tokens import Batch, Vocabulary
+from megatron_rlhf.conversion.hf.config import without_nulls
 from megatron_rlhf.conversion.hf.folder import CONFIG, read_json
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.hf.weights import Described, Weights
@@ -173,7 +174,7 @@ def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
 def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
     """With one layer and a small vocabulary; its weights are random."""
     architecture = weights.described.architecture
-    content = read_json(weights.files.folder / CONFIG)
+    content = without_nulls(read_json(weights.files.folder / CONFIG), architecture)
     content |= {str(architecture.fields["num_layers"]): 1, str(architecture.fields["vocab_size"]): vocabulary_rows}
     content |= {key: None for key in content if key.endswith("_token_id")}  # they are of the whole vocabulary
     content.pop("layer_types", None)  # a list with an entry for every layer

@@ -40,7 +40,7 @@ def read_head(content: Mapping[str, Any], architecture: Architecture, where: str
     head = next((by_name[name] for name in classes if name in by_name), None)
     if head is None:
         raise UserError(f"{where}: architectures={classes} is none of {', '.join(by_name)}")
-    labels = len(content["id2label"]) if content.get("id2label") else content.get("num_labels", 2)
+    labels = len(content["id2label"]) if content.get("id2label") else content.get("num_labels") or 2
     if head is not Head.language and labels != 1:
         raise UserError(f"{where}: {classes[0]} has {labels} labels; a reward or value model has num_labels=1")
     return head
@@ -75,10 +75,28 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
     return model
 
 
+def without_nulls(content: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """A config.json without nulls that only mean the default, nor the weights' type: files say that themselves.
+
+    A null stays where it has a meaning of its own: where it is the default, or one of the values that we can carry.
+    """
+    defaults = CONFIG_MAPPING[architecture.model_type]().to_dict()
+    only = _ONLY | dict(architecture.only)
+
+    def means_default(key: str) -> bool:
+        return None not in only.get(key, ()) and defaults.get(key, "none") is not None
+
+    return {
+        key: value
+        for key, value in content.items()
+        if key not in ("dtype", "torch_dtype") and not (value is None and means_default(key))
+    }
+
+
 def _with_defaults(content: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:
     # The configuration class fills in the defaults, which config.json leaves out.
     try:
-        return CONFIG_MAPPING[architecture.model_type].from_dict(dict(content)).to_dict()
+        return CONFIG_MAPPING[architecture.model_type].from_dict(without_nulls(content, architecture)).to_dict()
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 

@@ -145,9 +145,11 @@ def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if (run / "config.yaml").is_file():
             try:
                 config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise UserError(f"{run / 'config.yaml'}: not plain YAML: {str(error).splitlines()[0]}") from error
-            parts = [config.get(part) or {} for part in ("data", "policy", "reward", "value")]
-            for name in (part.get(key) for key in ("tokenizer", "init_from") for part in parts):
+            groups = config if isinstance(config, dict) else {}
+            parts = [groups.get(part) for part in ("data", "policy", "reward", "value")]
+            named = [part for part in parts if isinstance(part, dict)]
+            for name in (part.get(key) for key in ("tokenizer", "init_from") for part in named):
                 if isinstance(name, str):
                     yield from _lineage(Path(name), seen)

@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits, endless brackets
         raise UserError(f"{path}: broken JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is expected, found {type(content).__name__}")
@@ -85,14 +85,16 @@ def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dic
     """The files that hold weights, and the index with what it lists, if there is one."""
     for name in (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,):
         index = folder / f"{name}.index.json"
+        whole = (folder / name).is_file()
         if index.is_file():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
                 raise UserError(f"{index}: weight_map must name the file of every tensor")
             if outside := next((file for file in listed.values() if Path(file).name != file), None):
                 raise UserError(f"{index}: names {outside}, which is no file beside it")
-            return sorted({folder / file for file in listed.values()}), index, listed
-        if (folder / name).is_file():
+            if not whole or name in listed.values():  # else it was left behind: transformers, too, takes the whole file
+                return sorted({folder / file for file in listed.values()}), index, listed
+        if whole:
             return [folder / name], index, None
     pickled = any(folder.glob("*.bin"))
     hint = f"; {PICKLED} is pickled: convert it with --allow-pickle if you trust where it comes from" if pickled else ""

@@ -256,7 +256,7 @@ def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSour
 def _read_config(path: Path, archive: Path) -> Mapping[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--nemo {archive}: {CONFIG} is not plain YAML: {reason}") from error
     if not isinstance(config, Mapping):
