@@ -1,120 +1,20 @@
-"""Writing a checkpoint: aside, synced, checksummed, renamed; while the next steps run, where asked.
-
-Megatron-Core plans which rank writes which part of a role; the files are written by a thread of each rank. Its own way
-is to start processes, and those outlive a rank that is killed.
-"""
+"""Writing a checkpoint: aside, synced, checksummed, renamed; while the next steps run, where asked."""
 
 import contextlib
-import dataclasses
-import io
 import logging
-import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_rlhf.checkpoint import naming
-from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, digest, seal, sync_tree
+from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, seal, sync_tree
+from megatron_rlhf.checkpoint.role_files import RoleFiles
 
 log = logging.getLogger(__name__)
-
-BACKEND, VERSION = "torch_dist", 1
-# Otherwise Megatron-Core starts a server process for this queue. We hand results over ourselves.
-filesystem_async._results_queue = queue.Queue()
-
-
-class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron-Core's strategy up to the point where files would be written."""
-
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):
-        self.planned = save_state_dict_ret
-        return AsyncRequest(None, (), [])
-
-
-@dataclasses.dataclass
-class RoleFiles:
-    """This rank's part in writing one role. `plan`, `write`, `finish`; the first and the last are collective."""
-
-    folder: Path
-    writer: Any
-    metadata: Any
-    """Of the whole checkpoint, on the first rank."""
-    gathers: Any
-    """torch's helper for its collectives."""
-    buckets: list[Any] = dataclasses.field(default_factory=list)
-    results: list[Any] = dataclasses.field(default_factory=list)
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    """By the files' names inside `folder`."""
-
-    @classmethod
-    def plan(cls, folder: Path, state: dict[str, Any], copy: bool) -> "RoleFiles":
-        """Decide who writes what, and bring it to host memory. Collective; raises NotWritten on all ranks.
-
-        Args:
-            folder: the role's own.
-            state: Megatron-Core's sharded state.
-            copy: take a copy of what is in host memory already, because it is to change before it is written.
-        """
-        first, error = dist.get_rank() == 0, None
-        sharded, common = save_preprocess(state)
-        if first:
-            try:
-                folder.mkdir(parents=True)
-                content = io.BytesIO()  # to a path, torch would write with errors that do not say "disk full"
-                torch.save(common, content)
-                (folder / COMMON_STATE_FNAME).write_bytes(content.getvalue())
-            except OSError as problem:
-                error = problem
-        agree(error)
-        strategy = _Plan(BACKEND, VERSION)
-        strategy.async_save(sharded, folder)
-        writer, metadata, gathers = strategy.planned
-        buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets)
-        if copy:
-            buckets = [_copied(bucket, planned) for bucket, planned in zip(buckets, writer.write_buckets, strict=True)]
-        writer.write_buckets = None
-        return cls(folder, writer, metadata, gathers, buckets)
-
-    def write(self) -> None:
-        """Write and sync this rank's files, and read them back for their checksums. No collectives: a thread may do it."""
-        for index, bucket in enumerate(self.buckets):
-            outcome: queue.SimpleQueue = queue.SimpleQueue()
-            running: queue.Queue = queue.Queue()
-            running.put(index)
-            transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
-            FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
-            _, result = outcome.get()
-            if isinstance(result, Exception):
-                raise result
-            self.results.append(result)
-            path = Path(bucket[0])
-            self.digests[path.name] = digest(path)
-        self.buckets = []
-
-    def finish(self) -> None:
-        """Write what describes the files, once all ranks have theirs. Collective; raises NotWritten on all ranks."""
-        gathered = self.gathers.gather_object(list(chain.from_iterable(self.results)))
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                self.writer.finish(self.metadata, gathered)
-                save_config(CheckpointingConfig(BACKEND, VERSION), str(self.folder))
-            except (OSError, RuntimeError) as problem:
-                error = problem
-        agree(error)
 
 
 class Draft:
@@ -252,12 +152,3 @@ def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: 
         except OSError as problem:
             log.warning("an old checkpoint could not be deleted: %s", problem)
     dist.barrier()
-
-
-def _copied(bucket: Any, planned: Any) -> Any:
-    """The bucket with every tensor that its role still owns replaced by a copy."""
-    path, key, (bytes_data, tensor_data) = bucket
-    owned = [tensor.device.type == "cpu" for _, tensor in planned[2][1]]
-    pairs = zip(tensor_data, owned, strict=True)
-    copies = [(item, tensor.clone() if is_owned else tensor) for (item, tensor), is_owned in pairs]
-    return path, key, (bytes_data, copies)

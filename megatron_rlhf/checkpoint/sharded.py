@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step_N` with one folder a role (`policy`, `policy_ema`, `value`, `reward`), `meta.json` (the
 models' shapes and the trainer's own state) and `checksums.sha256`. It is written aside and renamed, so a torn one is never
-picked up. `writing` has how files are written, `folders` how they are named, `integrity` how damage is found.
+picked up. `role_files` and `draft` have how files are written, `naming` how they are named, `integrity` how damage is found.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlhf.checkpoint import restricted
-from megatron_rlhf.checkpoint.draft import Draft, RoleFiles, write_text, writing
+from megatron_rlhf.checkpoint.draft import Draft, write_text, writing
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
 from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
+from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role

@@ -83,8 +83,9 @@ class KeyValueCache(BaseInferenceContext):
     cos_sin: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        super().__init__(materialize_only_last_token_logits=True)
-        self.max_sequence_length = self.capacity  # read by GPTModel to size the rotary table
+        # The base class only keeps a configuration of Megatron-Core's engines. What the models read of a context is here.
+        self.materialize_only_last_token_logits = False  # LanguageModel sees to that
+        self.max_sequence_length = self.capacity  # sizes the rotary table
         self.sequence_len_offset = 0
 
     def is_static_batching(self) -> bool:

@@ -1,21 +1,16 @@
-"""GPTModel from a ModelConfig: Transformer Engine's layers where it is installed, plain torch ones elsewhere."""
+"""GPTModel from a ModelConfig."""
 
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
-from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
-from megatron_rlhf.models.linear import ColumnLinear, RowLinear
+from megatron_rlhf.models.layers import block_spec
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
@@ -120,8 +115,10 @@ class LanguageModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
-    def _postprocess(self, *args, **kwargs) -> Tensor:
-        output = super()._postprocess(*args, **kwargs)
+    def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        if self.post_process and kwargs.get("inference_context") is not None:
+            hidden_states = hidden_states[-1:]  # decoding asks for the next token's logits alone
+        output = super()._postprocess(hidden_states=hidden_states, **kwargs)
         if not self.post_process or self.vocab_size == self.real_vocab_size:
             return output
         columns = output.shape[-1]
@@ -156,7 +153,7 @@ def build_chunks(
             vp_stage = stage if virtual > 1 else None
             arguments: dict = {
                 "config": config,
-                "transformer_layer_spec": _block_spec(model, config, layout, vp_stage),
+                "transformer_layer_spec": block_spec(model, config, layout, vp_stage),
                 "vocab_size": model.padded_vocab_size(layout.config.tensor),
                 "max_sequence_length": model.max_sequence_length + model.position_offset,
                 "pre_process": layout.is_first_stage and stage == 0,
@@ -203,75 +200,3 @@ def _adapt_positions(chunk: GPTModel, model: ModelConfig) -> None:
 def _to_device(chunk: GPTModel, config: TransformerConfig) -> GPTModel:
     chunk = chunk.to(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
     return chunk.to(config.params_dtype) if config.params_dtype is not torch.float32 else chunk
-
-
-def _block_spec(
-    model: ModelConfig, config: TransformerConfig, layout: ParallelLayout, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    # One attention everywhere: torch's fused kernels, with a key/value cache that training simply does not use.
-    layer = _layer_spec(model, config)
-    if model.parallel_residual:
-        layer.module = ParallelResidualLayer
-    attention = layer.submodules.self_attention
-    attention.module = CachedSelfAttention
-    attention.submodules.core_attention = ScaledDotProductAttention
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm(config))
-
-
-def _layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
-    if transformer_engine_serves():
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=config.normalization)
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
-    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
-    layer.submodules.input_layernorm = SequenceParallelNorm
-    layer.submodules.pre_mlp_layernorm = SequenceParallelNorm
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
-    return layer
-
-
-def _final_norm(config: TransformerConfig) -> type:
-    if transformer_engine_serves():
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm
-    return SequenceParallelNorm
-
-
-def transformer_engine_serves() -> bool:
-    """Transformer Engine can be imported and there is a GPU for it."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, RuntimeError):  # the bare wheel without its core raises RuntimeError
-        return False
-    return True
-
-
-class ParallelResidualLayer(TransformerLayer):
-    """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer feeds the first sum to the MLP."""
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [s, b, h] through one layer; other arguments as of TransformerLayer."""
-        attended, context = self._forward_attention(hidden_states, **kwargs)
-        return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_states)), attended), context
-
-
-class SequenceParallelNorm:
-    """torch's LayerNorm or RMSNorm whose gradients Megatron-Core sums over tensor-parallel ranks under sequence parallelism.
-
-    Megatron-Core's own wrapper refuses sequence parallelism, though all it takes is a mark on the parameters.
-    """
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm

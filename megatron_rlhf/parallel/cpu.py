@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16.1 on a machine without CUDA.
+"""Megatron-Core on a machine without CUDA.
 
 Megatron-Core asks CUDA for a device, a random number generator and streams; nothing in its mathematics needs a GPU.
 `install()` answers those questions for the CPU. It does nothing where CUDA is present, and must run before the first
@@ -65,8 +65,11 @@ def _on_cpu(device: Any) -> bool:
 
 
 def _map_cuda_devices_to_cpu() -> None:
-    def redirect(function):  # torch.zeros(..., device="cuda") allocates on the CPU
+    def redirect(
+        function,
+    ):  # torch.zeros(..., device="cuda") allocates on the CPU, and nothing there is pinned for a GPU
         def wrapped(*args, **kwargs):
+            kwargs.pop("pin_memory", None)
             if _on_cpu(kwargs.get("device")):
                 kwargs["device"] = _CPU
             return function(*args, **kwargs)

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.parallel import megatron_globals
+from megatron_rlhf.parallel import compat, megatron_globals
 
 # The order of the dimensions is Megatron-Core's: tensor-parallel ranks are neighbours, pipeline stages far apart.
 _DIMENSIONS = ["tp", "cp", "ep", "dp", "pp"]
@@ -68,7 +68,8 @@ class ParallelLayout:
         pipelines = grid.get_rank_enum("pp")
         groups["embd"] = _own_group([sorted({stages[0], stages[-1]}) for stages in pipelines])
         groups["pos_embd"] = _own_group([[stages[0]] for stages in pipelines])
-        groups.update({name: groups[source] for name, source in _ALIASES.items()})
+        for name, source in [*_ALIASES.items(), *compat.GROUP_FIELDS.items()]:
+            groups[name] = groups[source]
         collection = ProcessGroupCollection(**{k: v for k, v in groups.items() if k != "tp_dp"}, inter_dist_opt=None)
         return cls(config=config, ranks=ranks, groups=collection, every_group=groups)
 

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import GlobalMemoryBuffer
 
+from megatron_rlhf.parallel import compat
+
 # Global -> name of our group.
 _GLOBALS = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
@@ -28,6 +30,7 @@ _GLOBALS = {
     "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",
     "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp_dp_cp",
     "_INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "intra_dist_opt",
+    **compat.GLOBALS,
 }
 # Global -> name of the group whose ranks it lists.
 _GLOBAL_RANKS = {
@@ -39,6 +42,7 @@ _GLOBAL_RANKS = {
     "_MODEL_PARALLEL_GLOBAL_RANKS": "mp",
     "_CONTEXT_PARALLEL_GLOBAL_RANKS": "cp",
     "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": "dp_cp",
+    **compat.GLOBAL_RANKS,
 }
 
 

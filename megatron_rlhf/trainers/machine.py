@@ -5,7 +5,7 @@ import torch
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
-from megatron_rlhf.models.gpt import transformer_engine_serves
+from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 
 
 def check_machine(config: BaseConfig, world_size: int) -> None:

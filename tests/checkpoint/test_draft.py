@@ -10,8 +10,9 @@ from ranks import run_ranks
 from toys import GPT2_LIKE, make_role
 
 from megatron_rlhf.checkpoint import naming, sharded
-from megatron_rlhf.checkpoint.draft import Draft, RoleFiles
+from megatron_rlhf.checkpoint.draft import Draft
 from megatron_rlhf.checkpoint.integrity import NotWritten, find_damage
+from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig
 

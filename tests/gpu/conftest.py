@@ -16,7 +16,7 @@ def gpu() -> None:
 def fp8_gpu(gpu: None) -> None:
     """Transformer Engine and a GPU whose matrix products know fp8."""
     from megatron_rlhf.config.checks import FP8_CAPABILITY
-    from megatron_rlhf.models.gpt import transformer_engine_serves
+    from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 
     capability = torch.cuda.get_device_capability()
     if capability < FP8_CAPABILITY:

@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(recipe,
 
 def save_slowly(overrides: list[str]) -> list[str]:
     """Writing begins only when the update after the saved step is done. Returns what happened, in order."""
-    from megatron_rlhf.checkpoint.draft import RoleFiles
+    from megatron_rlhf.checkpoint.role_files import RoleFiles
     from megatron_rlhf.trainers.sft import SFTTrainer
 
     events: list[str] = []
