@@ -128,7 +128,7 @@ def gradients_while_freed_memory_is_overwritten(parallel, times):
     free = schedules.deallocate_output_tensor
 
     def overwrite_and_free(output, deallocate=False):
-        if deallocate and output is not None:
+        if deallocate and isinstance(output, torch.Tensor):  # 0.19 comes back with each tensor of a list
             with torch.no_grad():
                 output.detach().fill_(torch.nan)
         free(output, deallocate)
