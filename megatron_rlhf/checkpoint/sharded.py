@@ -30,7 +30,7 @@ from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel.collectives import publish_object
+from megatron_rlhf.parallel.collectives import device, publish_object
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 __all__ = [
@@ -134,11 +134,13 @@ def load_role(folder: Path, saved: SavedRole) -> None:
     with saved.role.layout:
         same = _same_layout(folder, name, saved.role)
         state = _sharded_state(saved, is_loading=True, with_random=same) if saved.role.layout.is_member else {}
+        _leave_out_unsaved_extra_state([state[key] for key in _keyed(saved.role) if key in state], folder / name)
         loaded = _load(state, folder / name)
         for key, chunk in _keyed(saved.role).items():
-            chunk.load_state_dict(loaded[key], strict=True)
+            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+            assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
         if saved.optimizer is not None:
-            saved.optimizer.load_state_dict(loaded["optimizer"])
+            _load_optimizer(saved.optimizer, loaded["optimizer"])
         if "random" in loaded:
             _restore_random_state(loaded["random"])
 
@@ -149,12 +151,12 @@ def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = Fal
         state = _sharded_state(SavedRole(role), is_loading=True) if role.layout.is_member else {}
         # Extra state is the scaling history of fp8, not weights, and an imported model has none.
         for part in state.values():
-            for name in [n for n in part if n.endswith("_extra_state") or (keep_head and _is_head(n))]:
+            for name in [n for n in part if _is_extra_state(n) or (keep_head and _is_head(n))]:
                 del part[name]
         loaded = _load(state, folder / from_role)
         for key, chunk in _keyed(role).items():
             missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-            assert not unexpected and all(_is_head(name) or name.endswith("_extra_state") for name in missing), missing
+            assert not unexpected and all(_is_head(name) or _is_extra_state(name) for name in missing), missing
 
 
 def model_to_json(model: ModelConfig) -> dict[str, Any]:
@@ -169,14 +171,14 @@ def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"{META}: not a model's shape as this version knows it: {error}") from error
 
 
-_OPTIMIZER = " x distributed optimizer "
+_DEVICE, _OPTIMIZER = " x device ", " x distributed optimizer "
 
 
 def layout_signature(role: Role) -> str:
     """Layouts with the same signature draw the same random numbers on the same ranks."""
     parallel = role.layout.config
     stages = f"{role.layout.describes} x virtual {parallel.virtual_stages} x sequence {parallel.sequence}"
-    return f"{stages}{_OPTIMIZER}{parallel.distributed_optimizer}"
+    return f"{stages}{_DEVICE}{device().type}{_OPTIMIZER}{parallel.distributed_optimizer}"
 
 
 def _require_same_optimizer(folder: Path, name: str, saved: SavedRole) -> None:
@@ -191,7 +193,12 @@ def _require_same_optimizer(folder: Path, name: str, saved: SavedRole) -> None:
 
 
 def _same_layout(folder: Path, name: str, role: Role) -> bool:
-    return read_meta(folder)["roles"].get(name, {}).get("layout") == layout_signature(role)
+    signature = layout_signature(role)
+    written = read_meta(folder)["roles"].get(name, {}).get("layout")
+    return written in (
+        signature,
+        signature.replace(f"{_DEVICE}cpu", ""),
+    )  # at first no device was named: CPUs were all there was
 
 
 def _keyed(role: Role) -> dict[str, Any]:
@@ -217,6 +224,32 @@ def require_plain(folder: Path, roles: Iterable[str]) -> None:
     dist.broadcast_object_list(refusal)
     if refusal[0] is not None:
         raise UserError(refusal[0])
+
+
+def _is_extra_state(name: str) -> bool:
+    """What Transformer Engine's layers keep besides weights: their scales for fp8, which they find again."""
+    return name.endswith("_extra_state")
+
+
+def _leave_out_unsaved_extra_state(parts: list[dict[str, Any]], source: Path) -> None:
+    """The checkpoint's machine may have had no Transformer Engine, and no fp8."""
+    written = restricted.load_metadata(source).state_dict_metadata
+    for part in parts:
+        for name in [n for n, entry in part.items() if _is_extra_state(n) and entry.unique_key not in written]:
+            del part[name]
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Torch's Adam, Apex's and Transformer Engine's have settings of their own in their groups.
+
+    Where the saved groups come from another of them and lack some, they stay as they are.
+    """
+    own = [dict(group) for part in optimizer.chained_optimizers for group in part.param_groups]
+    optimizer.load_state_dict(state)
+    groups = [group for part in optimizer.chained_optimizers for group in part.param_groups]
+    for group, settings in zip(groups, own, strict=True):
+        for key, value in settings.items():
+            group.setdefault(key, value)
 
 
 def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:

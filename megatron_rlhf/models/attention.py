@@ -56,6 +56,11 @@ class ScaledDotProductAttention(MegatronModule):
             value_sbgd = context.gather(value_sbgd, 0, self.context, sum_gradients=True)
             queries = context.local_tokens(len(key_sbgd), self.context).to(query_sbnd.device)
             attention_mask = queries.unsqueeze(-1) >= torch.arange(len(key_sbgd), device=query_sbnd.device)
+        grouped = self.grouped
+        if grouped and attention_mask is not None and kernels_refuse_groups_with_a_mask(query_sbnd.device):
+            copies = query_sbnd.shape[2] // key_sbgd.shape[2]
+            key_sbgd, value_sbgd = (x.repeat_interleave(copies, dim=2) for x in (key_sbgd, value_sbgd))
+            grouped = False
         context_bnsd = F.scaled_dot_product_attention(
             query_sbnd.permute(1, 2, 0, 3),
             key_sbgd.permute(1, 2, 0, 3),
@@ -63,9 +68,14 @@ class ScaledDotProductAttention(MegatronModule):
             attn_mask=attention_mask,
             is_causal=attention_mask is None and len(query_sbnd) > 1,
             scale=self.softmax_scale,
-            enable_gqa=self.grouped,
+            enable_gqa=grouped,
         )
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)
+
+
+def kernels_refuse_groups_with_a_mask(device: torch.device) -> bool:
+    """CUDA's fused kernels take groups of queries or a mask, not both: with both, torch materialises the scores in fp32."""
+    return device.type == "cuda"
 
 
 @dataclass

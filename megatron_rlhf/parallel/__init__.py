@@ -1,10 +1,7 @@
 """Layouts, process groups and pipeline schedules. Importing it lets `megatron.core` run where there is no CUDA."""
 
-from megatron_rlhf.parallel import accelerators, cpu
+from megatron_rlhf.parallel import accelerators, adam, cpu
 
 if not cpu.install():
     accelerators.import_megatron_quietly()
-
-from megatron_rlhf.parallel import compat  # it imports megatron.core
-
-compat.warn_once()
+adam.use_where_torch_would_serve()

@@ -1,33 +1,93 @@
-"""Megatron-Core's optional accelerators: used where they can be imported, reported once, never warned of on every rank."""
+"""Megatron-Core's optional accelerators: used where they work, hidden where they cannot, reported once."""
 
-import importlib.util
+import importlib
+import logging
+import sys
 import warnings
 
 import torch
 
-_OPTIONAL = {"Transformer Engine": "transformer_engine", "Apex": "apex", "flash-attn": "flash_attn"}
+_OPTIONAL = {"Transformer Engine": "transformer_engine.pytorch", "Apex": "apex", "flash-attn": "flash_attn"}
+# What Megatron-Core uses as soon as it can be imported, GPU or not.
+_NEED_A_GPU = """
+    transformer_engine transformer_engine_torch apex amp_C flash_attn flash_attn_3 flashinfer mamba_ssm causal_conv1d
+    grouped_gemm
+""".split()
+_broken: dict[str, str] = {}
 
 
 def import_megatron_quietly() -> None:
-    """Import what warns of missing accelerators, on every rank and once a module, without the warnings."""
+    """Import what asks for accelerators, without its warnings of missing ones, on every rank and once a module.
+
+    Accelerators that cannot work are hidden from it: all of them where there is no GPU (NVIDIA's container on a login node),
+    and those whose import fails with anything but the ImportError that Megatron-Core expects.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            hide_broken()
+        else:
+            for package in _NEED_A_GPU:
+                _hide(package)
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
+    # 0.19 repeats that GPTModel is deprecated (it is frozen, and stays) at every build, and the same of our `common.pt` at
+    # every load.
+    for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.common"):
+        logging.getLogger(f"megatron.core.{name}").addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    """Lets each message of a logger through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self._said
+        self._said.add(record.getMessage())
+        return new
+
+
+def hide_broken() -> None:
+    """Import the accelerators; one that fails in its own code (no compiled part, no such driver) is as good as missing."""
+    for name, module in _OPTIONAL.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            continue
+        except Exception as error:  # RuntimeError, AssertionError, OSError have been seen; the log says what it was
+            _broken[name] = f"{type(error).__name__}: {error}"
+            _hide(module.partition(".")[0])
 
 
 def describe_accelerators() -> str:
-    """For the log: 'accelerators: Transformer Engine no, Apex no, flash-attn no'."""
-    found = {name: importlib.util.find_spec(module) is not None for name, module in _OPTIONAL.items()}
-    return "accelerators: " + ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found.items())
+    """For the log: 'accelerators: Transformer Engine no, Apex no, flash-attn broken (OSError: ...)'."""
+    return "accelerators: " + ", ".join(f"{name} {_state(name, module)}" for name, module in _OPTIONAL.items())
 
 
 def transformer_engine_serves() -> bool:
     """Transformer Engine can be imported and there is a GPU for it."""
-    if not torch.cuda.is_available():
-        return False
+    return torch.cuda.is_available() and _is_importable(_OPTIONAL["Transformer Engine"])
+
+
+def _state(name: str, module: str) -> str:
+    if name in _broken:
+        return f"broken ({_broken[name]})"
+    return "yes" if torch.cuda.is_available() and _is_importable(module) else "no"
+
+
+def _is_importable(module: str) -> bool:
     try:
-        import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, RuntimeError):  # the bare wheel without its core raises RuntimeError
+        importlib.import_module(module)
+    except ImportError:
         return False
     return True
+
+
+def _hide(package: str) -> None:
+    """From now on importing it raises ModuleNotFoundError; also what is imported already."""
+    inside = [name for name in sys.modules if name.startswith(f"{package}.")]
+    for name in (package, *inside):
+        sys.modules[name] = None  # type: ignore[assignment]

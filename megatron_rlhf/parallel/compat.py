@@ -5,7 +5,6 @@ version has is asked of the version itself, never of its number.
 """
 
 import dataclasses
-import logging
 from functools import partial
 from typing import Any
 
@@ -60,29 +59,3 @@ def plan_resharding(source: torch.nn.Module, target: torch.nn.Module) -> Any:
     """Who sends which part of which weight to whom. Collective over the world. Its old name is deprecated since 0.17."""
     build = getattr(resharding, "build_local_reshard_plan", None) or resharding.build_centralized_reshard_plan
     return build(source, target)
-
-
-class _Once(logging.Filter):
-    """Lets each message of a logger through once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if message in self.said:
-            return False
-        self.said.add(message)
-        return True
-
-
-def warn_once() -> None:
-    """0.19 warns that GPTModel is deprecated whenever one is built, and of our `common.pt` at every load: once will do.
-
-    GPTModel is frozen, not going away; its successor has other checkpoint keys.
-    """
-    for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.common"):
-        logger = logging.getLogger(f"megatron.core.{name}")
-        if not any(isinstance(known, _Once) for known in logger.filters):
-            logger.addFilter(_Once())

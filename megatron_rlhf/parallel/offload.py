@@ -19,30 +19,33 @@ class HostMemory:
         self._tensors = tensors
         self._constant = constant
         self._resting: list[tuple[torch.UntypedStorage, Tensor]] = []
-        self._copies: dict[int, Tensor] = {}
+        # Kept while the tensors are awake: pinning memory takes longer than copying it.
+        self._buffers: dict[int, Tensor] = {}
 
     def rest(self) -> None:
         """Copy to the host and free the device. Until `wake`, the tensors have no contents."""
         assert not self._resting, "asked to rest twice"
         storages = {storage_of(tensor): tensor.untyped_storage() for tensor in self._tensors()}
+        before, self._buffers = self._buffers, {}
         for identity, storage in storages.items():
-            if identity not in self._copies:
-                self._copies[identity] = torch.empty(
-                    storage.nbytes(), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-                ).copy_(_bytes(storage))
-            self._resting.append((storage, self._copies[identity]))
+            buffer = before.get(identity)
+            if buffer is None or buffer.numel() != storage.nbytes():
+                buffer = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+                buffer.copy_(_bytes(storage))
+            elif not self._constant:
+                buffer.copy_(_bytes(storage))
+            self._buffers[identity] = buffer
+            self._resting.append((storage, buffer))
             storage.resize_(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Bring the contents back."""
-        for storage, copy in self._resting:
-            storage.resize_(copy.numel())
-            _bytes(storage).copy_(copy)
+        for storage, buffer in self._resting:
+            storage.resize_(buffer.numel())
+            _bytes(storage).copy_(buffer)
         self._resting = []
-        if not self._constant:
-            self._copies = {}
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:

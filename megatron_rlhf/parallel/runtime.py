@@ -20,8 +20,10 @@ def initialize(timeout_minutes: float = 30) -> Launch:
     if dist.is_initialized():
         return launch
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(launch.local_rank)
+    device = None
+    if on_gpu:  # srun --gpus-per-task shows each task its own GPU alone, as number 0
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     if launch.world_size > 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous()
@@ -32,7 +34,7 @@ def initialize(timeout_minutes: float = 30) -> Launch:
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=torch.device("cuda", launch.local_rank) if on_gpu else None,
+        device_id=device,
     )
     return launch
 

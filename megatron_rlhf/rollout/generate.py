@@ -89,7 +89,8 @@ class Decoder:
         self.cache = KeyValueCache(capacity=width + limit)
         self.sampler = Sampler(self.config.temperature, self.config.top_k, self.config.top_p)
         self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
-        self.rows_b = torch.arange(len(lengths), device=device)  # rows still decoded, of those we started with
+        self.rows = list(range(len(lengths)))  # still decoded, of those we started with
+        self.rows_b = torch.tensor(self.rows, device=device)
         self.tokens_bt = torch.zeros(len(lengths), limit, dtype=torch.long, device=device)
         self.logprobs_bt = torch.zeros(len(lengths), limit, device=device)
         self.lengths_b = torch.zeros(len(lengths), dtype=torch.long, device=device)
@@ -140,25 +141,29 @@ class Decoder:
         self.tokens_bt[rows, self.step] = tokens_b
         self.logprobs_bt[rows, self.step] = logprobs_b
         self.lengths_b[rows] += 1
-        stopped_b = torch.isin(tokens_b, self.stops) | self._stopped_by_text(tokens_b)
-        self.stopped_b[rows] = stopped_b
+        # The only answer of the device that a token waits for.
+        answers = torch.stack([tokens_b, torch.isin(tokens_b, self.stops).long()]).tolist()
+        stopped = [bool(end) or text for end, text in zip(answers[1], self._stopped_by_text(answers[0]), strict=True)]
         self.cache.length += self.next_tokens.shape[1]
         self.next_tokens = tokens_b.unsqueeze(-1)
         self.step += 1
+        if any(stopped):
+            self.stopped_b[rows] = torch.tensor(stopped, device=tokens_b.device)
         if self.step == self.config.max_response_tokens:
-            self._keep(torch.zeros_like(stopped_b))
-        elif stopped_b.any():
-            self._keep(~stopped_b)
+            self._keep([])
+        elif any(stopped):
+            self._keep([place for place, has_stopped in enumerate(stopped) if not has_stopped])
 
-    def _stopped_by_text(self, tokens_b: Tensor) -> Tensor:
-        """bool [b]. A text that is complete before the shortest response is long enough ends nothing."""
-        tokens, long_enough = tokens_b.tolist(), self.step + 1 >= self.config.min_response_tokens
-        watches = [self.watches[row] for row in self.rows_b.tolist()]
+    def _stopped_by_text(self, tokens: list[int]) -> list[bool]:
+        """A text that is complete before the shortest response is long enough ends nothing."""
+        long_enough = self.step + 1 >= self.config.min_response_tokens
+        watches = [self.watches[row] for row in self.rows]
         complete = [watch is not None and watch(token) for watch, token in zip(watches, tokens, strict=True)]
-        return torch.tensor(complete, device=tokens_b.device) & long_enough
+        return [long_enough and text for text in complete]
 
-    def _keep(self, keep_b: Tensor) -> None:
-        rows = keep_b.nonzero().squeeze(-1)
+    def _keep(self, kept: list[int]) -> None:
+        self.rows = [self.rows[place] for place in kept]
+        rows = torch.tensor(kept, dtype=torch.long, device=self.rows_b.device)
         self.rows_b, self.keys_b, self.pads_b = self.rows_b[rows], self.keys_b[rows], self.pads_b[rows]
         self.next_tokens, self.sampled = self.next_tokens[rows], self.sampled[:, rows]
         self.cache.keep_rows(rows)

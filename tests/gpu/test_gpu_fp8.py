@@ -31,7 +31,7 @@ def role(precision: Precision = Precision.fp8_hybrid, recipe: Fp8Recipe = Fp8Rec
 def recipe(request: pytest.FixtureRequest) -> Fp8Recipe:
     """Each recipe that this Transformer Engine, CUDA and GPU know."""
     if request.param is Fp8Recipe.blockwise:
-        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         available, reason = FP8GlobalStateManager.is_fp8_block_scaling_available()
         if not available:
@@ -45,7 +45,7 @@ def read(model: Role) -> torch.Tensor:
 
 
 def test_the_switch_is_transformer_engines() -> None:
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     model = role()
     seen: list[tuple[str, bool]] = []

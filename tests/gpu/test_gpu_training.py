@@ -37,7 +37,7 @@ def text(role: Role, rows: int = 4, length: int = 129, micro_batch_size: int = 4
 
 
 def test_the_world_is_nccls(world: None) -> None:
-    assert dist.get_backend() == "nccl"
+    assert dist.get_backend_config() == "cpu:gloo,cuda:nccl"
     total = torch.full((1024,), 3.0, device=collectives.device())
     dist.all_reduce(total)
     assert total.is_cuda

@@ -8,6 +8,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.models import attention
 from megatron_rlhf.models.attention import KeyValueCache
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.generate import Decoder
@@ -18,6 +19,32 @@ STOP = 66
 
 def numbers(*shape):
     return torch.randint(0, 66, shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+def test_cuda_gets_no_groups_together_with_a_mask(world, monkeypatch):
+    """Its fused kernels take one or the other; keys and values are repeated there, and the result is the same."""
+    (module,) = make_role(LLAMA_LIKE).modules
+    core, kernel, grouped = (
+        module.decoder.layers[0].self_attention.core_attention,
+        attention.F.scaled_dot_product_attention,
+        [],
+    )
+
+    def watched(*given, **named):
+        grouped.append(named["enable_gqa"])
+        return kernel(*given, **named)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(6, 2, heads, 8, generator=generator) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    assert not attention.kernels_refuse_groups_with_a_mask(query.device)
+    assert attention.kernels_refuse_groups_with_a_mask(torch.device("cuda", 0))
+    expected = core(query, key, value, mask)
+    monkeypatch.setattr(attention, "kernels_refuse_groups_with_a_mask", lambda device: True)
+    assert_close(core(query, key, value, mask), expected)
+    core(query, key, value, None)
+    assert grouped == [True, False, True], "without a mask groups are fine"
 
 
 def decoded_logprobs(model, parallel, lengths, responses):

@@ -46,3 +46,20 @@ def test_tensors_are_asked_for_each_time():
     with memory.asleep():
         assert tensors[1].untyped_storage().nbytes() == 0
     assert tensors[1].tolist() == [3.0, 3.0]
+
+
+def test_host_memory_is_allocated_once():
+    """Pinning takes longer than copying."""
+    kept, grown = torch.ones(3), torch.ones(3)
+    memory = HostMemory(lambda: [kept, grown])
+    places = []
+    for value in (1.0, 2.0):
+        kept.fill_(value)
+        memory.rest()
+        places.append([buffer.data_ptr() for buffer in memory._buffers.values()])
+        memory.wake()
+    assert places[0] == places[1]
+    grown.untyped_storage().resize_(80)
+    with memory.asleep():
+        pass
+    assert grown.untyped_storage().nbytes() == 80 and kept.tolist() == [2.0] * 3

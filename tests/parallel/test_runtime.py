@@ -4,6 +4,7 @@ import subprocess
 import tempfile
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -17,6 +18,21 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_S
 def test_initialize_twice_is_one_world(world):
     assert runtime.initialize() == runtime.initialize() == Launch(0, 1, 0)
     assert dist.get_world_size() == 1
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(8, 5), (1, 0), (4, 1)])
+def test_a_rank_takes_its_own_gpu_of_those_it_sees(monkeypatch, visible, expected):
+    """With srun --gpus-per-task each task sees one GPU, whatever its local rank is."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda **arguments: chosen.append(arguments["device_id"]))
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "5", "MASTER_ADDR": "nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    runtime.initialize()
+    assert chosen == [torch.device("cuda", expected)] * 2
 
 
 def fake_scontrol(monkeypatch, address):

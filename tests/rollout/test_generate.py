@@ -72,6 +72,23 @@ def test_order_and_company_change_nothing(on_one_rank):
     assert texts(done) == [texts(on_one_rank["gpt2"])[i] for i in order]
 
 
+@pytest.mark.parametrize("stop_ids", [STOPS, ()])
+def test_a_token_asks_the_device_once(world, monkeypatch, stop_ids):
+    """On a GPU every answer to Python is a wait for all that was asked before."""
+    role, config, texts_before, row_keys_b = make_role(GPT2_LIKE), sampling(batch_size=16), prompts(), keys()
+    asked = []
+
+    def counted(name):
+        method = getattr(torch.Tensor, name)
+        return lambda self, *given, **named: asked.append(name) or method(self, *given, **named)
+
+    for name in ("__bool__", "__int__", "__float__", "item", "tolist", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    generate(role, texts_before, row_keys_b, config, stop_ids)
+    results = 4  # tokens, log-probabilities, lengths, whether stopped: when all is done
+    assert len(asked) <= config.max_response_tokens + results, asked
+
+
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2)),
     "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),

@@ -1,0 +1,76 @@
+"""Accelerators that cannot work are hidden from Megatron-Core, which would use them; without any, Adam can still be saved."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlhf.parallel import accelerators
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_A_GPU = """
+from megatron_rlhf.doctor import _test_rank
+_test_rank()
+"""
+# As on a machine with a GPU and nothing else; it is never asked to compute.
+ON_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+import megatron_rlhf.parallel
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
+assert optimizer.Adam is distrib_optimizer.Adam
+print(optimizer.Adam.__name__, distrib_optimizer.HAVE_APEX_OR_TE)
+"""
+
+
+def python(program: str, packages: Path) -> str:
+    """Output of a program that finds `packages` before everything else."""
+    paths = os.pathsep.join(map(str, [packages, ROOT, os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_package(folder: Path, name: str, content: str) -> None:
+    path = folder.joinpath(*name.split(".")).with_suffix(".py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def test_a_container_without_a_gpu_trains(tmp_path: Path) -> None:
+    """Apex can be imported and its kernels cannot run; Transformer Engine is not even that far."""
+    write_package(
+        tmp_path, "transformer_engine.__init__", "raise AssertionError('Could not find `transformer_engine_torch`')\n"
+    )
+    write_package(tmp_path, "apex.__init__", "")
+    write_package(
+        tmp_path, "apex.multi_tensor_apply", "def multi_tensor_applier(*args):\n    raise RuntimeError('needs a GPU')\n"
+    )
+    write_package(tmp_path, "apex.optimizers", "class FusedAdam: ...\nclass FusedSGD: ...\n")
+    write_package(tmp_path, "amp_C", "multi_tensor_l2norm = multi_tensor_scale = None\n")
+    python(WITHOUT_A_GPU, tmp_path)
+
+
+def test_a_gpu_without_accelerators_has_an_adam_that_can_be_saved(tmp_path: Path) -> None:
+    assert python(ON_A_GPU, tmp_path) == "AdamWithGroupStep True\n"
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "AssertionError", "OSError"])
+def test_an_accelerator_that_fails_in_its_own_code_is_as_good_as_missing(tmp_path, monkeypatch, error):
+    package = f"broken_{error.lower()}"
+    write_package(tmp_path, f"{package}.__init__", "")
+    write_package(tmp_path, f"{package}.pytorch", f"raise {error}('libcuda.so.1: no such file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(accelerators, "_OPTIONAL", {"Engine": f"{package}.pytorch", "Apex": "no_such_package"})
+    monkeypatch.setattr(accelerators, "_broken", {})
+    accelerators.hide_broken()
+    for name in (package, f"{package}.pytorch"):
+        with pytest.raises(ModuleNotFoundError):
+            __import__(name)
+    expected = f"accelerators: Engine broken ({error}: libcuda.so.1: no such file), Apex no"
+    assert accelerators.describe_accelerators() == expected
