@@ -9,9 +9,11 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]),
     package_data={"megatron_rlhf.monitoring": ["*.j2"]},
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",
     install_requires=[
-        "megatron-core==0.16.1",  # parallel/cpu.py patches this version
+        # What differs between the two is in parallel/compat.py; newer wheels than 0.16.1 need Python 3.12.
+        'megatron-core>=0.19.2,<0.20; python_version >= "3.12"',
+        'megatron-core==0.16.1; python_version < "3.12"',
         "torch>=2.9,<2.14",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
@@ -27,8 +29,11 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # Apex comes with NVIDIA's PyTorch container
-        "nemo": ["nemo-toolkit>=2.7"],  # reading an archive takes none of it: megatron_rlhf/conversion/nemo/archive.py
+        # Compiled against the torch that is installed: docs/cluster.md. Apex comes with NVIDIA's PyTorch container.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.21"],
+        # For tools of NeMo's own beside ours. Reading its archives takes none of it (conversion/nemo/archive.py), and since
+        # 3.0 it has no collection of language models any more.
+        "nemo": ["nemo-toolkit>=2.7"],
         "wandb": ["wandb>=0.18"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"],
     },

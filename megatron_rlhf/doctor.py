@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
-MEGATRON_CORE = "0.16.1"
+MEGATRON_CORE = "0.19.2" if sys.version_info >= (3, 12) else "0.16.1"
+"""What this Python gets; from 3.12 on any 0.19 from here."""
 SELF_TEST_TIMEOUT = 180
 PACKAGES = (
     "hydra omegaconf datasets transformers einops psutil safetensors tensorboard tqdm jinja2 matplotlib numpy".split()
@@ -138,13 +139,20 @@ def _megatron_core() -> Finding:
     buys = "models, optimizer, pipeline schedules"
     found = _version("megatron-core")
     fix = f"pip install megatron-core=={MEGATRON_CORE}"
-    if found != MEGATRON_CORE:
-        return Finding("Megatron-Core", BROKEN, f"{found or 'not installed'}, needed is {MEGATRON_CORE}", buys, fix)
+    if found is None or not _serves(found):
+        needed = f"Python {sys.version_info.major}.{sys.version_info.minor} needs {MEGATRON_CORE}"
+        return Finding("Megatron-Core", BROKEN, f"{found or 'not installed'}: {needed}", buys, fix)
     try:
         import megatron_rlhf.models.gpt  # noqa: F401
     except Exception as error:
         return Finding("Megatron-Core", BROKEN, _first_line(error), buys, f"{fix}, or {_CONTAINER}")
     return Finding("Megatron-Core", OK, found, buys)
+
+
+def _serves(megatron_core: str) -> bool:
+    """0.16.1 itself; of 0.19 this patch release and those after it."""
+    found, least = ([int(part) for part in text.split(".")[:3] if part.isdigit()] for text in (megatron_core, MEGATRON_CORE))
+    return found == least or (least[1] > 16 and found[:2] == least[:2] and found > least)
 
 
 def _packages() -> Finding:

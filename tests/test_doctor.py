@@ -68,9 +68,28 @@ def test_another_megatron_core_is_broken(monkeypatch, tool, capsys):
     monkeypatch.setattr(doctor, "version", lambda package: "0.15.0")
     assert tool([]) == 1
     printed = capsys.readouterr().out
-    assert "0.15.0, needed is 0.16.1" in printed
-    assert "fix: pip install megatron-core==0.16.1" in printed
+    python = ".".join(map(str, sys.version_info[:2]))
+    assert f"0.15.0: Python {python} needs {doctor.MEGATRON_CORE}" in printed
+    assert f"fix: pip install megatron-core=={doctor.MEGATRON_CORE}" in printed
     assert "self-test" not in printed
+
+
+@pytest.mark.parametrize(
+    ("needed", "found", "serves"),
+    [
+        ("0.16.1", "0.16.1", True),
+        ("0.16.1", "0.16.2", False),
+        ("0.19.2", "0.19.2", True),
+        ("0.19.2", "0.19.10", True),
+        ("0.19.2", "0.19.0", False),
+        ("0.19.2", "0.20.0", False),
+        ("0.19.2", "0.16.1", False),
+    ],
+)
+def test_which_megatron_core_serves(monkeypatch, needed, found, serves):
+    """As in setup.py."""
+    monkeypatch.setattr(doctor, "MEGATRON_CORE", needed)
+    assert doctor._serves(found) is serves
 
 
 def test_a_driver_that_torch_does_not_see_is_broken(monkeypatch):
