@@ -151,7 +151,9 @@ def _megatron_core() -> Finding:
 
 def _serves(megatron_core: str) -> bool:
     """0.16.1 itself; of 0.19 this patch release and those after it."""
-    found, least = ([int(part) for part in text.split(".")[:3] if part.isdigit()] for text in (megatron_core, MEGATRON_CORE))
+    found, least = (
+        [int(part) for part in text.split(".")[:3] if part.isdigit()] for text in (megatron_core, MEGATRON_CORE)
+    )
     return found == least or (least[1] > 16 and found[:2] == least[:2] and found > least)
 
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, SavePlan
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -52,12 +52,26 @@ class _Planner(DefaultSavePlanner):
         self._taken = {}
 
 
+class _Writer(FileSystemWriter):
+    """torch's, into one synced file a rank, that does not say where it was written.
+
+    The folder is to get another name, and Python 3.13 pickles a path in a way that 3.12 cannot read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # Ahead of its writing torch would copy on a stream of the calling thread's GPU; all is in host memory already.
+        super().__init__(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
 @dataclasses.dataclass
 class RoleFiles:
     """This rank's part in writing one role. `plan`, `write`, `finish`; the first and the last are collective."""
 
     folder: Path
-    writer: FileSystemWriter
+    writer: _Writer
     planner: _Planner
     share: SavePlan
     """What this rank writes."""
@@ -88,8 +102,7 @@ class RoleFiles:
                 error = problem
         agree(error)
         planner = _Planner(mcore_to_pyt_state_dict(_by_key(sharded)))
-        # Ahead of its writing torch would copy on a stream of the calling thread's GPU; all is in host memory already.
-        writer = FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        writer = _Writer(folder)
         share, metadata = _agree_on_plan(planner, writer)
         planner.take(share.items, copy)
         return cls(folder, writer, planner, share, metadata)
@@ -124,7 +137,7 @@ def _by_key(sharded: dict[str, Any]) -> dict[str, list[ShardedBase]]:
     return grouped
 
 
-def _agree_on_plan(planner: _Planner, writer: FileSystemWriter) -> tuple[SavePlan, Metadata | None]:
+def _agree_on_plan(planner: _Planner, writer: _Writer) -> tuple[SavePlan, Metadata | None]:
     """This rank's share, and on the first rank what describes the whole. Collective."""
     plans = _on_first_rank(planner.create_local_plan())
     shares, metadata, error = None, None, None
