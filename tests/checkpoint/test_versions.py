@@ -50,4 +50,5 @@ def test_training_goes_on_from_the_other_versions_checkpoint(tmp_path, model, la
     assert OTHER is not None
     first, second = (sys.executable, OTHER) if ours_first else (OTHER, sys.executable)
     arguments = (tmp_path / "step_2", model, layout)
-    assert figures(second, "load", *arguments) == figures(first, "save", *arguments)
+    uninterrupted = figures(first, "save", *arguments)
+    assert figures(second, "load", *arguments) == uninterrupted
