@@ -24,8 +24,17 @@ def _template() -> Any:
     return field(default=None, metadata={"template": True})
 
 
+class Templates:
+    """How to make the columns that are read out of a record's own."""
+
+    def given(self) -> dict[str, str] | None:
+        """The templates that were given, `written_out`; None if none was."""
+        pairs = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {name: written_out(text) for name, text in pairs.items() if text is not None} or None
+
+
 @dataclass(kw_only=True)
-class ColumnTemplates:
+class DemonstrationColumns(Templates):
     """How to make a prompt and a response out of a record's own columns."""
 
     prompt: str | None = _template()
@@ -33,10 +42,31 @@ class ColumnTemplates:
     response: str | None = _template()
     """A format template, e.g. "{output}"; not given: the column `response`."""
 
-    def given(self) -> dict[str, str] | None:
-        """The templates that were given, `written_out`; None if none was."""
-        pairs = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: written_out(text) for name, text in pairs.items() if text is not None} or None
+
+@dataclass(kw_only=True)
+class ComparisonColumns(Templates):
+    """How to make a ranking out of a record's own columns. A template that is one column takes it as it is, lists too."""
+
+    prompt: str | None = _template()
+    """A format template, e.g. "{question}"; not given: the column `prompt`."""
+    responses: str | None = _template()
+    """The column with the list of responses, e.g. "{completions}"; not given: `responses`."""
+    ranks: str | None = _template()
+    """The column with the list of ranks, e.g. "{order}"; not given: `ranks`."""
+    chosen: str | None = _template()
+    """A format template, e.g. "{better}"; not given: the column `chosen`."""
+    rejected: str | None = _template()
+    """A format template, e.g. "{worse}"; not given: the column `rejected`."""
+
+
+@dataclass(kw_only=True)
+class PromptColumns(Templates):
+    """How to make a prompt out of a record's own columns."""
+
+    prompt: str | None = _template()
+    """A format template, e.g. "{instruction}\\n"; not given: the column `prompt`."""
+    user: str | None = _template()
+    """Whose prompt it is, e.g. "{annotator}"; not given: the column `user`, where there is one."""
 
 
 def written_out(text: str) -> str:
@@ -68,7 +98,7 @@ class DemonstrationDataConfig(TokenizerConfig):
     """JSON lines (or any `datasets` name) with `prompt` and `response`."""
     validation: str | None = None
     """The same for validation; without it, none is measured."""
-    columns: ColumnTemplates = field(default_factory=ColumnTemplates)
+    columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
     """Where records have other column names."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (InstructGPT: 1k)."""
@@ -92,6 +122,10 @@ class ComparisonDataConfig(TokenizerConfig):
     """Share of the prompts held out when no validation file is given; 0 for none."""
     demonstrations: str | None = None
     """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
+    columns: ComparisonColumns = field(default_factory=ComparisonColumns)
+    """Where comparisons have other column names."""
+    demonstration_columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
+    """Where demonstrations have other column names."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted."""
     max_response_tokens: int = 1024
@@ -104,6 +138,8 @@ class PromptDataConfig(TokenizerConfig):
 
     prompts: str
     """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
+    columns: PromptColumns = field(default_factory=PromptColumns)
+    """Where records have other column names."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (InstructGPT: 1k)."""
     max_per_user: int | None = 200

@@ -14,6 +14,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.text_files import Progress, is_text_file, iterate_text_file
 
 MADE_BY_TEMPLATES = ("prompt", "response", "responses", "ranks", "chosen", "rejected")
+MAY_BE_NULL = ("user",)
 FORMATS = ".jsonl, .json, .csv, .txt (each also .gz) or .parquet"
 
 
@@ -116,6 +117,7 @@ class _Template:
             parts = list(string.Formatter().parse(template))
         except ValueError as error:
             raise UserError(f"columns.{column}={template!r}: {error}; write {{name}} for a column") from error
+        self.column = column
         self.parts = [(literal, name) for literal, name, _, _ in parts]
         if not any(name for _, name in self.parts) or any(style or conversion for _, _, style, conversion in parts):
             raise UserError(f"columns.{column}={template!r}: write {{name}}, and no more, for at least one column")
@@ -123,7 +125,8 @@ class _Template:
     def fill(self, record: Record) -> Any:
         match self.parts:
             case [("", str(name))]:
-                return record.value(name)
+                null = self.column in MAY_BE_NULL and name in record.fields
+                return record.fields[name] if null else record.value(name)
         names = [name for _, name in self.parts if name is not None]
         if not any(name in record for name in names):
             return record.value(names[0])  # a mistake: nothing is there to fill in

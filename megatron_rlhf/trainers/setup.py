@@ -76,17 +76,20 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
-    loaded = load_comparisons(data.comparisons, tokenizer, *limits)
+    columns = data.columns.given()
+    loaded = load_comparisons(data.comparisons, tokenizer, *limits, columns)
     log.info(loaded.describe())
     if data.validation is not None:
-        training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits))
+        training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits, columns))
     else:
         training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed)
     algorithm = config.reward_model
     steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
     if data.demonstrations is not None:
-        demonstrations = [d.tokens.tolist() for d in load_demonstrations(data.demonstrations, tokenizer, *limits)]
+        columns = data.demonstration_columns.given()
+        loaded_demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns)
+        demonstrations = [d.tokens.tolist() for d in loaded_demonstrations]
     else:
         demonstrations = [
             [*c.prompt_tokens.tolist(), *c.responses_tokens[c.ranks.index(min(c.ranks))].tolist()] for c in training
@@ -124,7 +127,11 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
     prompts = load_prompts(
-        config.data.prompts, tokenizer, config.data.max_prompt_tokens, max_per_user=config.data.max_per_user
+        config.data.prompts,
+        tokenizer,
+        config.data.max_prompt_tokens,
+        max_per_user=config.data.max_per_user,
+        columns=config.data.columns.given(),
     )
     log.info(prompts.describe())
     pretraining = None
@@ -174,7 +181,8 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     starts = {"policy.init_from": source, "reward.init_from": reward_source}
     tokenizer = choose_tokenizer(config.data, starts, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
-    prompts = load_prompts(config.data.prompts, tokenizer, config.data.max_prompt_tokens)
+    data = config.data
+    prompts = load_prompts(data.prompts, tokenizer, data.max_prompt_tokens, columns=data.columns.given())
     few_shot = None
     if config.evaluate.few_shot is not None:
         few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")

@@ -1,0 +1,59 @@
+"""Records with other column names, at every stage: `data.columns`."""
+
+import json
+
+import pytest
+from commands import run_example
+from recipe import read_metrics, write_lines
+
+
+@pytest.fixture
+def renamed(recipe, tmp_path):
+    """Writes a file of the recipe with other names for its columns; what was `prompt` is two columns now."""
+
+    def write(name, names):
+        rows = []
+        for line in (recipe.root / name).read_text().splitlines():
+            record = json.loads(line)
+            verb, _, rest = record.pop("prompt").partition(" ")
+            rows.append({"verb": verb, "rest": rest, **{names[key]: value for key, value in record.items()}})
+        return write_lines(tmp_path / name, rows)
+
+    return write
+
+
+PROMPT = "data.columns.prompt={verb} {rest}"
+
+
+def test_reward_model(recipe, renamed, tmp_path):
+    columns = [PROMPT, "data.columns.responses={texts}", "data.columns.ranks={order}"]
+    names = {"responses": "texts", "ranks": "order"}
+    demonstrations = renamed("demonstrations.jsonl", {"response": "answer"})
+    own = ["data.demonstration_columns.prompt={verb} {rest}", "data.demonstration_columns.response={answer}"]
+    here = [f"data.comparisons={renamed('comparisons.jsonl', names)}", *columns]
+    here += [f"data.demonstrations={demonstrations}", *own]
+    finished = run_example(
+        "train_reward_model", *recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", *here)
+    )
+    assert finished.codes == [0], finished.output
+    assert "27 demonstrations now score 0" in finished.output
+    losses = [row["rm/loss"] for row in read_metrics(tmp_path / "run")]
+    assert losses == [row["rm/loss"] for row in read_metrics(recipe.root / "reward_model")]
+
+
+@pytest.mark.parametrize("stage", ["train_ppo", "evaluate"])
+def test_prompts(recipe, renamed, tmp_path, stage):
+    prompts = [f"data.prompts={renamed('prompts.jsonl', {'user': 'who'})}", PROMPT, "data.columns.user={who}"]
+    if stage == "train_ppo":
+        short = ["ppo.iterations=1", "ppo.warmup_iterations=0", "ppo.ptx_coef=0", "data.max_per_user=1"]
+        start = recipe.root / "sft", recipe.root / "reward_model"
+        arguments = recipe.ppo(str(tmp_path / "run"), *start, *short, *prompts)
+    else:
+        arguments = [f"run.dir={tmp_path / 'run'}", *recipe.data, f"policy.init_from={recipe.root / 'sft'}", *prompts]
+        arguments += ["data.max_prompt_tokens=32", "sampling.max_response_tokens=4"]
+    finished = run_example(stage, *arguments)
+    assert finished.codes == [0], finished.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert rows and all(row["prompt"].startswith("say ") for row in rows)
+    # epsilon and eta are of one user
+    assert stage == "evaluate" or "over_user_limit" in finished.output
