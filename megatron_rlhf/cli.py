@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_rlhf.compose import compose_config, help_text
+from megatron_rlhf.compose import compose_config, help_text, share_out
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
@@ -81,6 +81,11 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
         watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
         trainer.run()
     return trainer
+
+
+def share_out_overrides(overrides: Sequence[str], stages: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides of a script of several stages, for each stage those that it takes; see `compose.share_out`."""
+    return share_out({stage: STAGES[stage].schema for stage in stages}, overrides)
 
 
 @contextlib.contextmanager

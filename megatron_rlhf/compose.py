@@ -73,6 +73,24 @@ def compose_config(
     return config, resolved  # type: ignore[return-value]
 
 
+def share_out(schemas: Mapping[str, type], overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides of a job of several stages: each stage takes those whose key it has.
+
+    Raises:
+        UserError: a key that none of them has, or a value that one of them refuses: before the first stage runs.
+    """
+    known = {stage: keys(schema) for stage, schema in schemas.items()}
+    require_known_keys({path: key for each in known.values() for path, key in each.items()}, overrides)
+    shares = {
+        stage: [o for o in overrides if knows(each, o.partition("=")[0].lstrip("+~"))] for stage, each in known.items()
+    }
+    for stage, share in shares.items():
+        # Keys of a shape wait for the stage that chooses one.
+        now = [o for o in share if not ((key := known[stage].get(o.split(".")[0])) and key.optional)]
+        compose_config(stage, schemas[stage], now, missing="-")
+    return shares
+
+
 def recipes(stage: str) -> list[str]:
     """Names that `recipe=` takes for a stage."""
     return sorted(path.parent.name for path in (CONF / "recipe").glob(f"*/{stage}.yaml"))

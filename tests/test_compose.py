@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rlhf.cli import STAGES
+from megatron_rlhf.cli import STAGES, share_out_overrides
 from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.errors import UserError
 
@@ -97,4 +97,26 @@ def test_a_written_newline_is_one():
 def test_a_mistake_names_the_override(overrides, says):
     with pytest.raises(UserError) as caught:
         composed("run.dir=x", *overrides)
+    assert says in str(caught.value)
+
+
+def test_each_stage_of_a_script_takes_what_it_knows():
+    shares = share_out_overrides(
+        ["ppo.ptx_coef=2", "policy.optimizer.lr=1e-4", "model.num_layers=2", "critic_parallel.tensor=2"], list(STAGES)
+    )
+    assert shares == {
+        "sft": ["policy.optimizer.lr=1e-4", "model.num_layers=2"],
+        "reward_model": ["model.num_layers=2"],
+        "ppo": ["ppo.ptx_coef=2", "policy.optimizer.lr=1e-4", "model.num_layers=2", "critic_parallel.tensor=2"],
+        "evaluate": ["model.num_layers=2", "critic_parallel.tensor=2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("ppo.ptx_coeff=2", "did you mean ppo.ptx_coef?"), ("ppo.clip=-1", "ppo.clip=-1.0 must be more than 0")],
+)
+def test_what_no_stage_takes_is_said_before_the_first(override, says):
+    with pytest.raises(UserError) as caught:
+        share_out_overrides([override], list(STAGES))
     assert says in str(caught.value)

@@ -1,6 +1,6 @@
 """InstructGPT in miniature: pretraining, SFT, reward model, PPO and PPO-ptx in minutes, measured against the truth.
 
-torchrun --nproc-per-node 2 examples/miniature/run.py [output folder] [key=value for every stage ...]
+torchrun --nproc-per-node 2 examples/miniature/run.py [output folder] [key=value for the stages that have the key ...]
 
 The stages are those of examples/train_*.py, with settings from conf/recipe/miniature; examples/quickstart.sh runs this.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from measure import Answers, closing_table, write_results
 from world import HELD_OUT_TASTE, TRAINING_TASTE, Entry, corpus, demonstration, entries, rank, utility
 
-from megatron_rlhf.cli import exit_code_on_failure, run_stage
+from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_rlhf.monitoring.files import write_lines
@@ -31,7 +31,7 @@ class Miniature:
     def __init__(self, output: Path, overrides: Sequence[str]) -> None:
         self.output = output
         self.data = output / "data"
-        self.overrides = [f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
+        self.overrides = share_out_overrides(overrides, ("sft", "reward_model", "ppo", "evaluate"))
         documented = entries(SEED)
         self.shown, self.asked, self.tested = documented[:700], documented[700:1200], documented[1200:1400]
         self.documented = documented
@@ -52,8 +52,8 @@ class Miniature:
             labeler: reward_model.validate(self.comparisons(f"comparisons_{name}.jsonl"))["rm/validation_accuracy"]
             for labeler, name in (("training labelers", "validation"), ("held-out labeler", "held_out_labeler"))
         }
-        for name, coefficient in (("ppo", "ppo.ptx_coef=0"), ("ppo_ptx", None)):
-            self.stage("ppo", name, *self.text(), *self.ppo(), *([coefficient] if coefficient else []))
+        self.stage("ppo", "ppo", *self.text(), *self.ppo(), always=["ppo.ptx_coef=0"])
+        self.stage("ppo", "ppo_ptx", *self.text(), *self.ppo())
         answers = {
             "base": self.answers("pretrain"),
             "base, few-shot prompt": self.answers("pretrain", "few_shot", self.few_shot()).first_paragraphs(),
@@ -63,12 +63,16 @@ class Miniature:
         }
         on_first_rank(lambda: write_results(self.output, closing_table(answers), accuracy))
 
-    def stage(self, stage: str, name: str, *overrides: str):
-        """Run one stage in `output/name`; returns its trainer."""
+    def stage(self, stage: str, name: str, *overrides: str, always: Sequence[str] = ()):
+        """Run one stage in `output/name`; returns its trainer. The user's overrides win, but for what is `always` so."""
         if dist.is_initialized() and dist.get_rank() == 0:
             print(f"\n== {name}: examples/{'evaluate' if stage == 'evaluate' else f'train_{stage}'}.py", flush=True)
         recipe = [] if any(override.startswith("recipe=") for override in overrides) else ["recipe=miniature"]
-        return run_stage(stage, [*recipe, f"run.dir={self.output / name}", *overrides, *self.overrides])
+        ours = [f"run.dir={self.output / name}", f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
+        theirs = self.overrides[stage]
+        if name != "pretrain":  # the others take the shape of what they start from
+            theirs = [override for override in theirs if not override.startswith(("model=", "model."))]
+        return run_stage(stage, [*recipe, *ours, *theirs, *always])
 
     def write_data(self) -> None:
         """Corpus, tokenizer, demonstrations and prompts."""
@@ -92,8 +96,8 @@ class Miniature:
         asked = [(entry, rng.randint(4, 9)) for entry in self.asked]
         repeated = [{"prompt": entry.prompt} for entry, k in asked for _ in range(k)]
         on_first_rank(lambda: write_lines(self.data / "prompts_repeated.jsonl", repeated))
-        samples = f"evaluate.samples={len(repeated)}"
-        rows = self.answers("sft", "completions", samples, prompts="prompts_repeated.jsonl").rows
+        samples = [f"evaluate.samples={len(repeated)}"]
+        rows = self.answers("sft", "completions", prompts="prompts_repeated.jsonl", always=samples).rows
         on_first_rank(lambda: self.write_rankings(asked, rows, rng))
 
     def write_rankings(self, asked: Sequence[tuple[Entry, int]], rows: list[dict], rng: random.Random) -> None:
@@ -115,12 +119,17 @@ class Miniature:
         write_lines(self.data / "comparisons_held_out_labeler.jsonl", held_out)
 
     def answers(
-        self, model: str, name: str | None = None, *overrides: str, prompts: str = "prompts_test.jsonl"
+        self,
+        model: str,
+        name: str | None = None,
+        *overrides: str,
+        prompts: str = "prompts_test.jsonl",
+        always: Sequence[str] = (),
     ) -> Answers:
         """Sample answers of a model; its loss on held-out text comes along."""
         folder = f"answers_{name or model}"
         source = [f"policy.init_from={self.output / model}", f"data.prompts={self.data / prompts}"]
-        self.stage("evaluate", folder, *source, *self.text(), *overrides)
+        self.stage("evaluate", folder, *source, *self.text(), *overrides, always=always)
         return Answers.read(self.output / folder, self.output / model)
 
     def few_shot(self) -> str:

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 
-from megatron_rlhf.cli import exit_code_on_failure, run_stage
+from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.monitoring.metrics import read_metrics
@@ -53,19 +53,21 @@ class HappierStories:
 
     def __init__(self, model: Path, stories: Path, output: Path, overrides: Sequence[str]) -> None:
         self.model, self.stories, self.output = model, stories, output
-        self.critic = [override for override in overrides if override.startswith("critic_parallel.")]
-        self.common = [override for override in overrides if override not in self.critic]
-        self.common += ["recipe=tinystories", f"data.tokenizer={model}"]
+        self.overrides = share_out_overrides(overrides, ("reward_model", "ppo", "evaluate"))
+        self.common = ["recipe=tinystories", f"data.tokenizer={model}"]
 
     def run(self) -> None:
         on_first_rank(self.write_prompts)
         continuations = self.sample("continuations", self.model, "prompts_ranked.jsonl", "evaluate.samples=10000")
         on_first_rank(lambda: self.write_rankings(continuations))
         # The reward model is trained in the layout that PPO will give it.
-        reward_layout = [override.removeprefix("critic_") for override in self.critic]
-        other = [override for override in self.common if not override.startswith("parallel.")]
+        critic = [override for override in self.overrides["ppo"] if override.startswith("critic_parallel.")]
+        reward_layout = [override.removeprefix("critic_") for override in critic]
+        other = [override for override in self.overrides["reward_model"] if not override.startswith("parallel.")]
         ranked = [f"reward.init_from={self.model}", f"data.comparisons={self.output / 'comparisons.jsonl'}"]
-        run_stage("reward_model", [*other, *reward_layout, f"run.dir={self.output / 'reward_model'}", *ranked])
+        run_stage(
+            "reward_model", [*other, *self.common, *reward_layout, f"run.dir={self.output / 'reward_model'}", *ranked]
+        )
         self.ppo("ppo", "ppo.ptx_coef=0")
         self.ppo("ppo_ptx")
         policies = {"before": self.model, "after PPO": self.output / "ppo", "after PPO-ptx": self.output / "ppo_ptx"}
@@ -96,13 +98,14 @@ class HappierStories:
         sources = [f"policy.init_from={self.model}", f"reward.init_from={self.output / 'reward_model'}"]
         data = [f"data.prompts={self.output / 'prompts_trained.jsonl'}", f"data.pretraining.source={self.stories}"]
         folder = f"run.dir={self.output / name}"
-        run_stage("ppo", [*self.common, *self.critic, folder, *sources, *data, *overrides])
+        run_stage("ppo", [*self.overrides["ppo"], *self.common, folder, *sources, *data, *overrides])
 
     def sample(self, name: str, policy: Path, prompts: str, *overrides: str) -> list[dict]:
         """One continuation a prompt; the loss on held-out stories comes along in the run's metrics."""
         data = [f"data.prompts={self.output / prompts}", f"data.pretraining.source={self.stories}"]
         folder = self.output / name
-        run_stage("evaluate", [*self.common, f"run.dir={folder}", f"policy.init_from={policy}", *data, *overrides])
+        common = [*self.overrides["evaluate"], *self.common, f"run.dir={folder}"]
+        run_stage("evaluate", [*common, f"policy.init_from={policy}", *data, *overrides])
         return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def measure(self, name: str, policy: Path) -> dict[str, object]:
