@@ -4,7 +4,7 @@
 #   enroot import -o megatron_rlhf.sqsh dockerd://megatron_rlhf
 #   CONTAINER_IMAGE=$PWD/megatron_rlhf.sqsh sbatch slurm/ppo_175b.sh ...
 #
-# Megatron-Core 0.16.1 wants Transformer Engine 2.9 to 2.11: choose the image's month by that (--build-arg NVIDIA_PYTORCH=...).
+# The image has Python 3.12, which gets Megatron-Core 0.19.2; another month: --build-arg NVIDIA_PYTORCH=...
 ARG NVIDIA_PYTORCH=25.11
 FROM nvcr.io/nvidia/pytorch:${NVIDIA_PYTORCH}-py3
 

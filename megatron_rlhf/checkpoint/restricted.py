@@ -66,7 +66,8 @@ class ScalesUnpickler(_Unpickler):
         "torch.storage": {"UntypedStorage", "TypedStorage"},
         "collections": {"OrderedDict"},
         "transformer_engine.common.recipe": {
-            *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "Format", "_FormatHelper"),
+            *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+            *("Format", "_FormatHelper"),
             *("MMParams", "QParams"),
         },
         "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},

@@ -17,8 +17,6 @@ from megatron_rlhf.config.stages import (
 )
 from megatron_rlhf.config.training import SamplingConfig
 
-FP8_CAPABILITY = (8, 9)
-
 
 def check_placement(placement: PlacementConfig, world_size: int) -> None:
     """Two sides that share nothing leave at least one rank to each."""
@@ -113,7 +111,7 @@ def _check_stages(layers: int, parallel: ParallelConfig, key: str) -> None:
 
 
 def check_precision(
-    precision: Precision, transformer_engine: bool, gpu: bool, capability: tuple[int, int] = FP8_CAPABILITY
+    precision: Precision, recipe: Fp8Recipe, transformer_engine: bool, gpu: bool, capability: tuple[int, int]
 ) -> None:
     """fp8 is Transformer Engine's, on GPUs that have it; fp16 wants a GPU's kernels."""
     if precision is Precision.fp8_hybrid and not transformer_engine:
@@ -121,10 +119,13 @@ def check_precision(
             "precision=fp8_hybrid needs Transformer Engine and a GPU, and it cannot be imported here: use NVIDIA's PyTorch "
             "container or install it (docs/cluster.md), or choose precision=bf16"
         )
-    if precision is Precision.fp8_hybrid and capability < FP8_CAPABILITY:
+    if precision is Precision.fp8_hybrid and capability < recipe.capability:
+        others = [other.value for other in Fp8Recipe if capability >= other.capability]
+        hint = f"fp8.recipe={'|'.join(others)}, or precision=bf16" if others else "precision=bf16"
         raise UserError(
-            f"precision=fp8_hybrid needs compute capability 8.9 (Ada) or 9.0 (Hopper); this GPU has "
-            f"{capability[0]}.{capability[1]}: choose precision=bf16"
+            f"precision=fp8_hybrid with fp8.recipe={recipe.value} needs compute capability {recipe.capability[0]}."
+            f"{recipe.capability[1]} (Ada 8.9, Hopper 9.0, Blackwell 10.0); this GPU has {capability[0]}.{capability[1]}: "
+            f"choose {hint}"
         )
     if precision is Precision.fp16 and not gpu:
         raise UserError("precision=fp16 needs a GPU; on a CPU choose precision=fp32 or bf16")

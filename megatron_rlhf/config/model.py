@@ -58,11 +58,17 @@ class Fp8Recipe(Enum):
     delayed = "delayed"
     tensorwise = "tensorwise"
     blockwise = "blockwise"
+    mxfp8 = "mxfp8"
 
     @property
     def multiple(self) -> int:
         """Tokens and widths of a matrix product must be multiples of this: fp8 kernels' alignment, or a whole block."""
-        return 128 if self is Fp8Recipe.blockwise else 16
+        return {Fp8Recipe.blockwise: 128, Fp8Recipe.mxfp8: 32}.get(self, 16)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the first GPUs that have it: Ada; Hopper; for scales in the matrix unit itself, Blackwell."""
+        return {Fp8Recipe.blockwise: (9, 0), Fp8Recipe.mxfp8: (10, 0)}.get(self, (8, 9))
 
 
 @dataclass(kw_only=True)

@@ -101,7 +101,7 @@ class Fp8Config:
 
     recipe: Fp8Recipe = Fp8Recipe.tensorwise
     """tensorwise: a tensor's scale from its own largest number; delayed: from those of its past (in PPO the value model then
-    stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper)."""
+    stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper); mxfp8: for each 32 numbers (Blackwell)."""
     gate_every: int = 50
     """Steps between comparisons of the policy's log-probabilities in fp8 with those in bf16; 0 for never."""
     gate_max_gap: float = 0.05

@@ -13,6 +13,20 @@ _NEED_A_GPU = """
     transformer_engine transformer_engine_torch apex amp_C flash_attn flash_attn_3 flashinfer mamba_ssm causal_conv1d
     grouped_gemm
 """.split()
+# 0.19's loggers that say the same at every build or load: that GPTModel is deprecated (it is frozen, and stays), that
+# gradient buffers lay themselves out, and that checkpoints have a `common.pt`, which 0.16.1 needs.
+_REPEATING = (
+    "models.gpt.gpt_model",
+    "distributed.distributed_data_parallel",
+    "dist_checkpointing.strategies.common",
+)
+# Beginnings of warnings of what Megatron-Core does itself, whatever we ask of it.
+_ABOUT_ITSELF = (
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 _broken: dict[str, str] = {}
 
 
@@ -31,10 +45,10 @@ def import_megatron_quietly() -> None:
                 _hide(package)
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
-    # 0.19 repeats that GPTModel is deprecated (it is frozen, and stays) at every build, and the same of our `common.pt` at
-    # every load.
-    for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.common"):
+    for name in _REPEATING:
         logging.getLogger(f"megatron.core.{name}").addFilter(_Once())
+    for message in _ABOUT_ITSELF:
+        warnings.filterwarnings("ignore", message)
 
 
 class _Once(logging.Filter):

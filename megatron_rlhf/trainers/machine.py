@@ -12,7 +12,8 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     """Layouts against the world, precision against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
     gpu = torch.cuda.is_available()
-    checks.check_precision(config.precision, engine, gpu, torch.cuda.get_device_capability() if gpu else (0, 0))
+    capability = torch.cuda.get_device_capability() if gpu else (0, 0)
+    checks.check_precision(config.precision, config.fp8.recipe, engine, gpu, capability)
     checks.check_fp8(config)
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"

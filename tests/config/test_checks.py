@@ -13,13 +13,32 @@ MODEL = ModelConfig(num_layers=2, hidden_size=512, num_attention_heads=8, vocab_
 DATA = PromptDataConfig(tokenizer="-", prompts="-")
 
 
-def test_fp8_needs_its_library_and_its_hardware() -> None:
-    checks.check_precision(Precision.fp8_hybrid, transformer_engine=True, gpu=True, capability=(9, 0))
-    checks.check_precision(Precision.bf16, transformer_engine=False, gpu=False, capability=(0, 0))
-    with pytest.raises(UserError, match=r"this GPU has 8\.0: choose precision=bf16"):
-        checks.check_precision(Precision.fp8_hybrid, transformer_engine=True, gpu=True, capability=(8, 0))
+def test_fp8_needs_its_library() -> None:
+    checks.check_precision(Precision.bf16, Fp8Recipe.delayed, transformer_engine=False, gpu=False, capability=(0, 0))
     with pytest.raises(UserError, match="needs Transformer Engine"):
-        checks.check_precision(Precision.fp8_hybrid, transformer_engine=False, gpu=True, capability=(9, 0))
+        checks.check_precision(Precision.fp8_hybrid, Fp8Recipe.delayed, False, gpu=True, capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "instead"),
+    [
+        (Fp8Recipe.tensorwise, (8, 9), None),
+        (Fp8Recipe.blockwise, (9, 0), None),
+        (Fp8Recipe.mxfp8, (10, 0), None),
+        (Fp8Recipe.tensorwise, (8, 0), r"this GPU has 8\.0: choose precision=bf16"),
+        (Fp8Recipe.blockwise, (8, 9), r"choose fp8\.recipe=delayed\|tensorwise, or precision=bf16"),
+        (Fp8Recipe.mxfp8, (9, 0), r"choose fp8\.recipe=delayed\|tensorwise\|blockwise, or precision=bf16"),
+    ],
+)
+def test_a_recipe_of_fp8_needs_its_hardware(recipe, capability, instead) -> None:
+    def check() -> None:
+        checks.check_precision(Precision.fp8_hybrid, recipe, transformer_engine=True, gpu=True, capability=capability)
+
+    if instead is None:
+        check()
+        return
+    with pytest.raises(UserError, match=instead):
+        check()
 
 
 @pytest.mark.parametrize(
@@ -28,6 +47,7 @@ def test_fp8_needs_its_library_and_its_hardware() -> None:
         (ParallelConfig(tensor=8), Fp8Recipe.tensorwise, None),
         (ParallelConfig(tensor=8, sequence=True), Fp8Recipe.delayed, None),
         (ParallelConfig(tensor=4), Fp8Recipe.blockwise, None),
+        (ParallelConfig(tensor=8), Fp8Recipe.mxfp8, None),
         (ParallelConfig(tensor=8), Fp8Recipe.blockwise, "the heads' width on each of parallel.tensor=8 is 64"),
         (ParallelConfig(tensor=4, sequence=True), Fp8Recipe.blockwise, "max_sequence_length is 64"),
     ],

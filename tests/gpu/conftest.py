@@ -15,11 +15,11 @@ def gpu() -> None:
 @pytest.fixture(scope="session")
 def fp8_gpu(gpu: None) -> None:
     """Transformer Engine and a GPU whose matrix products know fp8."""
-    from megatron_rlhf.config.checks import FP8_CAPABILITY
+    from megatron_rlhf.config.model import Fp8Recipe
     from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 
     capability = torch.cuda.get_device_capability()
-    if capability < FP8_CAPABILITY:
+    if capability < Fp8Recipe.tensorwise.capability:
         pytest.skip(f"no fp8: compute capability {capability[0]}.{capability[1]} is below 8.9")
     if not transformer_engine_serves():
         pytest.skip("no fp8: Transformer Engine cannot be imported")

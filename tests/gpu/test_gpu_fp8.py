@@ -30,10 +30,14 @@ def role(precision: Precision = Precision.fp8_hybrid, recipe: Fp8Recipe = Fp8Rec
 @pytest.fixture(params=list(Fp8Recipe), ids=lambda recipe: recipe.name)
 def recipe(request: pytest.FixtureRequest) -> Fp8Recipe:
     """Each recipe that this Transformer Engine, CUDA and GPU know."""
-    if request.param is Fp8Recipe.blockwise:
-        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-        available, reason = FP8GlobalStateManager.is_fp8_block_scaling_available()
+    asked = {
+        Fp8Recipe.blockwise: FP8GlobalStateManager.is_fp8_block_scaling_available,
+        Fp8Recipe.mxfp8: FP8GlobalStateManager.is_mxfp8_available,
+    }
+    if request.param in asked:
+        available, reason = asked[request.param]()
         if not available:
             pytest.skip(reason)
     return request.param
