@@ -16,8 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 
+from stories import write_stories
+
 from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.tokenizer import load_tokenizer
 from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.monitoring.metrics import read_metrics
 from megatron_rlhf.monitoring.report import text_table, write_comparison
@@ -33,6 +36,7 @@ SAD = set(
     worried sorry fell pain sick dark no""".split()
 )
 SEED = 11
+CONTEXT = 512
 
 
 def happiness(text: str) -> int:
@@ -51,13 +55,25 @@ def openings(stories: str, rng: random.Random) -> list[str]:
 class HappierStories:
     """Rank continuations, train a reward model, run PPO and PPO-ptx, measure."""
 
+    tested, ranked = 200, 400
+    """Prompts to measure with, and prompts whose continuations are ranked; the others are PPO's."""
+
     def __init__(self, model: Path, stories: Path, output: Path, overrides: Sequence[str]) -> None:
         self.model, self.stories, self.output = model, stories, output
+        self.text = output / "stories"
         self.overrides = share_out_overrides(overrides, ("reward_model", "ppo", "evaluate"))
         self.common = ["recipe=tinystories", f"data.tokenizer={model}"]
 
     def run(self) -> None:
-        on_first_rank(self.write_prompts)
+        self.train_reward_model()
+        self.ppo("ppo", "ppo.ptx_coef=0")
+        self.ppo("ppo_ptx")
+        policies = {"before": self.model, "after PPO": self.output / "ppo", "after PPO-ptx": self.output / "ppo_ptx"}
+        rows = [self.measure(name, path) for name, path in policies.items()]
+        on_first_rank(lambda: self.write_results(rows))
+
+    def train_reward_model(self) -> None:
+        on_first_rank(self.write_data)
         continuations = self.sample("continuations", self.model, "prompts_ranked.jsonl", "evaluate.samples=10000")
         on_first_rank(lambda: self.write_rankings(continuations))
         # The reward model is trained in the layout that PPO will give it.
@@ -68,20 +84,20 @@ class HappierStories:
         run_stage(
             "reward_model", [*other, *self.common, *reward_layout, f"run.dir={self.output / 'reward_model'}", *ranked]
         )
-        self.ppo("ppo", "ppo.ptx_coef=0")
-        self.ppo("ppo_ptx")
-        policies = {"before": self.model, "after PPO": self.output / "ppo", "after PPO-ptx": self.output / "ppo_ptx"}
-        rows = [self.measure(name, path) for name, path in policies.items()]
-        on_first_rank(lambda: self.write_results(rows))
 
-    def write_prompts(self) -> None:
+    def write_data(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        text = self.stories.read_text(encoding="utf-8")
+        tokenizer = load_tokenizer(self.model)
+        write_stories(text, tokenizer, CONTEXT, self.text)
         rng = random.Random(SEED)
-        found = openings(self.stories.read_text(encoding="utf-8"), rng)
-        parts = {"test": found[:200], "ranked": found[200:600], "trained": found[600:]}
+        found = openings(text, rng)
+        last = self.tested + self.ranked
+        parts = {"test": found[: self.tested], "ranked": found[self.tested : last], "trained": found[last:]}
         parts["ranked"] = [prompt for prompt in parts["ranked"] for _ in range(rng.randint(4, 9))]
+        begin = tokenizer.hf.bos_token  # as every text that the model was trained on
         for name, prompts in parts.items():
-            write_lines(self.output / f"prompts_{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
+            write_lines(self.output / f"prompts_{name}.jsonl", [{"prompt": begin + prompt} for prompt in prompts])
 
     def write_rankings(self, continuations: list[dict]) -> None:
         """K = 4..9 continuations a prompt, ranked by the rule; equal counts tie."""
@@ -96,13 +112,13 @@ class HappierStories:
 
     def ppo(self, name: str, *overrides: str) -> None:
         sources = [f"policy.init_from={self.model}", f"reward.init_from={self.output / 'reward_model'}"]
-        data = [f"data.prompts={self.output / 'prompts_trained.jsonl'}", f"data.pretraining.source={self.stories}"]
+        data = [f"data.prompts={self.output / 'prompts_trained.jsonl'}", f"data.pretraining.source={self.text}"]
         folder = f"run.dir={self.output / name}"
         run_stage("ppo", [*self.overrides["ppo"], *self.common, folder, *sources, *data, *overrides])
 
     def sample(self, name: str, policy: Path, prompts: str, *overrides: str) -> list[dict]:
         """One continuation a prompt; the loss on held-out stories comes along in the run's metrics."""
-        data = [f"data.prompts={self.output / prompts}", f"data.pretraining.source={self.stories}"]
+        data = [f"data.prompts={self.output / prompts}", f"data.pretraining.source={self.text}"]
         folder = self.output / name
         common = [*self.overrides["evaluate"], *self.common, f"run.dir={folder}"]
         run_stage("evaluate", [*common, f"policy.init_from={policy}", *data, *overrides])

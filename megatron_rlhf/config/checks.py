@@ -6,11 +6,10 @@ Each number by itself: ranges.py.
 from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
+from megatron_rlhf.config.placement import PlacementConfig, PlacementKind
 from megatron_rlhf.config.stages import (
     BaseConfig,
     EvaluateConfig,
-    PlacementConfig,
-    PlacementKind,
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
@@ -219,7 +218,9 @@ def check_ppo(config: PPOConfig) -> None:
     ppo = config.ppo
     if ppo.batch_size % ppo.minibatch_size:
         raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
-    if ppo.ptx_coef > 0:
+    if isinstance(ppo.ptx_coef, str) and not ppo.steers_text:
+        raise UserError(f"ppo.ptx_coef={ppo.ptx_coef} must be a number (0: plain PPO), or auto")
+    if ppo.mixes_text:
         _check_pretraining(config.data.pretraining, f"ppo.ptx_coef={ppo.ptx_coef}")
     if ppo.critic_warmup_iterations > ppo.iterations:
         raise UserError(

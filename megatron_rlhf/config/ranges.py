@@ -93,7 +93,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     stages.PPOAlgorithmConfig: {
         **dict.fromkeys(("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size"), COUNT),
         **dict.fromkeys(("kl_horizon", "ptx_ratio", "ptx_micro_batch_size"), COUNT),
-        **dict.fromkeys(("clip", "value_clip", "kl_target", "max_logprob_gap"), POSITIVE),
+        **dict.fromkeys(("clip", "value_clip", "kl_target", "ptx_gradient_ratio", "max_logprob_gap"), POSITIVE),
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,
     },

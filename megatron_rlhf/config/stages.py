@@ -1,11 +1,11 @@
 """One schema a stage: fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper prints them."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import ClassVar
 
 from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
+from megatron_rlhf.config.placement import PlacementConfig
 from megatron_rlhf.config.training import (
     Fp8Config,
     KLControl,
@@ -125,31 +125,6 @@ class RewardModelConfig(BaseConfig):
     """Epochs, batch, schedule."""
 
 
-class PlacementKind(Enum):
-    """Whether the critic's roles share the policy's ranks."""
-
-    colocated = "colocated"
-    disaggregated = "disaggregated"
-
-
-@dataclass(kw_only=True)
-class PlacementConfig:
-    """Which ranks hold which roles. The numbers are the same either way."""
-
-    kind: PlacementKind = PlacementKind.colocated
-    """colocated: every rank holds its part of all four roles; disaggregated: the last ranks hold reward and value model,
-    which score and learn while the others go on."""
-    critic_ranks: int = 0
-    """disaggregated: ranks, the last of the job, that hold reward and value model; the others hold policy and reference."""
-
-    def ranks(self, world_size: int) -> tuple[range, range]:
-        """Ranks of the policy's side, and of the critic's."""
-        if self.kind is PlacementKind.colocated:
-            return range(world_size), range(world_size)
-        first = world_size - self.critic_ranks
-        return range(first), range(first, world_size)
-
-
 @dataclass(kw_only=True)
 class GenerationLayoutConfig:
     """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
@@ -211,8 +186,11 @@ class PPOAlgorithmConfig:
     """KL per sequence that adaptive control steers to, in nats."""
     kl_horizon: int = 10000
     """Episodes over which adaptive control reacts."""
-    ptx_coef: float = 27.8
-    """The paper's gamma: pretraining gradients count this much; 0 is plain PPO."""
+    ptx_coef: float | int | str = 27.8
+    """The paper's gamma: pretraining gradients count this much; 0 is plain PPO; auto: what ptx_gradient_ratio asks for. What
+    its unit is, and what to look at first: docs/gamma.md."""
+    ptx_gradient_ratio: float = 1.0
+    """With ptx_coef=auto: the norm of the text's gradient, gamma included, over that of PPO's, to which gamma is steered."""
     ptx_ratio: int = 8
     """Pretraining examples for each episode."""
     ptx_micro_batch_size: int = 4
@@ -229,11 +207,29 @@ class PPOAlgorithmConfig:
     it treats them."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and variance 1 over the whole rollout."""
+    gradient_report_every: int = 10
+    """Iterations between reports of PPO's and the text's gradient (norms and cosine, of the iteration's first update); 0 for
+    never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
     tax_every: int = 10
     """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
     max_logprob_gap: float | None = None
     """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more: that is a bug. Not
     given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding does."""
+
+    @property
+    def steers_text(self) -> bool:
+        """The run finds gamma itself."""
+        return self.ptx_coef == "auto"
+
+    @property
+    def mixes_text(self) -> bool:
+        """There are pretraining gradients beside PPO's."""
+        return self.steers_text or float(self.ptx_coef) > 0
+
+    @property
+    def reports_gradients(self) -> bool:
+        """Now and then the two are told apart."""
+        return self.mixes_text and (self.steers_text or self.gradient_report_every > 0)
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Language-model microbatches, which SFT, pretraining and the ptx mix share, and the mixing of two kinds."""
+"""Language-model microbatches, which SFT, pretraining and the ptx mix share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,11 +89,3 @@ def language_model_nll(role: Role, batch: TokenBatch, micro_batch_size: int) -> 
     logprobs = role.logprobs(batch.tokens_bs, micro_batch_size)
     target = batch.target_bs[:, 1:]
     return -float(logprobs[target].double().sum()), int(target.sum())
-
-
-def interleave(first: Sequence[Microbatch], second: Sequence[Microbatch]) -> list[Microbatch]:
-    """Both kinds in one list, spread evenly, so that a pipeline's stages see a steady mix."""
-    keyed = [
-        ((i + 0.5) / len(part), which, i, m) for which, part in enumerate((first, second)) for i, m in enumerate(part)
-    ]
-    return [entry[3] for entry in sorted(keyed, key=lambda entry: entry[:3])]

@@ -61,6 +61,14 @@ GROUPS = (
                 {"tax/pretraining_loss": "policy", "tax/reference_pretraining_loss": "reference"},
             ),
             Panel("Pretraining loss in training (ptx)", "nats per token", {"ptx/loss": ""}),
+            Panel(
+                "Gradients in the sum",
+                "norm before clipping; the text's with gamma",
+                {"policy/ppo_grad_norm": "PPO", "policy/ptx_grad_norm": "text"},
+                logarithmic=True,
+            ),
+            Panel("Angle between the two gradients", "cosine", {"policy/grad_cosine": ""}),
+            Panel("gamma", "weight of the text's loss", {"ptx/coef": ""}, from_zero=True),
         ),
     ),
     Group(

@@ -10,7 +10,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
-from megatron_rlhf.planning.placement import PlacedModel
+from megatron_rlhf.planning.placement import FP32, PlacedModel
 from megatron_rlhf.planning.plan import Plan, PlannedPhase, PlannedRole
 from megatron_rlhf.planning.timing import (
     Batch,
@@ -198,7 +198,7 @@ def _policy_phases(
     shapes = [Shape(rows, length, config.rollout.max_response_tokens)]
     batches = [Batch(count, rows * mean, mean)]
     names, sequences, tokens = ["policy"], [ppo.minibatch_size], [mean]
-    if ppo.ptx_coef > 0:
+    if ppo.mixes_text:
         examples = ppo.minibatch_size * ppo.ptx_ratio
         text_rows, text_count = _microbatches(examples, ppo.ptx_micro_batch_size, policy)
         shapes.append(Shape(text_rows, text))
@@ -211,7 +211,8 @@ def _policy_phases(
 
     def memory(stage: int) -> dict[str, float]:
         peaks = [training_peak(policy, stage, shape, total) for shape in shapes]
-        return max(peaks, key=lambda peak: sum(peak.values()))
+        kept = {"text's gradient": policy.parameters(stage) * FP32} if ppo.reports_gradients else {}
+        return max(peaks, key=lambda peak: sum(peak.values())) | kept
 
     return [
         PlannedPhase(

@@ -44,6 +44,12 @@ def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
+def reduce_gradients(role: Role) -> None:
+    """Sum over ranks what they have accumulated, as the end of a schedule does. Collective over the role's layout."""
+    with role.layout:
+        _finalize(list(role.chunks), pg_collection=role.layout.groups)
+
+
 def _finalize(model, num_tokens=None, **kwargs) -> None:
     # Losses are normalised already: leave out Megatron-Core's division by a token count.
     finalize_model_grads(model, None, **kwargs)

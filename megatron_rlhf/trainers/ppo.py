@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
 from megatron_rlhf.algorithms.masking import whiten
+from megatron_rlhf.algorithms.mixing import BalancedTextWeight, FixedTextWeight
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.errors import RunFailed
@@ -22,7 +23,6 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import (
     TokenBatch,
-    interleave,
     language_model_microbatches,
     language_model_nll,
 )
@@ -34,6 +34,7 @@ from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.runs.agreement import require_same_batch
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers.gradients import DominanceWatch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.ppo_metrics import (
     iteration_cost,
@@ -80,6 +81,10 @@ class PPOTrainer(Trainer):
             if ppo.kl_control is KLControl.fixed
             else AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         )
+        self.text_weight = (
+            BalancedTextWeight(ppo.ptx_gradient_ratio) if ppo.steers_text else FixedTextWeight(float(ppo.ptx_coef))
+        )
+        self.dominance = DominanceWatch()
         self.pretraining_cursor = 0
         self.tokens_seen = 0
         self.pretrained_ahead: Accumulated | None = None
@@ -126,9 +131,18 @@ class PPOTrainer(Trainer):
         metrics = self._metrics(rollout, totals, returns, policy_updates, value_updates)
         if self.policy_step >= 0:
             self.kl_control.update(metrics["kl/mean"], cfg.batch_size)
+        self._weigh_text(metrics)
         self._require_on_policy(metrics)
         self.session.samples.log(self.step + 1, sample_rows(rollout, totals, kl, self.tokenizer))
         return metrics
+
+    def _weigh_text(self, metrics: dict[str, float]) -> None:
+        """What an iteration's report of gradients, if it has one, means for those that follow."""
+        if "policy/ptx_grad_norm" in metrics:
+            norms = metrics["policy/ppo_grad_norm"], metrics["policy/ptx_grad_norm"]
+            if not self.config.ppo.steers_text:
+                self.dominance.update(*norms, self.text_weight.coef)
+            self.text_weight.update(*norms)
 
     def _collect(self) -> Rollout:
         prompts = [self.prompts[i] for i in next(self.batches)]
@@ -164,25 +178,31 @@ class PPOTrainer(Trainer):
                 self.refresh_sampler()
 
     def _pretrain_ahead(self) -> None:
-        """While the critic's ranks judge: the pretraining part of the first update, which needs no advantages."""
-        if self.policy.role.layout.spans_world or self.policy_step < 0:
+        """The pretraining part of the first update, which needs no advantages: while the critic's ranks judge, or where its
+        gradient is to be told apart from PPO's."""
+        ppo, has_time = self.config.ppo, not self.policy.role.layout.spans_world
+        if not ppo.mixes_text or self.policy_step < 0:
             return
-        if self.config.ppo.ptx_coef > 0:
+        report = ppo.steers_text or (ppo.reports_gradients and (self.step + 1) % ppo.gradient_report_every == 0)
+        if has_time or report:
             with self.session.timer("pretraining_ahead"):
-                self.pretrained_ahead = self.policy.accumulate(self._pretraining_microbatches())
+                self.pretrained_ahead = self.policy.accumulate(self._pretraining_microbatches(), keep=report)
 
     def _update_policy(self, minibatch: Experience) -> Update:
-        """PPO and pretraining microbatches through one schedule into the same gradient buffers."""
+        """Pretraining and PPO microbatches through one schedule into the same gradient buffers.
+
+        Text comes first, as it does where it was accumulated ahead: sums in one order are the same to the last bit.
+        """
         microbatches = policy_microbatches(minibatch, self.policy, self.config)
         ahead, self.pretrained_ahead = self.pretrained_ahead, None
-        if self.config.ppo.ptx_coef > 0 and ahead is None:
-            microbatches = interleave(microbatches, self._pretraining_microbatches())
+        if self.config.ppo.mixes_text and ahead is None:
+            microbatches = [*self._pretraining_microbatches(), *microbatches]
         return self.policy.update(microbatches, self.policy_lr(), ahead)
 
     def _pretraining_microbatches(self) -> list[Microbatch]:
         ppo, batch = self.config.ppo, self._next_pretraining()
         return language_model_microbatches(
-            batch, self.policy.role, ppo.ptx_micro_batch_size, "ptx/loss", weight=ppo.ptx_coef
+            batch, self.policy.role, ppo.ptx_micro_batch_size, "ptx/loss", weight=self.text_weight.coef
         )
 
     def _update_value(self, minibatch: Experience) -> Update:
@@ -222,15 +242,16 @@ class PPOTrainer(Trainer):
         metrics = {
             **rollout_metrics(rollout, totals_b),
             **value_metrics(rollout, returns_bt, value),
-            **policy_metrics(policy, self.policy_lr(), cfg.ptx_coef > 0),
+            **policy_metrics(policy, self.policy_lr(), cfg.mixes_text),
             "samples": float((self.step + 1) * cfg.batch_size),
             "kl/coef": self.kl_control.coef,
+            **({"ptx/coef": self.text_weight.coef} if policy and cfg.mixes_text else {}),
             "skipped_updates": float(sum(update.skipped for update in [*policy, *value])),
         }
         if cfg.tax_every and (self.step + 1) % cfg.tax_every == 0:
             with self.session.timer("tax"):
                 metrics |= self.pretraining_tax()
-        sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * (cfg.ptx_coef > 0)
+        sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * cfg.mixes_text
         cost = iteration_cost(
             (self.policy.role.num_parameters, self.value.role.num_parameters),
             episode_tokens=int((rollout.responses.last_b + 1).sum()),
@@ -259,6 +280,8 @@ class PPOTrainer(Trainer):
             "pretraining_cursor": self.pretraining_cursor,
             "tokens_seen": self.tokens_seen,
             "kl_control": self.kl_control.state_dict(),
+            "text_weight": self.text_weight.state_dict(),
+            "text_dominates": self.dominance.in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,3 +289,5 @@ class PPOTrainer(Trainer):
         self.pretraining_cursor = state["pretraining_cursor"]
         self.tokens_seen = state["tokens_seen"]
         self.kl_control.load_state_dict(state["kl_control"])
+        self.text_weight.load_state_dict(state.get("text_weight", {}))
+        self.dominance.in_a_row = state.get("text_dominates", 0)

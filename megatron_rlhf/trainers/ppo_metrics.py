@@ -65,8 +65,21 @@ def policy_metrics(updates: Sequence[Update], lr: float, with_pretraining: bool)
         **{name: mean_of(updates, name) for name in names + ["ptx/loss"] * with_pretraining},
         "policy/first_ratio_max_gap": updates[0].statistics["policy/ratio_max_gap"],
         "policy/grad_norm": updates[-1].grad_norm,
+        **gradient_metrics(updates),
         "policy/lr": lr,
     }
+
+
+def gradient_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """Of the update of an iteration, if there is one, that told the text's gradient, gamma included, from PPO's."""
+    for update in updates:
+        if (found := update.gradients) is not None:
+            return {
+                "policy/ppo_grad_norm": found.rest_norm,
+                "policy/ptx_grad_norm": found.first_norm,
+                "policy/grad_cosine": found.cosine,
+            }
+    return {}
 
 
 def value_metrics(rollout: Rollout, returns_bt: Tensor, updates: Sequence[Update]) -> dict[str, float]:

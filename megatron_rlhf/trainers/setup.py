@@ -137,7 +137,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     pretraining = None
     if config.data.pretraining.source is not None:
         ppo = config.ppo
-        examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.ptx_coef > 0 else 1
+        examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.mixes_text else 1
         pretraining = parts.make_pretraining(config.data.pretraining, tokenizer, model, examples, session)
     policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
     layout = ParallelLayout.create(config.parallel, policy_ranks)

@@ -20,6 +20,7 @@ from megatron_rlhf.parallel.offload import storage_of
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics, forward_backward
 from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.trainers.average import MovingAverage
+from megatron_rlhf.trainers.gradients import Comparison, KeptGradient
 from megatron_rlhf.trainers.masters import masters_of
 from megatron_rlhf.trainers.optimizer import wrap
 
@@ -37,6 +38,8 @@ class Update:
     statistics: dict[str, float]
     grad_norm: float
     skipped: bool
+    gradients: Comparison | None = None
+    """Of the part that was accumulated first and the rest, where that part's gradient was kept."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Accumulated:
 
     microbatches: Sequence[Microbatch] = ()
     statistics: Sequence[Statistics] = ()
+    kept: KeptGradient | None = None
+    """A copy of their gradient, to compare the rest with."""
 
 
 @dataclass
@@ -74,8 +79,12 @@ class TrainedRole:
         average = MovingAverage(role, optimizer, ema_decay) if ema_decay else None
         return cls(role, optimizer, max_skipped, average)
 
-    def accumulate(self, microbatches: Sequence[Microbatch]) -> Accumulated:
-        """Gradients of a first part of the next update, in a schedule of their own, not yet reduced over ranks."""
+    def accumulate(self, microbatches: Sequence[Microbatch], keep: bool = False) -> Accumulated:
+        """Gradients of a first part of the next update, in a schedule of their own, not yet reduced over ranks.
+
+        Args:
+            keep: a copy of the gradient as well, so that the update can tell its two parts apart.
+        """
         if self.optimizer is None:
             return Accumulated()
         self._clear_gradients()
@@ -83,7 +92,7 @@ class TrainedRole:
         config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
         statistics = forward_backward(self.role.chunks, microbatches, self.role.layout)
         config.finalize_model_grads_func = finalize
-        return Accumulated(microbatches, statistics)
+        return Accumulated(microbatches, statistics, KeptGradient.of(self.role) if keep else None)
 
     def update(self, microbatches: Sequence[Microbatch], lr: float, after: Accumulated | None = None) -> Update:
         """One optimizer step on the sum of the microbatches' losses; on ranks outside the layout nothing, and no statistics.
@@ -101,7 +110,7 @@ class TrainedRole:
         statistics = [*after.statistics, *forward_backward(self.role.chunks, microbatches, layout)]
         totals = collectives.reduce_statistics(statistics, layout)
         with layout:
-            grad_norm, skipped = self._apply_gradients(lr, loss_is_finite(totals))
+            grad_norm, skipped, gradients = self._apply_gradients(lr, loss_is_finite(totals), after.kept)
         # In fp16 gradients overflow now and then: the loss scale is lowered, and that is all there is to it.
         by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
         if skipped and self.guard is not None and not by_scale:
@@ -109,7 +118,7 @@ class TrainedRole:
         self._count_skips(skipped, grad_norm, totals)
         if self.average is not None and not skipped:
             self.average.update()
-        return Update(totals, grad_norm, skipped)
+        return Update(totals, grad_norm, skipped, gradients)
 
     def share(self, updates: list[Update]) -> list[Update]:
         """What the role's ranks know of its updates, to all ranks of the world. Collective over the world."""
@@ -146,7 +155,9 @@ class TrainedRole:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _apply_gradients(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
+    def _apply_gradients(
+        self, lr: float, loss_is_finite: bool, kept: KeptGradient | None
+    ) -> tuple[float, bool, Comparison | None]:
         optimizer = self.optimizer
         assert optimizer is not None
         for part in optimizer.chained_optimizers:
@@ -154,16 +165,18 @@ class TrainedRole:
                 group["lr"] = lr
                 # Megatron-Core leaves it to its scheduler to spare biases and norms.
                 group["weight_decay"] = part.config.weight_decay * group["wd_mult"]
+        scale = float(optimizer.get_loss_scale()) if kept else 1.0  # before it is adapted
         overflow = optimizer.prepare_grads()
         grad_norm = float("inf") if overflow else float(optimizer.get_grad_norm())
         if not math.isfinite(grad_norm) or not loss_is_finite:
-            return grad_norm, True
+            return grad_norm, True, None
+        gradients = kept.compare(optimizer, scale) if kept else None
         for part in optimizer.chained_optimizers:
             parameters = part.get_parameters()
             if part.config.clip_grad > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
         optimizer.step_with_ready_grads()
-        return grad_norm, False
+        return grad_norm, False, gradients
 
     def _count_skips(self, skipped: bool, grad_norm: float, statistics: dict[str, float]) -> None:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0

@@ -30,6 +30,7 @@ ABSOLUTE = {
     "policy/approx_kl": 1e-7,
     "rollout/logprob_gap_max": 1e-5,
     "policy/first_ratio_max_gap": 1e-5,
+    "policy/grad_cosine": 1e-5,
 }
 
 
@@ -103,6 +104,7 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
             sft,
             reward_model,
             "ppo.iterations=2",
+            "ppo.gradient_report_every=2",
             epsilon,
             "value.optimizer.epsilon=1e-4",
             *policy,

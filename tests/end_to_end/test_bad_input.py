@@ -101,6 +101,25 @@ CASES: dict[str, Case] = {
     "gamma_without_text": Case(
         "ppo", [], [r"ppo\.ptx_coef=27\.8 needs data\.pretraining\.source"], without=["data.pretraining.source"]
     ),
+    "auto_without_text": Case(
+        "ppo",
+        ["ppo.ptx_coef=auto"],
+        [r"ppo\.ptx_coef=auto needs data\.pretraining\.source"],
+        without=["data.pretraining.source"],
+    ),
+    "gamma_neither_number_nor_auto": Case("ppo", ["ppo.ptx_coef=automatic"], [r"ppo\.ptx_coef=automatic", "or auto"]),
+    "gamma_below_zero": Case("ppo", ["ppo.ptx_coef=-1"], [r"ppo\.ptx_coef=-1 must be at least 0"]),
+    "gamma_not_a_number": Case("ppo", ["ppo.ptx_coef=nan"], [r"ppo\.ptx_coef=nan must be a number"]),
+    "gamma_true": Case("ppo", ["ppo.ptx_coef=true"], [r"ppo\.ptx_coef=true", "bool"]),
+    "gradient_ratio_of_zero": Case(
+        "ppo",
+        ["ppo.ptx_coef=auto", "ppo.ptx_gradient_ratio=0"],
+        [r"ppo\.ptx_gradient_ratio=0\.0 must be more than 0"],
+    ),
+    "gradient_ratio_infinite": Case("ppo", ["ppo.ptx_gradient_ratio=inf"], [r"ppo\.ptx_gradient_ratio=inf"]),
+    "negative_gradient_report": Case(
+        "ppo", ["ppo.gradient_report_every=-1"], [r"ppo\.gradient_report_every=-1 must be at least 0"]
+    ),
     "mix_without_text": Case(
         "sft", [], [r"data\.pretraining_mix=0\.25 needs", "source"], without=["data.pretraining.source"]
     ),

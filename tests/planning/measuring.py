@@ -116,6 +116,14 @@ def measure_saved(model: ModelConfig, parallel: ParallelConfig, precision: str, 
     return saved_peak(trained, lambda: trained.update(batch, 1e-4))
 
 
+def measure_kept(model: ModelConfig, parallel: ParallelConfig, precision: str) -> int:
+    """On every rank, for `run_ranks`: bytes of the copy of a gradient that is told apart from the rest."""
+    trained = trained_role(model, parallel, precision)
+    kept = trained.accumulate(text_batch(trained, 4, 16, 1), keep=True).kept
+    assert kept is not None
+    return sum(_storages(kept.copies).values())
+
+
 def layout(tensor: int = 1, pipeline: int = 1, recompute: str = "none", **flags: Any) -> ParallelConfig:
     return ParallelConfig(tensor=tensor, pipeline=pipeline, recompute=Recompute(recompute), **flags)
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from measuring import allocated_peak, layout, measure_saved, measure_state, text_batch, trained_role
+from measuring import (
+    allocated_peak,
+    layout,
+    measure_kept,
+    measure_saved,
+    measure_state,
+    text_batch,
+    trained_role,
+)
 from ranks import run_ranks
 
 from megatron_rlhf.config.data import PromptDataConfig
@@ -71,6 +79,14 @@ def test_state_is_what_real_ranks_hold(
     placed = PlacedModel(model, parallel, Precision(precision), ranks)
     for rank, real in enumerate(run_ranks(ranks, measure_state, model, parallel, precision, timeout=120)):
         planned = trained_bytes(placed, placed.stage_of(rank), average=True)
+        assert planned == pytest.approx(real, rel=0.05), f"rank {rank}"
+
+
+def test_the_copy_of_a_gradient_is_one_more_gradient_buffer() -> None:
+    parallel = layout(pipeline=2)
+    placed = PlacedModel(GPT, parallel, Precision.bf16, 2)
+    for rank, real in enumerate(run_ranks(2, measure_kept, GPT, parallel, "bf16")):
+        planned = trained_bytes(placed, placed.stage_of(rank))["gradients"]
         assert planned == pytest.approx(real, rel=0.05), f"rank {rank}"
 
 

@@ -115,6 +115,22 @@ def test_memory_adds_up_and_the_peak_is_the_fullest_rank_and_phase() -> None:
             assert state + sum(phase.bytes_on(rank).values()) <= made.peak_bytes + 1
 
 
+def test_the_copy_of_the_texts_gradient_is_counted_where_gradients_are_reported() -> None:
+    def copy(*overrides: str) -> float:
+        made = plan("ppo", "recipe=instructgpt_1_3b", *overrides, ours=("recipe=instructgpt_1_3b",))
+        (policy,) = (role.placed for role in made.roles if role.name == "policy")
+        held = [
+            phase.bytes_on(0).get("text's gradient", 0.0) for phase in made.phases if phase.name in ("policy", "ptx")
+        ]
+        assert len(set(held)) == 1, "the copy is there for the whole update"
+        return held[0] / (4 * policy.parameters(0))
+
+    assert copy() == 1.0  # fp32, one number for each weight of the rank
+    assert copy("ppo.gradient_report_every=0") == 0.0
+    assert copy("ppo.gradient_report_every=0", "ppo.ptx_coef=auto") == 1.0
+    assert copy("ppo.ptx_coef=0") == 0.0
+
+
 DISAGGREGATED = ("recipe=instructgpt_175b", "placement=disaggregated", "placement.critic_ranks=64")
 
 

@@ -12,7 +12,7 @@ from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import PPOAlgorithmConfig, PPOConfig, RolloutConfig
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.data.comparisons import Comparison
-from megatron_rlhf.models.microbatches import TokenBatch, interleave, language_model_microbatches
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.types import Completion, Experience, Responses
@@ -190,12 +190,12 @@ def trained_gradients(kind, parallel, rows, micro_batch_size) -> tuple[float, li
     return collectives.reduce_statistics(statistics, trained.role.layout)[LOSSES[kind]], blocks
 
 
-def interleaved_gradients(parallel, rows, text_rows, micro_batch_size=2) -> list[Block]:
+def summed_gradients(parallel, rows, text_rows, micro_batch_size=2) -> list[Block]:
     """PPO and pretraining in one schedule, as `PPOTrainer` runs them."""
     trained = train(make_role(GPT2_LIKE, parallel))
     ppo = policy_microbatches(experience(rows), trained, config(micro_batch_size))
     text = language_model_microbatches(texts(text_rows), trained.role, 1, "ptx/loss", weight=GAMMA)
-    return gradient_blocks(trained, interleave(ppo, text))
+    return gradient_blocks(trained, [*text, *ppo])
 
 
 def check(results, expected_loss, expected):
@@ -238,19 +238,19 @@ def sum_of(plain, rows, text_rows):
     return {name: ppo[name] + GAMMA * text[name] for name in ppo}
 
 
-def test_interleaved_gradient_is_ppo_plus_gamma_times_pretraining(plain):
-    blocks = interleaved_gradients(ParallelConfig(), len(EPISODES), len(TEXTS))
+def test_the_sum_is_ppo_plus_gamma_times_pretraining(plain):
+    blocks = summed_gradients(ParallelConfig(), len(EPISODES), len(TEXTS))
     assert_close(assemble([blocks], VOCAB), sum_of(plain, len(EPISODES), len(TEXTS)), relative=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_interleaved_gradient_at_every_layout(layout, plain):
+def test_the_sum_at_every_layout(layout, plain):
     ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(ranks, interleaved_gradients, parallel, len(EPISODES), 3)
+    results = run_ranks(ranks, summed_gradients, parallel, len(EPISODES), 3)
     assert_close(assemble(results, VOCAB), sum_of(plain, len(EPISODES), 3), relative=1e-5)
 
 
-def test_neither_part_of_an_interleaved_gradient_is_lost_in_the_other(plain):
+def test_neither_part_of_the_sum_is_lost_in_the_other(plain):
     """Were PPO's part smaller than the tolerance, the tests above would not see it."""
     _, ppo = plain("policy", len(EPISODES))
     _, text = plain("text", len(TEXTS))
@@ -266,16 +266,6 @@ def test_clipped_ratios_and_values_are_part_of_the_test(world):
             statistics = forward_backward(trained.role.chunks, batches, trained.role.layout, forward_only=True)
         share = collectives.reduce_statistics(statistics, trained.role.layout)[name]
         assert 0.1 < share < 0.9
-
-
-def test_interleave_spreads_the_few_among_the_many():
-    order = interleave(list("ab"), list("123456"))
-    assert sorted(order) == sorted("ab123456")
-    assert [x for x in order if x in "ab"] == ["a", "b"]
-    assert [x for x in order if x not in "ab"] == list("123456")
-    assert 1 <= order.index("a") <= 2
-    assert 5 <= order.index("b") <= 6
-    assert interleave(list("abc"), []) == list("abc")
 
 
 def completions_read(part):

@@ -15,7 +15,7 @@ import torch
 from benchmarks.side_by_side import alternate, report, sizes
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
-from megatron_rlhf.models.microbatches import TokenBatch, interleave, language_model_microbatches
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -65,7 +65,7 @@ def _stage(rank: int, stages: int, port: int, options: argparse.Namespace) -> No
     texts = partial(_microbatches, trained.role, options.texts, options.text_length, options.vocab)
 
     def one_schedule() -> None:
-        trained.update(interleave(episodes(), texts()), lr=1e-4)
+        trained.update([*texts(), *episodes()], lr=1e-4)
 
     def two_schedules() -> None:
         trained.accumulate(texts())
