@@ -51,7 +51,7 @@ class Recipe:
         ]
 
     def reward_model(self, name: str, start: Path, *overrides: str) -> list[str]:
-        """Four steps; the last batch holds one prompt."""
+        """Four steps; a prompt with five completions in several records, which is trained in parts."""
         return [
             f"run.dir={self.root / name}",
             *self.data,
@@ -59,6 +59,7 @@ class Recipe:
             f"data.comparisons={self.root / 'comparisons.jsonl'}",
             "data.validation_fraction=0.2",
             "reward_model.batch_size=5",
+            "reward_model.max_completions=4",
             "reward.optimizer.lr=1e-3",
             *overrides,
         ]
@@ -101,7 +102,11 @@ def make_data(root: Path) -> Recipe:
         word = WORDS[index % len(WORDS)]
         counts = noise.sample([1, 2, 3, 4, 5], k=2 + index % 4)
         ranks = [sorted(counts).index(count) for count in counts]
-        comparisons.append({"prompt": f"say {word}:", "responses": [f" {word}" * n for n in counts], "ranks": ranks})
+        prompt = f"{'say' if index < len(WORDS) else 'tell'} {word}:"
+        comparisons.append({"prompt": prompt, "responses": [f" {word}" * n for n in counts], "ranks": ranks})
+    for chosen, rejected in ((1, 3), (2, 5), (3, 4)):  # more of the first prompt's, a pair a record
+        texts = {"chosen": f" {WORDS[0]}" * chosen, "rejected": f" {WORDS[0]}" * rejected}
+        comparisons.append({"prompt": comparisons[0]["prompt"], **texts})
     documents = [" ".join(noise.choices(WORDS, k=noise.randint(5, 30))) for _ in range(60)]
     write_lines(root / "demonstrations.jsonl", demonstrations)
     write_lines(root / "comparisons.jsonl", comparisons)

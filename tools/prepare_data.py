@@ -15,7 +15,6 @@ A mistake in the input ends with exit code 2 and a message that names the file a
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,9 +76,8 @@ def _check_comparisons(options: argparse.Namespace, tokenizer: Tokenizer, column
     print(f"{options.input}: {examples.describe()}")
     _print_lengths("prompt tokens", [len(item.prompt_tokens) for item in examples])
     _print_lengths("response tokens", [len(response) for item in examples for response in item.responses_tokens])
-    _print_lengths("responses a prompt", [len(item.ranks) for item in examples])
-    pairs = sum(a != b for item in examples for a, b in itertools.combinations(item.ranks, 2))
-    print(f"  pairs that are no tie: {pairs:,}")
+    _print_lengths("responses a prompt", [len(item.responses_tokens) for item in examples])
+    print(f"  pairs that are no tie: {sum(len(item.pairs) for item in examples):,}")
 
 
 def _check_prompts(options: argparse.Namespace, tokenizer: Tokenizer, columns: dict[str, str]) -> None:

@@ -158,12 +158,7 @@ def count_ranked_prompts(ranks: Tensor, prompt_index: Tensor) -> int:
 def ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_index: Tensor, normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, Statistics]:
-    """K-wise comparison loss of the reward model (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
-
-        loss = mean over prompts of the mean over its strict pairs of -log sigmoid(s_better - s_worse)
-
-    All comparisons of a prompt together weigh as one example, however many completions it has. Ties are left out, and
-    so are prompts whose completions all tie.
+    """K-wise comparison loss of the reward model: `comparison_loss` of all strict pairs of each prompt's completions.
 
     Args:
       scores: [n] one a completion. Completions of several prompts lie one after the other, in any order.
@@ -172,32 +167,52 @@ def ranking_loss(
       normalizer: see the module's docstring. No prompt may be split over microbatches.
 
     Returns:
-      loss, and the counts: pairs, strict ones; correct_pairs, whose better completion scores higher (equal scores count
-      half); prompts, with a strict pair; tied_prompts, without. And accuracy = correct_pairs / pairs, 0 over no pair.
+      loss, and the statistics of `comparison_loss` and tied_prompts, without a strict pair.
     """
     assert_same_shape(scores=scores, ranks=ranks)
     better_q, worse_q = _strict_pairs(ranks, prompt_index)
-    margin_q = scores[better_q] - scores[worse_q]
+    loss, statistics = comparison_loss(scores[better_q] - scores[worse_q], prompt_index[better_q], normalizer)
+    return loss, {**statistics, "tied_prompts": len(prompt_index.unique()) - statistics["prompts"]}
 
-    ids, prompt_n = prompt_index.unique(return_inverse=True)
-    prompt_q = prompt_n[better_q]
+
+def comparison_loss(
+    margin: Tensor, prompt_index: Tensor, normalizer: float | Tensor | None = None
+) -> tuple[Tensor, Statistics]:
+    """The reward model's loss over pairs of completions (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+
+        loss = mean over prompts of the mean over its pairs of -log sigmoid(s_better - s_worse)
+
+    All comparisons of a prompt together weigh as one example, however many there are.
+
+    Args:
+      margin: [q] the better completion's score minus the worse one's.
+      prompt_index: [q] an integer that names the prompt of each pair.
+      normalizer: see the module's docstring. No prompt may be split over microbatches.
+
+    Returns:
+      loss, and the counts: pairs; correct_pairs, whose better completion scores higher (equal scores count half); prompts.
+      And accuracy = correct_pairs / pairs, 0 over no pair.
+    """
+    assert_same_shape(margin=margin, prompt_index=prompt_index)
+    ids, prompt_q = prompt_index.unique(return_inverse=True)
     pairs_per_prompt = prompt_q.bincount(minlength=len(ids))
-    prompts = pairs_per_prompt.count_nonzero()
-
-    prompt_means_sum = (-F.logsigmoid(margin_q) / pairs_per_prompt[prompt_q]).sum()
-    loss = prompt_means_sum / (prompts.clamp(min=1) if normalizer is None else normalizer)
+    prompt_means_sum = (-F.logsigmoid(margin) / pairs_per_prompt[prompt_q]).sum()
+    loss = prompt_means_sum / (max(len(ids), 1) if normalizer is None else normalizer)
 
     with torch.no_grad():
-        pairs = pairs_per_prompt.sum()
-        correct_pairs = (margin_q > 0).sum() + 0.5 * (margin_q == 0).sum()
+        pairs, correct = margin.new_tensor(margin.numel()), correct_pairs(margin).sum()
         statistics = {
-            "accuracy": correct_pairs / pairs.clamp(min=1),
-            "correct_pairs": correct_pairs,
+            "accuracy": correct / pairs.clamp(min=1),
+            "correct_pairs": correct,
             "pairs": pairs,
-            "prompts": prompts,
-            "tied_prompts": len(ids) - prompts,
+            "prompts": margin.new_tensor(len(ids)),
         }
     return loss, statistics
+
+
+def correct_pairs(margin: Tensor) -> Tensor:
+    """Returns [q]: 1 where the better completion scores higher, 1/2 where both score the same, else 0."""
+    return (margin > 0) + 0.5 * (margin == 0)
 
 
 def language_model_loss(

@@ -107,7 +107,10 @@ class DemonstrationDataConfig(TokenizerConfig):
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text mixed in when pretraining_mix > 0."""
     pretraining_mix: float = 0.0
-    """Share of a batch that is pretraining text: 0.1 for PPO's initialisation run; 1 trains a language model on text alone."""
+    """Share of the examples that is pretraining text, and what its mean loss a token counts: the loss is mix x (mean over
+    text) + (1 - mix) x (mean over response tokens), however long texts are. 0.1 for PPO's initialisation run (the paper prints
+    the 10%, not how they are weighed); 1 trains a language model on text alone. Where a batch has no room for its share of
+    a text, such as 0.1 of 4, some batches have one and it counts as one example there: the same over the batches."""
 
 
 @dataclass(kw_only=True)
@@ -115,11 +118,13 @@ class ComparisonDataConfig(TokenizerConfig):
     """Responses that people have ranked."""
 
     comparisons: str
-    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`."""
+    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`, and
+    optionally `user`. All records of a prompt are one example."""
     validation: str | None = None
     """The same, held out; without it `validation_fraction` of the comparisons is."""
     validation_fraction: float = 0.1
-    """Share of the prompts held out when no validation file is given; 0 for none."""
+    """Share of the prompts held out when no validation file is given, with all their comparisons and, where records name a
+    user, all prompts of theirs; 0 for none. InstructGPT does not print its share."""
     demonstrations: str | None = None
     """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
     columns: ComparisonColumns = field(default_factory=ComparisonColumns)
@@ -143,6 +148,6 @@ class PromptDataConfig(TokenizerConfig):
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted (InstructGPT: 1k)."""
     max_per_user: int | None = 200
-    """At most this many prompts of one user (InstructGPT, section 3.2)."""
+    """At most this many prompts of one user (InstructGPT, section 3.2); those without a user have no limit."""
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text for the pretraining gradients."""

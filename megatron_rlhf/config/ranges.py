@@ -87,7 +87,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "final_lr_fraction": SHARE,
     },
     stages.RewardAlgorithmConfig: {
-        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "validate_every"), COUNT),
+        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "max_completions", "validate_every"), COUNT),
         "final_lr_fraction": SHARE,
     },
     stages.PPOAlgorithmConfig: {

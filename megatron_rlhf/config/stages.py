@@ -100,9 +100,12 @@ class RewardAlgorithmConfig:
     epochs: int = 1
     """Passes over the comparisons; more overfits."""
     batch_size: int = 64
-    """Prompts an update, each with all its K completions."""
+    """Prompts an update, each with all its completions, whether ranked in one record or in several."""
     micro_batch_size: int = 1
     """Prompts a forward pass; changes speed and memory, never the numbers."""
+    max_completions: int = 16
+    """Completions of one prompt in a forward pass. One with more (many records) is scored first, then trained in parts of
+    this many: one more forward pass, the same numbers."""
     final_lr_fraction: float = 0.1
     """Cosine decay to this share of the peak."""
     warmup_steps: int = 0

@@ -37,12 +37,12 @@ class ShuffledBatches(Iterator[list[int]]):
         return -(-self.size // self.batch_size)
 
     def __next__(self) -> list[int]:
-        batch = self._take(self.batch_size)
+        batch = self.take(self.batch_size)
         while self.whole and len(batch) < self.batch_size:
-            batch += self._take(self.batch_size - len(batch))
+            batch += self.take(self.batch_size - len(batch))
         return batch
 
-    def _take(self, count: int) -> list[int]:
+    def take(self, count: int) -> list[int]:
         """The next `count` indices, or what is left of the epoch."""
         taken = self._order[self._seen : self._seen + count].tolist()
         self._seen += len(taken)

@@ -1,38 +1,76 @@
-"""Comparisons for the reward model: a prompt and K responses that a labeler ranked."""
+"""Comparisons for the reward model: a prompt and the responses that labelers ranked."""
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_rlhf.data.examples import Examples, read_prompt
+from megatron_rlhf.data.examples import Examples, read_prompt, read_user
 from megatron_rlhf.data.records import Record, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 ASSISTANT_TURN = "\n\nAssistant:"
 
 
+Ranked = tuple[Sequence[Tokens], Sequence[int]]
+"""Responses that were ranked together, and their ranks: 0 is the best, equal ranks are a tie."""
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """One prompt with its ranked responses: one element of a reward model batch, however many pairs it makes."""
+    """All comparisons of one prompt: one element of a reward model batch, however many records and pairs it comes from."""
 
     prompt_tokens: Tokens
     responses_tokens: tuple[Tokens, ...]
-    """Each response and the token that ends it, at which the score of prompt + response is read."""
+    """Each distinct response and the token that ends it, at which the score of prompt + response is read."""
 
-    ranks: tuple[int, ...]
-    """One for each response: 0 is the best, equal ranks are a tie. At least one pair is strict."""
+    pairs: npt.NDArray[np.int64]
+    """[q, 3], a row a strict preference: indices of the better and of the worse response, and how many responses were
+    ranked together. At least one row."""
+
+    best: tuple[int, ...]
+    """Index of the best response of each record."""
+
+    users: frozenset[str] = frozenset()
+    """Who gave the prompt, where records say so."""
+
+    @classmethod
+    def of(cls, prompt_tokens: Tokens, rankings: Iterable[Ranked], users: Iterable[str] = ()) -> "Comparison":
+        """Of one prompt's rankings. A response that several of them name is there once; responses are compared with those
+        that they were ranked with, and never with themselves."""
+        places: dict[bytes, int] = {}
+        distinct: list[Tokens] = []
+        pairs: list[tuple[int, int, int]] = []
+        best: list[int] = []
+        for responses, ranks in rankings:
+            entries = []
+            for response, rank in zip(responses, ranks, strict=True):
+                place = places.setdefault(response.tobytes(), len(distinct))
+                if place == len(distinct):
+                    distinct.append(response)
+                entries.append((rank, place))
+            entries.sort(key=lambda entry: entry[0])
+            best.append(entries[0][1])
+            pairs += [
+                (better, worse, len(ranks))
+                for (high, better), (low, worse) in itertools.combinations(entries, 2)
+                if high < low and better != worse
+            ]
+        return cls(prompt_tokens, tuple(distinct), np.array(pairs).reshape(-1, 3), tuple(best), frozenset(users))
 
 
 @dataclass(frozen=True)
-class _Ranking:
-    """A comparison before it is tokenised."""
+class _Record:
+    """A record before it is tokenised."""
 
     prompt: str
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
+    user: str | None
 
 
 def load_comparisons(
@@ -48,58 +86,67 @@ def load_comparisons(
     {"prompt", "responses": [...], "ranks": [...]} with rank 0 = best and equal = tie; {"prompt", "chosen", "rejected"};
     or hh-rlhf's {"chosen", "rejected"}, two dialogues that part after a "\\n\\nAssistant:".
 
-    Dropped and counted: sets as `prompt_too_long`; single responses as `response_too_long` or `total_too_long`, and the
-    set as `too_few_responses` if no strict pair is left; sets in which all tie as `all_tied`; and dialogues of hh-rlhf
-    that end without an answer, as some of the published ones do, as `empty_response`.
+    Records of the same prompt become one item. A column `user` (optional) says who gave the prompt.
+
+    Dropped and counted: records as `prompt_too_long`; single responses as `response_too_long` or `total_too_long`, and the
+    record as `too_few_responses` if no strict pair is left; records in which all tie as `all_tied`, those whose responses
+    are all the same text as `equal_responses`; and dialogues of hh-rlhf that end without an answer, as some of the
+    published ones do, as `empty_response`.
 
     Raises:
         UserError: A mistake in the source, with its line, or nothing left.
     """
     dropped: Counter[str] = Counter()
-    rankings: list[_Ranking] = []
-    for record in read_records(source, columns):
-        ranking = _read_ranking(record, tokenizer)
-        if not all(response.strip() for response in ranking.responses):
+    records: list[_Record] = []
+    for found in read_records(source, columns):
+        record = _read_record(found, tokenizer)
+        if not all(response.strip() for response in record.responses):
             dropped["empty_response"] += 1
-        elif len(set(ranking.ranks)) == 1:
+        elif len(set(record.responses)) == 1:
+            dropped["equal_responses"] += 1
+        elif len(set(record.ranks)) == 1:
             dropped["all_tied"] += 1
         else:
-            rankings.append(ranking)
-    prompts = tokenizer.encode_stream((ranking.prompt for ranking in rankings), bos=True)
+            records.append(record)
+    prompts = tokenizer.encode_stream((record.prompt for record in records), bos=True)
     responses = tokenizer.encode_stream(
-        (response for ranking in rankings for response in ranking.responses), continuation=True
+        (response for record in records for response in record.responses), continuation=True
     )
-    items: list[Comparison] = []
-    for ranking, prompt in zip(rankings, prompts, strict=True):
-        ended = [np.append(next(responses), np.int32(tokenizer.end_id)) for _ in ranking.responses]
+    together: dict[bytes, tuple[Tokens, list[Ranked], set[str]]] = {}
+    for record, prompt in zip(records, prompts, strict=True):
+        ended = [np.append(next(responses), np.int32(tokenizer.end_id)) for _ in record.responses]
         if len(prompt) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
             continue
         kept = []
-        for response, rank in zip(ended, ranking.ranks, strict=True):
+        for response, rank in zip(ended, record.ranks, strict=True):
             if len(response) > max_response_tokens:
                 dropped["response_too_long"] += 1
             elif len(prompt) + len(response) > max_length:
                 dropped["total_too_long"] += 1
             else:
                 kept.append((response, rank))
-        if len({rank for _, rank in kept}) < 2:
+        if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
             dropped["too_few_responses"] += 1
-        else:
-            items.append(Comparison(prompt, *map(tuple, zip(*kept, strict=True))))
-    return Examples(str(source), items, dropped)
+            continue
+        _, rankings, users = together.setdefault(prompt.tobytes(), (prompt, [], set()))
+        rankings.append(([response for response, _ in kept], [rank for _, rank in kept]))
+        if record.user is not None:
+            users.add(record.user)
+    items = [Comparison.of(*parts) for parts in together.values()]
+    return Examples(str(source), items, dropped, records=sum(len(rankings) for _, rankings, _ in together.values()))
 
 
-def _read_ranking(record: Record, tokenizer: Tokenizer) -> _Ranking:
+def _read_record(record: Record, tokenizer: Tokenizer) -> _Record:
     if "responses" in record or not ("chosen" in record or "rejected" in record):
         return _ranked_list(record, tokenizer)
     if "prompt" in record:
         pair = record.response("chosen"), record.response("rejected")
-        return _Ranking(read_prompt(record, tokenizer), pair, (0, 1))
+        return _Record(read_prompt(record, tokenizer), pair, (0, 1), read_user(record))
     return _dialogue_pair(record)
 
 
-def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Ranking:
+def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Record:
     responses, ranks = record.value("responses"), record.value("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise record.mistake(f"column 'responses' must be a list of two texts or more, not {responses!r:.60}")
@@ -110,10 +157,10 @@ def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Ranking:
             f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed"
         )
     texts = tuple(record.as_response("responses", response) for response in responses)
-    return _Ranking(read_prompt(record, tokenizer), texts, tuple(ranks))
+    return _Record(read_prompt(record, tokenizer), texts, tuple(ranks), read_user(record))
 
 
-def _dialogue_pair(record: Record) -> _Ranking:
+def _dialogue_pair(record: Record) -> _Record:
     chosen, rejected = record.text("chosen"), record.text("rejected")
     turn = chosen.rfind(ASSISTANT_TURN)
     while turn >= 0 and not rejected.startswith(chosen[: turn + len(ASSISTANT_TURN)]):
@@ -124,4 +171,4 @@ def _dialogue_pair(record: Record) -> _Ranking:
             "add a column 'prompt'"
         )
     end = turn + len(ASSISTANT_TURN)
-    return _Ranking(chosen[:end], (chosen[end:], rejected[end:]), (0, 1))
+    return _Record(chosen[:end], (chosen[end:], rejected[end:]), (0, 1), read_user(record))

@@ -21,16 +21,22 @@ def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
     return prompt
 
 
+def read_user(record: Record) -> str | None:
+    """Who the record's prompt is from; None where the column is missing, null or blank (as in CSV files)."""
+    return record.text("user").strip() or None if "user" in record else None
+
+
 class Examples(Generic[Item]):
     """The items of a source in its order, and how many of its parts were dropped for which reason.
 
     Nothing is ever cut to fit: a text that ends early teaches the model to end early.
     """
 
-    def __init__(self, source: str, items: list[Item], dropped: Mapping[str, int]):
-        """Raises `UserError` if no item is left."""
+    def __init__(self, source: str, items: list[Item], dropped: Mapping[str, int], records: int | None = None):
+        """`records`: how many the items were made of, where several may make one. Raises `UserError` if no item is left."""
         self.source = source
         self.items = items
+        self.records = len(items) if records is None else records
         self.dropped = {reason: count for reason, count in dropped.items() if count}
         """Reason -> count, only of the reasons that occurred."""
         if not items:
@@ -48,4 +54,5 @@ class Examples(Generic[Item]):
     def describe(self) -> str:
         """One line for the log, such as `1090 kept; dropped: 10 prompt_too_long`."""
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        return f"{len(self)} kept; dropped: {dropped or 'none'}"
+        of = f" (of {self.records} records)" if self.records != len(self) else ""
+        return f"{len(self)} kept{of}; dropped: {dropped or 'none'}"

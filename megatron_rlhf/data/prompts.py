@@ -1,13 +1,11 @@
-"""Prompts for PPO, and the paper's hygiene for them: a limit a user, a split by user, near-duplicates removed."""
+"""Prompts for PPO, and the paper's hygiene for them: a limit a user, near-duplicates removed (splits by user: splits.py)."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
-from megatron_rlhf.data.examples import Examples, read_prompt
+from megatron_rlhf.data.examples import Examples, read_prompt, read_user
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -43,7 +41,7 @@ def load_prompts(
         UserError: A mistake in the source, an empty prompt (with its line), or nothing left.
     """
     records = list(read_records(source, columns))
-    users = [record.text("user") if "user" in record else None for record in records]
+    users = [read_user(record) for record in records]
     texts = [read_prompt(record, tokenizer) for record in records]
     items: list[Prompt] = []
     dropped: Counter[str] = Counter()
@@ -60,23 +58,7 @@ def load_prompts(
             dropped["over_user_limit"] += 1
         else:
             prefixes.add(prefix)
-            of_user[user or ""] += 1
+            if user is not None:
+                of_user[user] += 1
             items.append(Prompt(index, texts[index], user, tokens))
     return Examples(str(source), items, dropped)
-
-
-def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
-    """Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
-
-    A user's part follows from a hash of the user and the seed, so that adding prompts moves nobody. A prompt without a
-    user counts as a user of its own. The fractions are shares of the users, relative to their sum.
-    """
-    assert fractions, "at least one fraction"
-    bounds = [edge / sum(fractions) for edge in accumulate(fractions)]
-    parts: list[list[Prompt]] = [[] for _ in fractions]
-    for prompt in prompts:
-        owner = f"text {prompt.text}" if prompt.user is None else f"user {prompt.user}"
-        digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        parts[next((i for i, bound in enumerate(bounds) if place < bound), -1)].append(prompt)
-    return parts

@@ -71,6 +71,12 @@ class Role:
             if chunk.post_process:
                 chunk.output_layer.reset(seed)
 
+    def freeze_head_bias(self) -> None:
+        """The scalar head's bias stays as it is; before an optimizer is made."""
+        for chunk in self.modules:
+            if chunk.post_process:
+                chunk.output_layer.bias.requires_grad_(False)
+
     @property
     def modules(self) -> list[GPTModel]:
         """The chunks without the wrapper that data parallelism puts around them."""

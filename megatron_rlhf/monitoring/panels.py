@@ -74,7 +74,17 @@ GROUPS = (
     Group(
         "Losses",
         (
-            Panel("SFT loss", "nats per token", {"sft/loss": "training", "sft/validation_loss": "validation"}),
+            Panel(
+                "SFT loss",
+                "nats per token",
+                {
+                    "sft/loss": "training",
+                    "sft/demonstration_loss": "of demonstrations",
+                    "sft/pretraining_loss": "of text",
+                    "sft/validation_loss": "validation",
+                },
+            ),
+            Panel("Text in the SFT loss", "fraction of its weight", {"sft/pretraining_share": ""}, from_zero=True),
             Panel("Ranking loss", "nats per comparison", {"rm/loss": "training", "rm/validation_loss": "validation"}),
             Panel(
                 "Ranking accuracy",

@@ -51,7 +51,7 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
     """Supervised fine-tuning; validation and the choice of the best epoch are left out."""
     sft, data = config.sft, config.data
     placed = _place("policy", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel")
-    from_text = round(sft.batch_size * data.pretraining_mix)
+    from_text = sft.batch_size * data.pretraining_mix
     longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
     mean: float = workload.prompt_tokens + workload.response_tokens
     if from_text:
@@ -83,7 +83,7 @@ def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workloa
     mean = workload.prompt_tokens + workload.response_tokens
     prompts, count = _microbatches(algorithm.batch_size, algorithm.micro_batch_size, placed)
     steps = algorithm.epochs * math.ceil(workload.rankings / algorithm.batch_size)
-    shape = Shape(prompts * workload.max_completions, longest)
+    shape = Shape(prompts * min(workload.max_completions, algorithm.max_completions), longest)
     batch = Batch(count, prompts * workload.completions * mean, mean)
     phase = _training_phase("update", placed, cluster, shape, count, batch, algorithm.batch_size * workload.completions)
     role = PlannedRole("reward", placed, trained=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from megatron_rlhf.config.model import ModelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.conversion.starting_point import StartingPoint, Wanted
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
-from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
@@ -66,6 +67,19 @@ def read_text(path: str, key: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
+
+
+def warn_of_shared_prompts(training: Iterable[Tokens], validation: Iterable[Tokens]) -> None:
+    """A file of its own for validation is taken as it is, but not in silence where it repeats what is trained on."""
+    known = {prompt.tobytes() for prompt in training}
+    asked = [prompt.tobytes() for prompt in validation]
+    shared = sum(prompt in known for prompt in asked)
+    if shared:
+        log.warning(
+            "data.validation: %d of its %d prompts are trained on too; on those, figures say little about new prompts",
+            shared,
+            len(asked),
+        )
 
 
 def make_pretraining(

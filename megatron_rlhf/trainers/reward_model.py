@@ -2,19 +2,19 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_rlhf.algorithms.losses import count_ranked_prompts, ranking_loss
+from megatron_rlhf.algorithms.losses import comparison_loss, correct_pairs
 from megatron_rlhf.algorithms.schedules import cosine_lr
 from megatron_rlhf.config.stages import RewardModelConfig
 from megatron_rlhf.data.batches import ShuffledBatches, shard
 from megatron_rlhf.data.comparisons import Comparison
-from megatron_rlhf.models.microbatches import pad_to_layout
+from megatron_rlhf.models.microbatches import local_rows, pad_to_layout
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.runs.agreement import require_same_batch
@@ -24,31 +24,43 @@ from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """Completions of some prompts, one row each: n = sum of their K."""
+    """Completions of some prompts, one row each, n = sum of their numbers; and pairs of rows, q = sum of their comparisons."""
 
     tokens_ns: Tensor
     last_n: Tensor
     """Position of the last token, where the score is read."""
-    ranks_n: Tensor
-    prompt_index_n: Tensor
+    better_q: Tensor
+    worse_q: Tensor
+    prompt_index_q: Tensor
+    completions_q: Tensor
+    """How many completions were ranked together."""
 
     @classmethod
     def pack(cls, comparisons: Sequence[Comparison]) -> "RankedBatch":
-        rows, ranks, prompts = [], [], []
+        rows: list[list[int]] = []
+        pairs = []
         for index, comparison in enumerate(comparisons):
-            for response, rank in zip(comparison.responses_tokens, comparison.ranks, strict=True):
-                rows.append([*comparison.prompt_tokens.tolist(), *response.tolist()])
-                ranks.append(rank)
-                prompts.append(index)
+            better, worse, of = torch.from_numpy(comparison.pairs).unbind(dim=1)
+            pairs.append(torch.stack([better + len(rows), worse + len(rows), torch.full_like(of, index), of]))
+            rows += [[*comparison.prompt_tokens.tolist(), *r.tolist()] for r in comparison.responses_tokens]
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-        lengths = torch.tensor([len(row) for row in rows])
-        parts = (tokens, lengths - 1, torch.tensor(ranks), torch.tensor(prompts))
-        return cls(*(part.to(collectives.device()) for part in parts))
+        last = torch.tensor([len(row) - 1 for row in rows])
+        return cls(*(part.to(collectives.device()) for part in (tokens, last, *torch.cat(pairs, dim=1))))
+
+    def scores(self, values_ns: Tensor) -> Tensor:
+        """The scalar head's output where each completion ends, [n]."""
+        return values_ns.gather(1, self.last_n.unsqueeze(-1)).squeeze(-1)
+
+    def margins(self, scores_n: Tensor) -> Tensor:
+        """How much higher the better completion of each pair scores, [q]."""
+        return scores_n[self.better_q] - scores_n[self.worse_q]
 
 
 @dataclass
@@ -88,11 +100,11 @@ class RewardModelTrainer(Trainer):
                 [*comparison.prompt_tokens.tolist(), *response.tolist()] for response in comparison.responses_tokens
             ]
             self.session.guard.name(f"comparison {index}, response", range(len(texts)), texts)
-        require_same_batch(
-            self.step, (tokens for c in comparisons for tokens in (c.prompt_tokens, *c.responses_tokens))
-        )
+        contents: list[Any] = [x for c in comparisons for x in (c.prompt_tokens, *c.responses_tokens, c.pairs.ravel())]
+        require_same_batch(self.step, contents)
         lr = cosine_lr(self.step, self.total_steps, optimizer.lr, algorithm.final_lr_fraction, algorithm.warmup_steps)
-        update = self.reward.update(ranking_microbatches(comparisons, self.reward, algorithm.micro_batch_size), lr)
+        sizes = algorithm.micro_batch_size, algorithm.max_completions
+        update = self.reward.update(ranking_microbatches(comparisons, self.reward, *sizes), lr)
         statistics = update.statistics
         tokens = sum(len(c.prompt_tokens) + len(r) for c in comparisons for r in c.responses_tokens)
         return {
@@ -116,40 +128,35 @@ class RewardModelTrainer(Trainer):
         return metrics
 
     def validate(self, comparisons: Sequence[Comparison] | None = None) -> dict[str, float]:
-        """Accuracy over held-out pairs, over all and by the number of completions K; a tie of scores counts half."""
+        """Accuracy over held-out pairs, over all and by the number K of completions that were ranked together; a tie of
+        scores counts half."""
         comparisons = self.validation if comparisons is None else comparisons
         if not comparisons:
             return {}
         by_k: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        loss, prompts = 0.0, 0
-        for start in range(0, len(comparisons), VALIDATION_PROMPTS):
-            part = comparisons[start : start + VALIDATION_PROMPTS]
+        loss = 0.0
+        for part in _parts(comparisons, [len(c.responses_tokens) for c in comparisons], VALIDATION_COMPLETIONS):
             batch = RankedBatch.pack(part)
-            scores_n = self._scores(batch)
-            for index, comparison in enumerate(part):
-                rows = batch.prompt_index_n == index
-                one, statistics = ranking_loss(scores_n[rows], batch.ranks_n[rows], batch.prompt_index_n[rows])
-                counts = by_k[len(comparison.ranks)]
-                counts[0] += float(statistics["correct_pairs"])
-                counts[1] += float(statistics["pairs"])
-                loss, prompts = loss + float(one), prompts + 1
+            margin_q = batch.margins(self._scores(batch))
+            loss += float(comparison_loss(margin_q, batch.prompt_index_q, normalizer=1.0)[0])
+            for k, correct in zip(batch.completions_q.tolist(), correct_pairs(margin_q).tolist(), strict=True):
+                by_k[k][0] += correct
+                by_k[k][1] += 1
         correct, pairs = (sum(counts[i] for counts in by_k.values()) for i in (0, 1))
         return {
-            "rm/validation_loss": loss / prompts,
+            "rm/validation_loss": loss / len(comparisons),
             "rm/validation_accuracy": correct / pairs,
             **{f"rm/validation_accuracy_k{k}": counts[0] / counts[1] for k, counts in sorted(by_k.items())},
         }
 
     def _scores(self, batch: RankedBatch) -> Tensor:
-        values_ns = self.reward.role.values(batch.tokens_ns, self.config.reward_model.micro_batch_size * 4)
-        return values_ns.gather(1, batch.last_n.unsqueeze(-1)).squeeze(-1)
+        return batch.scores(self.reward.role.values(batch.tokens_ns, self.config.reward_model.micro_batch_size * 4))
 
     @torch.no_grad()
     def _center_on_demonstrations(self) -> None:
         """Shift the bias so that demonstrations score 0 on average: PPO's rewards then start near 0."""
         total, count = 0.0, len(self.demonstrations)
-        for start in range(0, count, VALIDATION_PROMPTS):
-            part = self.demonstrations[start : start + VALIDATION_PROMPTS]
+        for part in _parts(self.demonstrations, [1] * count, VALIDATION_COMPLETIONS):
             width = max(map(len, part))
             tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in part], device=collectives.device())
             last = torch.tensor([len(row) - 1 for row in part], device=tokens.device)
@@ -166,31 +173,75 @@ class RewardModelTrainer(Trainer):
         self.batches.load_state_dict(state["batches"])
 
 
-# Prompts scored together in a validation pass: bounds the padding, never the numbers.
-VALIDATION_PROMPTS = 32
+# Completions scored together in a validation pass: bounds the padding, never the numbers.
+VALIDATION_COMPLETIONS = 256
 
 
 def ranking_microbatches(
-    comparisons: Sequence[Comparison], reward: TrainedRole, micro_batch_size: int
+    comparisons: Sequence[Comparison], reward: TrainedRole, micro_batch_size: int, max_completions: int
 ) -> list[Microbatch]:
-    """This data-parallel rank's prompts, each whole in one microbatch, normalised by the prompts of the whole batch."""
-    layout = reward.role.layout
-    ranked = sum(count_ranked_prompts(torch.tensor(c.ranks), torch.zeros(len(c.ranks))) for c in comparisons)
-    normalizer = float(max(ranked, 1))
+    """This data-parallel rank's share of the batch, normalised by the prompts of the whole batch.
+
+    Each prompt is whole in one microbatch, but for those of more than `max_completions`, see `_large_prompts`.
+    """
+    layout, prompts = reward.role.layout, float(len(comparisons))
 
     def microbatch(part: Sequence[Comparison], counts: bool) -> Microbatch:
         batch = RankedBatch.pack(part)
 
         def loss_of(values_ns1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            scores_n = values_ns1.squeeze(-1).gather(1, batch.last_n.unsqueeze(-1)).squeeze(-1)
-            loss, statistics = ranking_loss(scores_n, batch.ranks_n, batch.prompt_index_n, normalizer)
-            loss = loss * counts
-            counted = {f"rm/{name}": statistics[name] * counts for name in ("correct_pairs", "pairs")}
-            return loss, {"rm/loss": loss.detach(), **counted}
+            margin_q = batch.margins(batch.scores(values_ns1.squeeze(-1)))
+            loss, statistics = comparison_loss(margin_q, batch.prompt_index_q, prompts)
+            return loss * counts, _named(loss, statistics, counts)
 
         return Microbatch(pad_to_layout(batch.tokens_ns, reward.role), loss_of)
 
-    mine = shard(comparisons, layout.dp_rank, layout.dp_size)
-    if not mine:
-        return [microbatch(comparisons[:1], False)]
-    return [microbatch(mine[i : i + micro_batch_size], True) for i in range(0, len(mine), micro_batch_size)]
+    small = [c for c in comparisons if len(c.responses_tokens) <= max_completions]
+    large = [c for c in comparisons if len(c.responses_tokens) > max_completions]
+    mine = shard(small, layout.dp_rank, layout.dp_size)
+    microbatches = [microbatch(mine[i : i + micro_batch_size], True) for i in range(0, len(mine), micro_batch_size)]
+    if large:
+        microbatches += _large_prompts(large, reward, max_completions, prompts)
+    return microbatches or [microbatch(small[:1], False)]
+
+
+def _large_prompts(
+    comparisons: Sequence[Comparison], reward: TrainedRole, max_completions: int, prompts: float
+) -> list[Microbatch]:
+    """Prompts with too many completions for one pass, in parts of `max_completions`, dealt out over all ranks.
+
+    All completions are scored first, without gradients. The loss's derivative by each score, times the score when it is
+    computed again, has the same gradient by the weights as the loss.
+    """
+    batch = RankedBatch.pack(comparisons)
+    scores_n = batch.scores(reward.role.values(batch.tokens_ns, max_completions)).requires_grad_()
+    with torch.enable_grad():
+        loss, statistics = comparison_loss(batch.margins(scores_n), batch.prompt_index_q, prompts)
+    (slope_n,) = torch.autograd.grad(loss, scores_n)
+
+    def microbatch(rows: Tensor, counts: bool) -> Microbatch:
+        tells = counts and bool((rows == 0).any())  # one of all parts brings the figures of all
+
+        def loss_of(values_ns1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            scores = values_ns1.squeeze(-1).gather(1, batch.last_n[rows].unsqueeze(-1)).squeeze(-1)
+            return (scores * slope_n[rows]).sum() * counts, _named(loss, statistics, tells)
+
+        return Microbatch(pad_to_layout(batch.tokens_ns[rows], reward.role), loss_of)
+
+    return [microbatch(rows, counts) for rows, counts in local_rows(len(batch.tokens_ns), reward.role, max_completions)]
+
+
+def _named(loss: Tensor, statistics: Mapping[str, Tensor], counts: bool) -> dict[str, Tensor]:
+    figures = {"loss": loss.detach(), **{name: statistics[name] for name in ("correct_pairs", "pairs")}}
+    return {f"rm/{name}": figure * counts for name, figure in figures.items()}
+
+
+def _parts(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[Sequence[Item]]:
+    """Consecutive items whose sizes add up to `limit` at most, and one at least."""
+    start, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > limit:
+            yield items[start:i]
+            start, total = i, 0
+        total += size
+    yield items[start:]

@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_rlhf.config import checks
@@ -12,7 +11,9 @@ from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelCo
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRAINED_REWARD, VALUE
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.prompts import load_prompts
+from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.evaluator import Evaluator
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -26,8 +27,6 @@ from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
 log = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
@@ -49,14 +48,14 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
         log.info(demonstrations.describe())
         if data.validation is not None:
             validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns.given())
-    per_step = round(config.sft.batch_size * data.pretraining_mix)
-    steps = config.sft.max_steps or config.sft.epochs * (
-        -(-len(demonstrations or []) // max(config.sft.batch_size - per_step, 1))
-    )
+            prompts = ([d.tokens[: d.prompt_length] for d in part] for part in (demonstrations, validation))
+            parts.warn_of_shared_prompts(*prompts)
+    mix = Mix(config.sft.batch_size, data.pretraining_mix)
+    steps = config.sft.max_steps or mix.steps(len(demonstrations or []), config.sft.epochs)
     checks.check_warmup(config.sft.warmup_steps, steps, "sft.warmup_steps")
     pretraining = None
     if data.pretraining_mix > 0:
-        pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, steps * per_step, session)
+        pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     policy = parts.make_role("policy", model, layout, config, source, dropout=config.sft.dropout)
@@ -81,8 +80,10 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     log.info(loaded.describe())
     if data.validation is not None:
         training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits, columns))
+        parts.warn_of_shared_prompts(*([c.prompt_tokens for c in part] for part in (training, validation)))
     else:
-        training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed)
+        training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed, lambda c: c.users)
+    log.info("%d prompts to train on, %d held out", len(training), len(validation))
     algorithm = config.reward_model
     steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
@@ -92,11 +93,12 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         demonstrations = [d.tokens.tolist() for d in loaded_demonstrations]
     else:
         demonstrations = [
-            [*c.prompt_tokens.tolist(), *c.responses_tokens[c.ranks.index(min(c.ranks))].tolist()] for c in training
+            [*c.prompt_tokens.tolist(), *c.responses_tokens[i].tolist()] for c in training for i in c.best
         ]
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
+    role.freeze_head_bias()  # no comparison depends on it, and Adam would make steps of the rounding
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
     return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
 
@@ -207,10 +209,3 @@ BUILD: Mapping[str, Callable[[Any, Session], Any]] = {
     "ppo": build_ppo,
     "evaluate": build_evaluate,
 }
-
-
-def hold_out(items: list[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, validation): a seeded share of the items, at least one where the fraction is positive."""
-    count = min(max(round(len(items) * fraction), 1), len(items) - 1) if fraction > 0 else 0
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]

@@ -1,8 +1,9 @@
-"""Supervised fine-tuning on demonstrations, with pretraining text mixed in where asked (Ouyang et al. 2022, appendix C.1)."""
+"""Supervised fine-tuning on demonstrations (Ouyang et al. 2022, appendix C.1), text mixed in where asked (C.3)."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron_rlhf.config.training import Selection
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.demonstrations import Demonstration
 from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches, language_model_nll
@@ -28,6 +30,9 @@ from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)
+
+Example = tuple[Any, int]
+"""Tokens, and the position of the first that is a target."""
 
 
 @dataclass
@@ -46,14 +51,13 @@ class SFTTrainer(Trainer):
     reward: Role | None = None
 
     def __post_init__(self) -> None:
-        sft, data = self.config.sft, self.config.data
-        self.pretraining_per_batch = round(sft.batch_size * data.pretraining_mix)
-        demonstrations_per_batch = sft.batch_size - self.pretraining_per_batch
+        sft = self.config.sft
+        self.mix = Mix(sft.batch_size, self.config.data.pretraining_mix)
         self.batches: ShuffledBatches | None = None
-        self.steps_per_epoch: int | None = None
-        if self.demonstrations is not None and demonstrations_per_batch:
-            self.batches = ShuffledBatches(len(self.demonstrations), demonstrations_per_batch, self.config.run.seed)
-            self.steps_per_epoch = self.batches.batches_per_epoch
+        if self.demonstrations is not None:
+            self.batches = ShuffledBatches(len(self.demonstrations), sft.batch_size, self.config.run.seed)
+        self.epochs_done = 0
+        self.texts_seen = 0
         self.tokens_seen = 0
         self.best: tuple[float, str] | None = None
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, self._first_texts(), sft.micro_batch_size)
@@ -66,13 +70,13 @@ class SFTTrainer(Trainer):
         text = self.pretraining.train
         return [text[i] for i in range(min(len(text), self.config.fp8.gate_samples))]
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """sft.max_steps where it is given, else all epochs."""
         if self.config.sft.max_steps is not None:
             return self.config.sft.max_steps
-        assert self.steps_per_epoch is not None, "check_sft asks for sft.max_steps where there are no demonstrations"
-        return self.config.sft.epochs * self.steps_per_epoch
+        assert self.demonstrations is not None, "check_sft asks for sft.max_steps where there are no demonstrations"
+        return self.mix.steps(len(self.demonstrations), self.config.sft.epochs)
 
     @property
     def trained(self) -> list[TrainedRole]:
@@ -83,16 +87,33 @@ class SFTTrainer(Trainer):
         return "pretraining" if self.batches is None else "SFT"
 
     def train_step(self) -> dict[str, float]:
-        """One update on one batch of demonstrations and pretraining text, normalised by their target tokens together."""
+        """One update on one batch: the mean over demonstrations and the mean over text, each over its own target tokens."""
         sft, optimizer = self.config.sft, self.config.policy.optimizer
-        batch = self._next_batch()
-        microbatches = language_model_microbatches(batch, self.policy.role, sft.micro_batch_size, "sft/loss")
+        texts, demonstrations = self._next_texts(), self._next_demonstrations()
+        require_same_batch(self.step, [sequence for sequence, _ in texts + demonstrations])
+        share = self.mix.weight(len(demonstrations), len(texts))
+        kinds = [
+            (name, _pack(examples), weight)
+            for name, examples, weight in (
+                ("sft/pretraining_loss", texts, share),
+                ("sft/demonstration_loss", demonstrations, 1 - share),
+            )
+            if examples
+        ]
+        microbatches = [
+            microbatch
+            for name, batch, weight in kinds
+            for microbatch in language_model_microbatches(
+                batch, self.policy.role, sft.micro_batch_size, name, weight=weight
+            )
+        ]
         lr = cosine_lr(self.step, self.total_steps, optimizer.lr, sft.final_lr_fraction, sft.warmup_steps)
         update = self.policy.update(microbatches, lr)
-        tokens = batch.tokens_bs.numel()
-        self.tokens_seen += batch.num_targets
+        tokens = sum(batch.tokens_bs.numel() for _, batch, _ in kinds)
+        self.tokens_seen += sum(batch.num_targets for _, batch, _ in kinds)
         return {
-            **update.statistics,
+            "sft/loss": sum(weight * update.statistics[name] for name, _, weight in kinds),
+            **(update.statistics | {"sft/pretraining_share": share} if self.pretraining is not None else {}),
             "sft/grad_norm": update.grad_norm,
             "sft/lr": lr,
             "samples": float((self.step + 1) * sft.batch_size),
@@ -102,30 +123,31 @@ class SFTTrainer(Trainer):
             "step_flops": 6.0 * tokens * self.policy.role.num_parameters,
         }
 
-    def _next_batch(self) -> TokenBatch:
-        sequences: list[Any] = []
-        first_targets: list[int] = []
-        if self.batches is not None:
-            assert self.demonstrations is not None
-            indices = next(self.batches)
-            for index in indices:
-                sequences.append(self.demonstrations[index].tokens)
-                first_targets.append(self.demonstrations[index].prompt_length)
-            self.session.guard.name("demonstration", indices, sequences)
-        if self.pretraining is not None:
-            data, start = self.pretraining.train, self.step * self.pretraining_per_batch
-            numbers = [(start + i) % len(data) for i in range(self.pretraining_per_batch)]
-            texts = [data[number] for number in numbers]
-            sequences += texts
-            self.session.guard.name("text", numbers, texts)
-            first_targets += [1] * self.pretraining_per_batch
-        require_same_batch(self.step, sequences)
-        return TokenBatch.pack(sequences, first_targets)
+    def _next_demonstrations(self) -> list[Example]:
+        count = self.config.sft.batch_size - self.mix.texts(self.step)
+        if self.batches is None or not count:
+            return []
+        assert self.demonstrations is not None
+        indices = self.batches.take(count)
+        chosen = [self.demonstrations[index] for index in indices]
+        self.session.guard.name("demonstration", indices, [one.tokens for one in chosen])
+        return [(one.tokens, one.prompt_length) for one in chosen]
+
+    def _next_texts(self) -> list[Example]:
+        count = self.mix.texts(self.step)
+        if self.pretraining is None or not count:
+            return []
+        data = self.pretraining.train
+        numbers = [(self.texts_seen + i) % len(data) for i in range(count)]
+        self.texts_seen += count
+        texts = [data[number] for number in numbers]
+        self.session.guard.name("text", numbers, texts)
+        return [(text, 1) for text in texts]
 
     def validation_loss(self) -> float | None:
         """Mean loss a target token: on validation demonstrations, else on held-out text; None if there is neither."""
         if self.validation is not None:
-            examples: list[tuple[Any, int]] = [(d.tokens, d.prompt_length) for d in self.validation]
+            examples: list[Example] = [(d.tokens, d.prompt_length) for d in self.validation]
         elif self.pretraining is not None and self.pretraining.held_out is not None and self.batches is None:
             held_out = self.pretraining.held_out
             count = min(len(held_out), self.config.data.pretraining.held_out_samples)
@@ -161,8 +183,8 @@ class SFTTrainer(Trainer):
 
     def after_step(self) -> dict[str, float]:
         """At the end of an epoch: validate, keep this epoch's weights, and name the best epoch so far."""
-        epoch_ends = self.steps_per_epoch is not None and self.step % self.steps_per_epoch == 0
-        return self._end_epoch() if epoch_ends or self.step == self.total_steps else {}
+        before, self.epochs_done = self.epochs_done, self.batches.epoch if self.batches is not None else 0
+        return self._end_epoch() if self.epochs_done > before or self.step == self.total_steps else {}
 
     def _end_epoch(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -171,7 +193,7 @@ class SFTTrainer(Trainer):
             metrics["sft/validation_loss"] = loss
         if self.reward is not None:
             metrics["sft/validation_reward"] = self.mean_reward()
-        epoch = self.step // self.steps_per_epoch if self.steps_per_epoch else 1
+        epoch = self.epochs_done if self.batches is not None else 1
         name = f"epoch_{epoch}"
         state = {"step": self.step, "metrics": metrics}
         written = self.session.save(name, [self.policy], state, with_optimizer=False)
@@ -187,20 +209,23 @@ class SFTTrainer(Trainer):
     def state_dict(self) -> dict[str, Any]:
         return {
             "tokens_seen": self.tokens_seen,
+            "texts_seen": self.texts_seen,
             "batches": self.batches.state_dict() if self.batches is not None else None,
             "best": self.best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens_seen = state["tokens_seen"]
+        self.texts_seen = state["texts_seen"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
+            self.epochs_done = self.batches.epoch
 
 
 # Sequences of a validation pass held as one batch: bounds the padding, never the numbers.
 VALIDATION_BATCH = 256
 
 
-def _pack(examples: Sequence[tuple[Any, int]]) -> TokenBatch:
+def _pack(examples: Sequence[Example]) -> TokenBatch:
     return TokenBatch.pack([tokens for tokens, _ in examples], [first for _, first in examples])

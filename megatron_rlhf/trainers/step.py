@@ -194,4 +194,4 @@ class TrainedRole:
 
 def loss_is_finite(statistics: Mapping[str, float]) -> bool:
     """Whether every loss is finite. The gradient alone does not tell: that of a constant NaN is 0."""
-    return all(math.isfinite(value) for name, value in statistics.items() if name.endswith("/loss"))
+    return all(math.isfinite(value) for name, value in statistics.items() if name.endswith("loss"))

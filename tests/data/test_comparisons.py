@@ -11,7 +11,7 @@ LIMITS = {"max_prompt_tokens": 100, "max_response_tokens": 100, "max_length": 20
 
 def described(tokenizer, comparison):
     responses = [tokenizer.decode(ids, skip_special_tokens=False) for ids in comparison.responses_tokens]
-    return tokenizer.decode(comparison.prompt_tokens), responses, list(comparison.ranks)
+    return tokenizer.decode(comparison.prompt_tokens), responses, comparison.pairs[:, :2].tolist()
 
 
 @pytest.mark.parametrize(
@@ -19,19 +19,23 @@ def described(tokenizer, comparison):
     [
         (
             {"prompt": "p", "responses": ["x", " y", "z"], "ranks": [1, 0, 1]},
-            ("p", ["x<|endoftext|>", " y<|endoftext|>", "z<|endoftext|>"], [1, 0, 1]),
+            ("p", ["x<|endoftext|>", " y<|endoftext|>", "z<|endoftext|>"], [[1, 0], [1, 2]]),
         ),
-        ({"prompt": "p", "chosen": "x", "rejected": "y"}, ("p", ["x<|endoftext|>", "y<|endoftext|>"], [0, 1])),
+        ({"prompt": "p", "chosen": "x", "rejected": "y"}, ("p", ["x<|endoftext|>", "y<|endoftext|>"], [[0, 1]])),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: b d"},
-            ("\n\nHuman: a\n\nAssistant:", [" b c<|endoftext|>", " b d<|endoftext|>"], [0, 1]),
+            ("\n\nHuman: a\n\nAssistant:", [" b c<|endoftext|>", " b d<|endoftext|>"], [[0, 1]]),
         ),
         (  # the dialogues part in the second answer; the first belongs to the prompt
             {
                 "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
                 "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
             },
-            ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", [" d<|endoftext|>", " e<|endoftext|>"], [0, 1]),
+            (
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+                [" d<|endoftext|>", " e<|endoftext|>"],
+                [[0, 1]],
+            ),
         ),
     ],
     ids=["ranked", "pair", "dialogue", "long_dialogue"],
@@ -43,8 +47,8 @@ def test_formats(tokenizer, write_records, record, expected):
 
 def test_sets_keep_their_own_responses_when_others_are_dropped(tokenizer, write_records):
     path = write_records(
-        {"prompt": "longer than eight", "responses": ["lost", "lost"], "ranks": [0, 1]},
-        {"prompt": "tie", "responses": ["same", "same"], "ranks": [2, 2]},
+        {"prompt": "longer than eight", "responses": ["lost", "list"], "ranks": [0, 1]},
+        {"prompt": "tie", "responses": ["one", "two"], "ranks": [2, 2]},
         {"prompt": "long", "responses": ["a", "much too long", "b", "c"], "ranks": [2, 0, 1, 1]},
         {"prompt": "one left", "responses": ["a", "much too long"], "ranks": [0, 1]},
         {"prompt": "no pair", "responses": ["much too long", "a", "b"], "ranks": [0, 1, 1]},
@@ -53,8 +57,8 @@ def test_sets_keep_their_own_responses_when_others_are_dropped(tokenizer, write_
     examples = load_comparisons(path, tokenizer, max_prompt_tokens=8, max_response_tokens=5, max_length=12)
     end = "<|endoftext|>"
     assert [described(tokenizer, comparison) for comparison in examples] == [
-        ("long", [f"a{end}", f"b{end}", f"c{end}"], [2, 1, 1]),
-        ("fine", [f"a{end}", f"b{end}"], [5, 3]),
+        ("long", [f"a{end}", f"b{end}", f"c{end}"], [[1, 0], [2, 0]]),
+        ("fine", [f"a{end}", f"b{end}"], [[1, 0]]),
     ]
     assert examples.dropped == {"prompt_too_long": 1, "all_tied": 1, "response_too_long": 3, "too_few_responses": 2}
 
@@ -64,6 +68,39 @@ def test_total_length_counts_prompt_and_response(tokenizer, write_records):
     examples = load_comparisons(path, tokenizer, 100, 100, max_length=8)
     assert [len(response) for response in examples[0].responses_tokens] == [2, 4]
     assert examples.dropped == {"total_too_long": 1}
+
+
+def test_records_of_one_prompt_are_one_element(tokenizer, write_records):
+    """Each record's responses are compared with each other alone, and a response of several records is there once."""
+    path = write_records(
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "user": "eva"},
+        {"prompt": "p", "responses": ["c", "a", "d"], "ranks": [1, 0, 1], "user": "eva"},
+        {"prompt": "p", "chosen": "b", "rejected": "a", "user": "tom"},
+    )
+    examples = load_comparisons(path, tokenizer, **LIMITS)
+    end = "<|endoftext|>"
+    first, second = examples
+    # a over b; a over c and d, which tie; b over a. Nothing is said of b against c or d.
+    texts = [f"{text}{end}" for text in "abcd"]
+    assert described(tokenizer, first) == ("p", texts, [[0, 1], [0, 2], [0, 3], [1, 0]])
+    assert described(tokenizer, second) == ("q", texts[:2], [[0, 1]])
+    assert first.pairs[:, 2].tolist() == [2, 3, 3, 2], "how many were ranked together"
+    assert first.best == (0, 0, 1)
+    assert (first.users, second.users) == ({"eva", "tom"}, {"eva"})
+    assert examples.describe() == "2 kept (of 4 records); dropped: none"
+
+
+def test_equal_responses_say_nothing(tokenizer, write_records):
+    path = write_records(
+        {"prompt": "p", "chosen": "same", "rejected": "same"},
+        {"prompt": "q", "responses": ["a", "b", "a"], "ranks": [0, 1, 2]},
+        {"prompt": "r", "responses": ["x", "x", "much too long"], "ranks": [0, 1, 2]},
+    )
+    examples = load_comparisons(path, tokenizer, 10, 5, 20)
+    end = "<|endoftext|>"
+    assert [described(tokenizer, one) for one in examples] == [("q", [f"a{end}", f"b{end}"], [[0, 1], [1, 0]])]
+    assert examples.dropped == {"equal_responses": 1, "response_too_long": 1, "too_few_responses": 1}
 
 
 def test_dialogue_that_ends_without_an_answer_is_dropped(tokenizer, write_records):
@@ -141,5 +178,6 @@ def test_mistakes_in_the_format(tokenizer, write_records, record, expected):
 def test_real_rankings(shared_data, name, kept, dropped):
     tokenizer = load_tokenizer(shared_data / "gpt2_tokenizer")
     examples = load_comparisons(shared_data / name, tokenizer, 1024, 1024, 2048)
-    assert len(examples) == kept
+    assert examples.records == kept
     assert examples.dropped == dropped
+    assert kept - 2 <= len(examples) <= kept, "two prompts of hh-rlhf come twice"

@@ -1,4 +1,4 @@
-"""Prompts: stable ids, limits, duplicates, and splits that keep users apart."""
+"""Prompts: stable ids, limits, duplicates."""
 
 import pytest
 import tokenizers
@@ -6,7 +6,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.prompts import load_prompts, split_by_user
+from megatron_rlhf.data.prompts import load_prompts
 from megatron_rlhf.data.tokenizer import load_tokenizer
 
 
@@ -19,10 +19,11 @@ def test_ids_are_places_in_the_source_whatever_is_dropped(tokenizer, write_recor
 
 
 def test_user_limit_keeps_the_first_and_spares_prompts_without_user(tokenizer, write_records):
-    users = ["a", "a", "b", "a", None, None, None]
+    users = ["a", "a", "b", "a", None, None, None, "", " ", ""]
     path = write_records(*({"prompt": f"p{i}", "user": user} for i, user in enumerate(users)))
     prompts = load_prompts(path, tokenizer, 10, max_per_user=2)
-    assert [prompt.id for prompt in prompts] == [0, 1, 2, 4, 5, 6]
+    assert [prompt.id for prompt in prompts] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert [prompt.user for prompt in prompts] == ["a", "a", "b"] + [None] * 6, "a blank user is none"
     assert prompts.dropped == {"over_user_limit": 1}
 
 
@@ -32,28 +33,6 @@ def test_duplicates_by_prefix(tokenizer, write_records):
     prompts = load_prompts(path, tokenizer, 10, deduplicate_prefix_tokens=3)
     assert [prompt.text for prompt in prompts] == ["abcX", "abd", "ab"]
     assert prompts.dropped == {"duplicate": 4}
-
-
-def test_split_by_user_is_disjoint_complete_and_stable(tokenizer, write_records):
-    records = [{"prompt": f"p{i}", "user": f"u{i % 200}"} for i in range(400)] + [
-        {"prompt": f"q{i}"} for i in range(50)
-    ]
-    prompts = load_prompts(write_records(*records), tokenizer, 10)
-    parts = split_by_user(prompts, (0.8, 0.1, 0.1), seed=3)
-    assert sorted(prompt.id for part in parts for prompt in part) == list(range(450))
-    users = [{prompt.user for prompt in part} - {None} for part in parts]
-    assert not users[0] & users[1]
-    assert not users[0] & users[2]
-    assert not users[1] & users[2]
-    assert 0.7 < len(parts[0]) / 450 < 0.9
-    assert min(len(parts[1]), len(parts[2])) > 10
-
-    def ids(split):
-        return [[prompt.id for prompt in part] for part in split]
-
-    few = split_by_user(list(prompts)[:100], (0.8, 0.1, 0.1), seed=3)
-    assert ids(few) == [[id for id in part if id < 100] for part in ids(parts)]
-    assert ids(split_by_user(prompts, (0.8, 0.1, 0.1), seed=4)) != ids(parts)
 
 
 @pytest.mark.parametrize(

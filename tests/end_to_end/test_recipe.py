@@ -9,6 +9,7 @@ from commands import run_example
 COMMON = {"step", "time/step_s", "throughput/tokens_per_s", "throughput/model_flops_per_s", "memory/peak_bytes"}
 COMMON |= {"memory/step_peak_bytes"}
 SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
+SFT |= {"sft/demonstration_loss", "sft/pretraining_loss", "sft/pretraining_share"}
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
 # The list of the shared design, and what a run says beyond it.
 PPO = COMMON | set(

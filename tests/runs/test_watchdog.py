@@ -33,7 +33,7 @@ def misbehave(rank: int, how: str) -> None:
     from megatron_rlhf.trainers import step
     from megatron_rlhf.trainers.sft import SFTTrainer
 
-    train_step, take = SFTTrainer.train_step, ShuffledBatches.__next__
+    train_step, take = SFTTrainer.train_step, ShuffledBatches.take
     batches = []
 
     def hang(self):
@@ -46,8 +46,8 @@ def misbehave(rank: int, how: str) -> None:
             raise ArithmeticError("a mistake on purpose")
         return train_step(self)
 
-    def other_batch(self):
-        batches.append(take(self))
+    def other_batch(self, count):
+        batches.append(take(self, count))
         return batches[-1] if len(batches) < 3 else batches[-1][::-1]
 
     def other_collective(self):
@@ -56,7 +56,7 @@ def misbehave(rank: int, how: str) -> None:
         return train_step(self)
 
     if rank == 1 and how == "another_batch":
-        ShuffledBatches.__next__ = other_batch  # type: ignore[method-assign]
+        ShuffledBatches.take = other_batch  # type: ignore[method-assign]
     elif rank == 1 and how != "well":
         SFTTrainer.train_step = {"hang": hang, "fail": fail, "another_collective": other_collective}[how]  # type: ignore
 

@@ -9,7 +9,13 @@ from toys import assert_close
 
 DROPOUT = "sft.dropout=0.2"
 STAGES = {
-    "sft": ["sft.epochs=3", DROPOUT, "sft.warmup_steps=2", "policy.optimizer.weight_decay=0.1"],
+    "sft": [
+        "sft.epochs=3",
+        DROPOUT,
+        "sft.warmup_steps=2",
+        "policy.optimizer.weight_decay=0.1",
+        "data.pretraining_mix=0.3",  # three or four texts in a batch of twelve
+    ],
     "reward_model": ["reward_model.epochs=2", "reward_model.validate_every=3"],
     "ppo": [
         "ppo.kl_control=adaptive",
@@ -19,7 +25,7 @@ STAGES = {
         "ppo.inner_epochs=2",
     ],
 }
-STOPS = {"sft": 4, "reward_model": 3, "ppo": 2}  # in the middle of an epoch
+STOPS = {"sft": 5, "reward_model": 3, "ppo": 2}  # in the middle of an epoch
 LAYOUTS = {
     "one_rank": (1, []),
     "tp2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),

@@ -41,6 +41,17 @@ def pretraining_cursor() -> None:
     PPOTrainer.load_state_dict = forget  # type: ignore[method-assign]
 
 
+def next_text() -> None:
+    from megatron_rlhf.trainers.sft import SFTTrainer
+
+    load = SFTTrainer.load_state_dict
+
+    def forget(self, state):
+        load(self, {**state, "texts_seen": 0})
+
+    SFTTrainer.load_state_dict = forget  # type: ignore[method-assign]
+
+
 def moving_average() -> None:
     from megatron_rlhf.checkpoint import sharded
 
@@ -73,6 +84,7 @@ FORGOTTEN: list[tuple[str, Callable[[], None] | None, list[str]]] = [
     ("ppo", None, []),
     ("sft", random_state, ["metrics", "checkpoint"]),
     ("sft", data_order, ["metrics", "checkpoint"]),
+    ("sft", next_text, ["metrics", "checkpoint"]),
     ("sft", moments, ["metrics", "checkpoint"]),
     ("ppo", data_order, ["metrics", "samples", "checkpoint"]),
     ("ppo", kl_coefficient, ["metrics", "checkpoint"]),

@@ -11,18 +11,23 @@ from recipe import read_metrics, run_stage, write_lines
 
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.trainers.reward_model import RankedBatch, RewardModelTrainer
-from megatron_rlhf.trainers.setup import hold_out
 
 
 def tokens(*ids):
     return np.array(ids, dtype=np.int32)
 
 
+def element(prompt, *rankings):
+    """A comparison of single-token responses: (responses, ranks) each."""
+    return Comparison.of(tokens(*prompt), [([tokens(r) for r in rs], ranks) for rs, ranks in rankings])
+
+
 def test_pack_lays_out_one_row_a_completion():
     batch = RankedBatch.pack(
         [
-            Comparison(tokens(1, 2), (tokens(3), tokens(4, 5, 6)), (1, 0)),
-            Comparison(tokens(7), (tokens(8), tokens(9, 9), tokens(8)), (0, 2, 2)),
+            Comparison.of(tokens(1, 2), [((tokens(3), tokens(4, 5, 6)), (1, 0))]),
+            Comparison.of(tokens(7), [((tokens(8), tokens(9, 9)), (0, 2)), ((tokens(9, 9), tokens(8)), (0, 1))]),
+            element([7], ([8, 9, 6], [0, 2, 2])),
         ]
     )
     assert batch.tokens_ns.tolist() == [
@@ -31,42 +36,33 @@ def test_pack_lays_out_one_row_a_completion():
         [7, 8, 0, 0, 0],
         [7, 9, 9, 0, 0],
         [7, 8, 0, 0, 0],
+        [7, 9, 0, 0, 0],
+        [7, 6, 0, 0, 0],
     ]
-    assert batch.last_n.tolist() == [2, 4, 1, 2, 1]
-    assert batch.ranks_n.tolist() == [1, 0, 0, 2, 2]
-    assert batch.prompt_index_n.tolist() == [0, 0, 1, 1, 1]
+    assert batch.last_n.tolist() == [2, 4, 1, 2, 1, 1, 1]
+    pairs = zip(batch.better_q.tolist(), batch.worse_q.tolist(), batch.prompt_index_q.tolist(), strict=True)
+    assert list(pairs) == [(1, 0, 0), (2, 3, 1), (3, 2, 1), (4, 5, 2), (4, 6, 2)]
+    assert batch.completions_q.tolist() == [2, 2, 2, 3, 3]
 
 
 def test_validation_counts_pairs_over_all_and_by_k():
-    """Scores given by hand: K = 2 has 1 of 2 pairs right, K = 3 has 1 and a tie (one half) of 3."""
-    two = [Comparison(tokens(1), (tokens(2), tokens(3)), ranks) for ranks in ((0, 1), (1, 0))]
-    three = Comparison(tokens(1), (tokens(2), tokens(3), tokens(4)), (0, 1, 2))
-    trainer = SimpleNamespace(validation=[*two, three])
+    """Scores given by hand: K = 2 has 1 and a tie (one half) of 3 pairs right, so has K = 3. The last prompt was ranked
+    twice, as three and as a pair."""
+    one, two = element([1], ([2, 3], [0, 1])), element([1], ([2, 3], [1, 0]))
+    three = element([1], ([2, 3, 4], [0, 1, 2]), ([4, 2], [1, 0]))
+    trainer = SimpleNamespace(validation=[one, two, three])
     scores = torch.tensor([5.0, 1.0, 5.0, 1.0, 1.0, 4.0, 1.0])
     trainer._scores = lambda batch: scores
     metrics = RewardModelTrainer.validate(trainer)
-    assert metrics["rm/validation_accuracy_k2"] == pytest.approx(1 / 2)
+    assert metrics["rm/validation_accuracy_k2"] == pytest.approx(1.5 / 3)
     assert metrics["rm/validation_accuracy_k3"] == pytest.approx(1.5 / 3)
-    assert metrics["rm/validation_accuracy"] == pytest.approx(2.5 / 5)
+    assert metrics["rm/validation_accuracy"] == pytest.approx(3 / 6)
 
     def loss(*margins):
         return -np.mean([np.log(1 / (1 + np.exp(-margin))) for margin in margins])
 
-    assert metrics["rm/validation_loss"] == pytest.approx((loss(4) + loss(-4) + loss(-3, 0, 3)) / 3, rel=1e-6)
+    assert metrics["rm/validation_loss"] == pytest.approx((loss(4) + loss(-4) + loss(-3, 0, 3, 0)) / 3, rel=1e-6)
     assert RewardModelTrainer.validate(SimpleNamespace(validation=[])) == {}
-
-
-def test_hold_out():
-    items = list(range(20))
-    training, validation = hold_out(items, 0.2, seed=1)
-    assert len(validation) == 4
-    assert sorted(training + validation) == items
-    assert training == sorted(training)
-    assert hold_out(items, 0.2, seed=1) == (training, validation)
-    assert hold_out(items, 0.2, seed=2)[1] != validation
-    assert hold_out(items, 0.0, seed=1) == (items, [])
-    assert len(hold_out(items, 0.001, seed=1)[1]) == 1
-    assert len(hold_out([1, 2], 0.99, seed=1)[0]) == 1
 
 
 def mean_score(recipe, folder):

@@ -23,35 +23,62 @@ def test_only_response_tokens_are_targets():
     assert batch.num_targets == 3
 
 
-def first_batch(stage, arguments):
-    """The first batch, and its loss by the model before the first update, one sequence at a time."""
+def watch_batches(stage, arguments):
+    """Of each step: texts, demonstrations, and the mean loss over either by the model before the update, one sequence at a
+    time."""
     from megatron_rlhf import cli
     from megatron_rlhf.trainers.sft import SFTTrainer
 
     seen = []
-    original = SFTTrainer._next_batch
+    next_texts, next_demonstrations = SFTTrainer._next_texts, SFTTrainer._next_demonstrations
 
-    def watched(self):
-        batch = original(self)
-        total = 0.0
-        for tokens, target in zip(batch.tokens_bs, batch.target_bs, strict=True):
-            logprobs = self.policy.role.logprobs(tokens.unsqueeze(0), 1)[0]
-            total -= float(logprobs[target[1:]].double().sum())
-        seen.append((batch.target_bs[:, 1].tolist(), total / int(batch.target_bs.sum()), batch.tokens_bs.tolist()))
-        return batch
+    def mean_loss(role, examples):
+        total, count = 0.0, 0
+        for tokens, first in examples:
+            logprobs = role.logprobs(torch.as_tensor(tokens).long().unsqueeze(0), 1)[0, first - 1 :]
+            total, count = total - float(logprobs.double().sum()), count + len(logprobs)
+        return total / max(count, 1)
 
-    SFTTrainer._next_batch = watched
+    def texts(self):
+        found = next_texts(self)
+        seen.append([[t.tolist() for t, _ in found], mean_loss(self.policy.role, found)])
+        return found
+
+    def demonstrations(self):
+        found = next_demonstrations(self)
+        seen[-1] += [len(found), mean_loss(self.policy.role, found)]
+        return found
+
+    SFTTrainer._next_texts, SFTTrainer._next_demonstrations = texts, demonstrations
     cli.run_stage(stage, arguments)
     return seen
 
 
-def test_loss_and_mix_of_every_batch(recipe):
-    (seen,), rows = run(recipe, "sft_batches", "sft.dropout=0", function=first_batch)
-    for row, (plain_text, loss, _) in zip(rows, seen, strict=True):
-        assert row["sft/loss"] == pytest.approx(loss, rel=1e-5)
-        assert plain_text == [False] * 9 + [True] * 3, "a quarter of 12 is text, all of whose tokens count"
-    texts = [str(row) for _, _, batch in seen for row in batch[9:]]
-    assert len(set(texts)) == 9, "each batch takes the next text"
+@pytest.mark.parametrize(
+    ("settings", "counts", "weights"),
+    [
+        ([], [(9, 3)] * 3, [0.25] * 3),
+        # 1 text in 10 examples: now and then a batch has one, which counts as one of its examples.
+        (
+            ["sft.batch_size=4", "data.pretraining_mix=0.1"],
+            [(4, 0), (4, 0), (3, 1), (4, 0), (3, 1), (4, 0), (4, 0), (1, 1)],
+            [0, 0, 0.25, 0, 0.25, 0, 0, 0.25],
+        ),
+    ],
+    ids=["in_every_batch", "now_and_then"],
+)
+def test_each_kind_is_a_mean_of_its_own(recipe, settings, counts, weights):
+    """All of a text's tokens are targets, of a demonstration only the response; the mix weighs the two means."""
+    (seen,), rows = run(recipe, f"sft_mix_{len(counts)}", "sft.dropout=0", *settings, function=watch_batches)
+    assert [(demonstrations, len(texts)) for texts, _, demonstrations, _ in seen] == counts
+    for row, (texts, of_text, _, of_demonstrations), weight in zip(rows, seen, weights, strict=True):
+        assert row["sft/pretraining_share"] == weight
+        assert row["sft/loss"] == pytest.approx(weight * of_text + (1 - weight) * of_demonstrations, rel=1e-5)
+        assert row["sft/demonstration_loss"] == pytest.approx(of_demonstrations, rel=1e-5)
+        assert ("sft/pretraining_loss" in row) == bool(texts)
+        assert row.get("sft/pretraining_loss", 0) == pytest.approx(of_text, rel=1e-5)
+    read = [str(text) for texts, *_ in seen for text in texts]
+    assert len(set(read)) == len(read) >= 3, "each batch takes the next texts"
 
 
 def test_dropout_and_schedule(recipe):

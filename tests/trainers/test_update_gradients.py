@@ -67,17 +67,23 @@ def texts(rows=4):
     return TokenBatch.pack([torch.randint(0, VOCAB, (n,), generator=random) for n in TEXTS[:rows]], [1, 1, 4, 1][:rows])
 
 
-def comparisons(count=3):
+def rankings(count=3):
+    """Prompts, each with what was ranked together; the second prompt's first and last response are also a pair."""
     random = generator(2)
 
     def tokens(n):
         return torch.randint(0, VOCAB, (n,), generator=random).numpy()
 
     made = [
-        Comparison(tokens(3), tuple(map(tokens, lengths)), tuple(ranks))
-        for lengths, ranks in zip(COMPLETIONS, RANKS, strict=True)
+        (tokens(3), [(list(map(tokens, lengths)), ranks)]) for lengths, ranks in zip(COMPLETIONS, RANKS, strict=True)
     ]
+    responses = made[1][1][0][0]
+    made[1][1].append(([responses[0], responses[3]], [1, 0]))
     return made[:count]
+
+
+def comparisons(count=3):
+    return [Comparison.of(*one) for one in rankings(count)]
 
 
 # --- by plain autograd: one sequence after the other, the formulas of the papers -------------------------------------
@@ -119,19 +125,34 @@ def plain_value_loss(forward, batch):
 
 def plain_ranking_loss(forward, batch):
     total = 0.0
-    for one in batch:
-        scores = [forward(torch.tensor([*one.prompt_tokens, *r]))[-1, 0] for r in one.responses_tokens]
-        pairs = [(i, j) for i, a in enumerate(one.ranks) for j, b in enumerate(one.ranks) if a < b]
-        total = total - sum(torch.sigmoid(scores[i] - scores[j]).log() for i, j in pairs) / len(pairs)
+    for prompt, records in rankings(len(batch)):
+        terms = []
+        for responses, ranks in records:
+            scores = [forward(torch.tensor([*prompt, *r]))[-1, 0] for r in responses]
+            pairs = [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+            terms += [torch.sigmoid(scores[i] - scores[j]).log() for i, j in pairs]
+        total = total - sum(terms) / len(terms)
     return total / len(batch)
 
 
-PLAIN = {"policy": plain_policy_loss, "text": plain_text_loss, "value": plain_value_loss, "ranking": plain_ranking_loss}
-BATCHES = {"policy": experience, "text": texts, "value": experience, "ranking": comparisons}
+PLAIN = {
+    "policy": plain_policy_loss,
+    "text": plain_text_loss,
+    "value": plain_value_loss,
+    "ranking": plain_ranking_loss,
+    "ranking_in_parts": plain_ranking_loss,
+}
+BATCHES = {
+    "policy": experience,
+    "text": texts,
+    "value": experience,
+    "ranking": comparisons,
+    "ranking_in_parts": comparisons,
+}
 
 
 def is_scalar(kind):
-    return kind in ("value", "ranking")
+    return kind in ("value", "ranking", "ranking_in_parts")
 
 
 def plain_gradients(kind, rows):
@@ -172,12 +193,18 @@ def microbatches(kind, trained, rows, micro_batch_size):
         return policy_microbatches(batch, trained, config(micro_batch_size))
     if kind == "value":
         return value_microbatches(batch, trained, config(micro_batch_size))
-    if kind == "ranking":
-        return ranking_microbatches(batch, trained, micro_batch_size)
+    if kind.startswith("ranking"):
+        return ranking_microbatches(batch, trained, micro_batch_size, 16 if kind == "ranking" else 2)
     return language_model_microbatches(batch, trained.role, micro_batch_size, "ptx/loss")
 
 
-LOSSES = {"policy": "policy/loss", "text": "ptx/loss", "value": "value/loss", "ranking": "rm/loss"}
+LOSSES = {
+    "policy": "policy/loss",
+    "text": "ptx/loss",
+    "value": "value/loss",
+    "ranking": "rm/loss",
+    "ranking_in_parts": "rm/loss",
+}
 
 
 def trained_gradients(kind, parallel, rows, micro_batch_size) -> tuple[float, list[Block]]:
@@ -268,18 +295,25 @@ def test_clipped_ratios_and_values_are_part_of_the_test(world):
         assert 0.1 < share < 0.9
 
 
-def completions_read(part):
-    """Rows that passed through the reward model in one update."""
+def completions_read(part, max_completions):
+    """Rows that passed through the reward model in one update: without gradients, and with them."""
     trained = train(make_role(GPT2_LIKE, scalar=True))
-    rows = []
-    trained.role.modules[0].register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
-    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part))
-    return rows
+    rows = {False: [], True: []}
+    trained.role.modules[0].register_forward_hook(
+        lambda module, args, output: rows[torch.is_grad_enabled()].append(len(args[0]))
+    )
+    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part, max_completions))
+    return rows[False], rows[True]
 
 
 @pytest.mark.parametrize(("part", "rows"), [(1, [2, 4, 3]), (2, [6, 3]), (3, [9])])
 def test_one_forward_pass_a_completion_and_no_prompt_is_split(part, rows, world):
-    assert completions_read(part) == rows
+    assert completions_read(part, 4) == ([], rows)
+
+
+def test_a_prompt_with_many_completions_never_passes_whole(world):
+    """Of 2, 4 and 3 completions, those of the second and third prompt are scored, then read in parts."""
+    assert completions_read(3, 2) == ([2, 2, 2, 1], [2, 2, 2, 2, 1])
 
 
 def test_an_episode_counts_by_its_tokens_not_by_its_microbatch(world):

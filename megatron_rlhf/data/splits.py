@@ -1,0 +1,76 @@
+"""What is trained on and what is held out: nothing that belongs together is on both sides."""
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.prompts import Prompt
+
+Item = TypeVar("Item")
+
+
+def hold_out(
+    items: Sequence[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
+) -> tuple[list[Item], list[Item]]:
+    """(training, validation): a seeded share of the items, at least one where the fraction is positive.
+
+    Items that have an owner in common stay together, so that the share may be smaller than asked for.
+
+    Raises:
+        UserError: All items belong together.
+    """
+    wanted = min(max(round(len(items) * fraction), 1), len(items) - 1) if fraction > 0 else 0
+    groups = _together([owners(item) for item in items])
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held: set[int] = set()
+    for group in (groups[i] for i in order):
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+    if wanted and not held:
+        smallest: list[int] = min(groups, key=len)
+        held.update(smallest)
+    if len(held) == len(items):
+        raise UserError(
+            f"nothing can be held out of {len(items)} prompts of one user; give data.validation, or data.validation_fraction=0"
+        )
+    training = [item for i, item in enumerate(items) if i not in held]
+    return training, [items[i] for i in sorted(held)]
+
+
+def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
+    """Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
+
+    A user's part follows from a hash of the user and the seed, so that adding prompts moves nobody. A prompt without a
+    user counts as a user of its own. The fractions are shares of the users, relative to their sum.
+    """
+    assert fractions, "at least one fraction"
+    bounds = [edge / sum(fractions) for edge in accumulate(fractions)]
+    parts: list[list[Prompt]] = [[] for _ in fractions]
+    for prompt in prompts:
+        owner = f"text {prompt.text}" if prompt.user is None else f"user {prompt.user}"
+        digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") / 2**64
+        parts[next((i for i, bound in enumerate(bounds) if place < bound), -1)].append(prompt)
+    return parts
+
+
+def _together(owners: Sequence[Iterable[Hashable]]) -> list[list[int]]:
+    """Groups of indices that share an owner, directly or through others."""
+    leaders: dict[Hashable, Hashable] = {}
+
+    def find(member: Hashable) -> Hashable:
+        while leaders.setdefault(member, member) != member:
+            leaders[member] = member = leaders[leaders[member]]
+        return member
+
+    groups: dict[Hashable, list[int]] = {}
+    for index, names in enumerate(owners):
+        for name in names:
+            leaders[find(("owner", name))] = find(("item", index))
+    for index in range(len(owners)):
+        groups.setdefault(find(("item", index)), []).append(index)
+    return list(groups.values())
