@@ -38,7 +38,7 @@ class Master:
 
 
 def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str, Master]]:
-    """For each chunk of the role, by the names of its parameters; of those alone that this rank owns a part of."""
+    """For each chunk of the role, by the names of its parameters; of those that train and that this rank owns a part of."""
     return [
         {name: master for name, p in chunk.named_parameters() if (master := _master(p, optimizer)) is not None}
         for chunk in role.modules
@@ -47,6 +47,8 @@ def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str
 
 def _master(parameter: Tensor, optimizer: MegatronOptimizer | None) -> Master | None:
     assert optimizer is not None, "a role with chunks on this rank has an optimizer here"
+    if not parameter.requires_grad:
+        return None  # what no optimizer moves has no other copy
     sharded = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     if not sharded:
         return Master(parameter, None)

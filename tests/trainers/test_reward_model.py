@@ -95,6 +95,33 @@ def test_the_closing_bias_makes_demonstrations_score_zero_on_average(layout, rec
     assert spread > 1e-4, "they are not all alike"
 
 
+def head_biases(stage, arguments):
+    """The head's bias after every update, and in the end."""
+    from megatron_rlhf import cli
+    from megatron_rlhf.trainers.step import TrainedRole
+
+    seen = []
+    original = TrainedRole.update
+
+    def watched(self, *args, **more):
+        update = original(self, *args, **more)
+        seen.append(float(self.role.modules[0].output_layer.bias))
+        return update
+
+    TrainedRole.update = watched
+    trainer = cli.run_stage(stage, arguments)
+    return seen, float(trainer.reward.role.modules[0].output_layer.bias)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bias_does_not_move_before_it_is_centred(precision, recipe, tmp_path):
+    """A ranking says nothing of it; Adam would make whole steps of the rounding of its gradient."""
+    arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", f"precision={precision}")
+    ((seen, last),) = run_ranks(1, head_biases, "reward_model", arguments, timeout=200)
+    assert seen == [0.0] * 4
+    assert abs(last) > 1e-3
+
+
 def test_it_learns_the_ranking(recipe):
     """Fewer words are better: a rule that holds for every prompt."""
     settings = ("reward_model.epochs=6", "reward.optimizer.lr=3e-3", "reward_model.validate_every=4")
