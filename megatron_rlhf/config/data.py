@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 
@@ -137,6 +138,15 @@ class ComparisonDataConfig(TokenizerConfig):
     """Longer responses are dropped and counted."""
 
 
+class PromptPart(Enum):
+    """A part of the prompts; no user is in two."""
+
+    all = "all"
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
 @dataclass(kw_only=True)
 class PromptDataConfig(TokenizerConfig):
     """Prompts to answer, and text to keep the policy from forgetting."""
@@ -149,5 +159,13 @@ class PromptDataConfig(TokenizerConfig):
     """Longer prompts are dropped and counted (InstructGPT: 1k)."""
     max_per_user: int | None = 200
     """At most this many prompts of one user (InstructGPT, section 3.2); those without a user have no limit."""
+    deduplicate_prefix_tokens: int | None = None
+    """Of prompts that agree in their first so many tokens (shorter ones: in all), only the first is kept. InstructGPT did it,
+    and does not print the length."""
+    part: PromptPart = PromptPart.all
+    """Only this part of the prompts: train for PPO and test for an evaluation of what they cannot have taught it. The split
+    is by user (InstructGPT, section 3.2), or by prompt where there is none, and the same in every run."""
+    part_shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    """Shares of the users in train, validation and test, relative to their sum; InstructGPT does not print its own."""
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text for the pretraining gradients."""

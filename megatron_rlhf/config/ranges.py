@@ -80,7 +80,10 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "max_response_tokens": COUNT,
         "validation_fraction": PROPER_SHARE,
     },
-    data.PromptDataConfig: {"max_prompt_tokens": COUNT, "max_per_user": COUNT},
+    data.PromptDataConfig: {
+        **dict.fromkeys(("max_prompt_tokens", "max_per_user", "deduplicate_prefix_tokens"), COUNT),
+        "part_shares": POSITIVE,
+    },
     stages.SFTAlgorithmConfig: {
         **dict.fromkeys(("epochs", "max_steps", "batch_size", "micro_batch_size", "selection_samples"), COUNT),
         "dropout": PROPER_SHARE,

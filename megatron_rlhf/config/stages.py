@@ -62,9 +62,9 @@ class SFTAlgorithmConfig:
     batch_size: int = 32
     """Sequences an update, over all ranks."""
     micro_batch_size: int = 4
-    """Sequences a forward pass; changes speed and memory, never the numbers."""
+    """Sequences a forward pass; changes speed, memory and what dropout draws, but no other number."""
     dropout: float = 0.2
-    """Residual dropout."""
+    """Residual dropout, which acts on embeddings as well, as in GPT-2."""
     final_lr_fraction: float = 0.1
     """Cosine decay to this share of the peak."""
     warmup_steps: int = 0

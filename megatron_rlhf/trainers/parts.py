@@ -9,12 +9,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_rlhf.config import checks
-from megatron_rlhf.config.data import PretrainingDataConfig
+from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig, PromptPart
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, Precision
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.conversion.starting_point import StartingPoint, Wanted
+from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
+from megatron_rlhf.data.prompts import Prompt, load_prompts
+from megatron_rlhf.data.splits import split_by_user
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -67,6 +70,19 @@ def read_text(path: str, key: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
+
+
+def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
+    """The prompts that are left of the file, of the part that is asked for."""
+    limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
+    prompts = load_prompts(config.prompts, tokenizer, *limits, config.columns.given())
+    if config.part is not PromptPart.all:
+        names = [PromptPart.train, PromptPart.validation, PromptPart.test]
+        part = split_by_user(prompts, config.part_shares, seed=0)[names.index(config.part)]
+        others = {f"outside data.part={config.part.value}": len(prompts) - len(part)}
+        prompts = Examples(prompts.source, part, prompts.dropped | others)
+    log.info(prompts.describe())
+    return prompts
 
 
 def warn_of_shared_prompts(training: Iterable[Tokens], validation: Iterable[Tokens]) -> None:

@@ -12,7 +12,6 @@ from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRA
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.mix import Mix
-from megatron_rlhf.data.prompts import load_prompts
 from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.evaluator import Evaluator
@@ -128,14 +127,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
-    prompts = load_prompts(
-        config.data.prompts,
-        tokenizer,
-        config.data.max_prompt_tokens,
-        max_per_user=config.data.max_per_user,
-        columns=config.data.columns.given(),
-    )
-    log.info(prompts.describe())
+    prompts = parts.make_prompts(config.data, tokenizer)
     pretraining = None
     if config.data.pretraining.source is not None:
         ppo = config.ppo
@@ -183,8 +175,7 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     starts = {"policy.init_from": source, "reward.init_from": reward_source}
     tokenizer = choose_tokenizer(config.data, starts, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
-    data = config.data
-    prompts = load_prompts(data.prompts, tokenizer, data.max_prompt_tokens, columns=data.columns.given())
+    prompts = parts.make_prompts(config.data, tokenizer)
     few_shot = None
     if config.evaluate.few_shot is not None:
         few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")

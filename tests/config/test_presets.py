@@ -1,5 +1,7 @@
 """The files of conf/: shapes of models, and the paper's values in the recipes of every stage."""
 
+import re
+
 import pytest
 
 from megatron_rlhf.compose import CONF, compose_config
@@ -74,6 +76,27 @@ def test_ppo_is_the_papers(size: str, hidden: int, value_lr: float) -> None:
     assert (ppo.kl_coef, ppo.clip, ppo.ptx_coef, ppo.ptx_ratio, ppo.ema_decay) == (0.02, 0.2, 27.8, 8, 0.992)
     assert (config.data.pretraining.sequence_length, config.rollout.max_response_tokens) == (2048, 1024)
     assert (ppo.warmup_iterations, config.rollout.temperature) == (10, 1.0)
+
+
+PRINTED = {
+    "sft": "precision max_prompt_tokens max_response_tokens betas epochs dropout final_lr_fraction warmup_steps select_by",
+    "ppo_initialization": "sequence_length epochs",
+    "reward_model": "precision max_prompt_tokens max_response_tokens lr betas epochs batch_size final_lr_fraction",
+    "ppo": """precision max_prompt_tokens max_per_user sequence_length betas temperature max_response_tokens iterations
+        batch_size minibatch_size inner_epochs clip gamma kl_coef kl_control ptx_coef ptx_ratio warmup_iterations""",
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_what_the_paper_does_not_print_says_so(name: str) -> None:
+    """Every value of the recipes is either the paper's, listed here, or labelled; so is what all of PPO's runs rest on."""
+    lines = (CONF / "recipe" / "instructgpt" / f"{name}.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r" *\w+: [^#\s]", line)]
+    unlabelled = {line.split(":")[0].strip() for line in values if "ours" not in line}
+    assert unlabelled == set(PRINTED[name].split())
+    if name == "ppo":
+        labelled = {line.split(":")[0].strip() for line in values} - unlabelled
+        assert {"missing_stop_penalty", "whiten_advantages", "ema_decay", "lam", "value_clip"} <= labelled
 
 
 @pytest.mark.parametrize("stage", SCHEMAS)

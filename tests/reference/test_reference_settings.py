@@ -21,7 +21,8 @@ NO_FIGURE = (
 ELSEWHERE = {
     SFTConfig: ("sft.max_steps", "data.pretraining.held_out_samples"),
     RewardModelConfig: ("data.validation",),
-    PPOConfig: ("ppo.whiten_advantages",),
+    # Which prompts are left: tests/data, tests/trainers/test_prompts_of_a_part.py.
+    PPOConfig: ("ppo.whiten_advantages", "data.deduplicate_prefix_tokens", "data.part", "data.part_shares"),
 }
 
 
