@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data import special_tokens
 from megatron_rlhf.data.special_tokens import GENERATION
 from megatron_rlhf.data.stop_watch import StopWatch
+
+log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.int32]
 """Token ids [t]: a ninth of the memory of a list of int."""
@@ -183,7 +186,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from error
     if not hf.is_fast:
         raise UserError(f"{path}: the folder holds no fast tokenizer; convert it so that it has a tokenizer.json")
-    return Tokenizer(hf, folder)
+    tokenizer = Tokenizer(hf, folder)
+    _warn_of_contradiction(tokenizer, folder / "tokenizer_config.json")
+    return tokenizer
+
+
+def _warn_of_contradiction(tokenizer: Tokenizer, settings: Path) -> None:
+    # transformers goes by tokenizer.json where there is one, and so does whatever serves the model.
+    says = special_tokens.read_object(settings).get("add_bos_token") if settings.is_file() else None
+    if says is not None and bool(says) != bool(tokenizer.start_ids):
+        does = "begins" if tokenizer.start_ids else "does not begin"
+        log.warning(
+            "%s says add_bos_token: %s, yet the post-processor %s texts with a token; it is the one that counts",
+            settings,
+            json.dumps(says),
+            does,
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -> Tokenizer:

@@ -71,6 +71,7 @@ def _map_cuda_devices_to_cpu() -> None:
             kwargs.pop("pin_memory", None)
             if _on_cpu(kwargs.get("device")):
                 kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)  # memory that a GPU reads: rotary positions of a context's part ask for it
             return function(*args, **kwargs)
 
         return functools.wraps(function)(wrapped)

@@ -57,6 +57,17 @@ def test_every_reader_begins_its_texts_so(tmp_path, shared_data, write_records, 
     assert ends == {tokenizer.end_id}
 
 
+@pytest.mark.parametrize(
+    ("template", "key", "warned"), [("$A", True, True), ("<s> $A", False, True), ("<s> $A", True, False)]
+)
+def test_where_files_contradict_each_other_transformers_decides(tmp_path, shared_data, caplog, template, key, warned):
+    folder = sentencepiece(tmp_path / "t", shared_data, template)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": key})
+    assert load_tokenizer(folder).encode("a", bos=True) == AutoTokenizer.from_pretrained(folder)("a").input_ids
+    assert ("add_bos_token" in caplog.text) == warned
+
+
 def test_a_tokenizer_that_ends_texts_itself_ends_no_prompt(tmp_path, shared_data):
     tokenizer = load_tokenizer(sentencepiece(tmp_path / "t", shared_data, "<s> $A </s>"))
     assert tokenizer.encode("Once", bos=True) == [1, *tokenizer.encode("Once")]
