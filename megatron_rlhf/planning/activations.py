@@ -60,6 +60,9 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     elements += (5 if model.activation is Activation.swiglu else 2) * ffn
     saved = tokens * e * elements / t + 2 * norm_copies * _stream(placed, shape)
     saved += tokens * FP32 * model.num_attention_heads / t  # log-sum-exp of the attention
+    if placed.parallel.context > 1:
+        # Keys and values of the whole sequence, where GPUs repeat each group's for every head of it; and the mask.
+        saved += shape.tokens * e * 2 * attention / t + shape.length**2 / placed.parallel.context * e
     if dropout:
         saved += 2 * _stream(placed, shape) / e  # masks, a byte an element
     if model.positions is Positions.rope:

@@ -54,6 +54,7 @@ SAVED = [
     (2, GPT, layout(pipeline=2, last_stage_layers=1), "fp32", 4),
     (2, GPT, layout(pipeline=2, virtual_stages=2), "fp32", 4),
     (2, GPT, layout(pipeline=2, recompute="full"), "fp32", 4),
+    (2, GPT, layout(context=2), "fp32", 1),
 ]
 ALLOCATED = [
     (GPT, layout(), "fp32", 0.0),
@@ -66,7 +67,8 @@ ALLOCATED = [
 def name(value: object) -> str | None:
     if isinstance(value, ParallelConfig):
         flags = [f for f in ("sequence", "distributed_optimizer") if getattr(value, f)]
-        return "-".join([f"t{value.tensor}p{value.pipeline}v{value.virtual_stages}", value.recompute.value, *flags])
+        ways = f"t{value.tensor}p{value.pipeline}v{value.virtual_stages}c{value.context}"
+        return "-".join([ways, value.recompute.value, *flags])
     if isinstance(value, ModelConfig):
         return "gpt" if value is GPT else "llama"
     return None
