@@ -2,15 +2,26 @@
 
 python tools/benchmark.py rollout [--arch llama]     sampling, against `generate` of transformers
 python tools/benchmark.py interleave --pipeline 2 4  one pipeline schedule for PPO and pretraining, against two
+python tools/benchmark.py scoring                    judging a rollout, against padding to its longest row
+python tools/benchmark.py reward [--data FILE]       rankings, against pairs and against a copy of the prompt each
+python tools/benchmark.py train                      an update, against bare matrix products and transformers
 python tools/benchmark.py layouts                    every figure of every stage at many layouts, against one rank
+
+With --json the last line is one object: ratio, both sides' figures, machine, versions.
 """
 
 import argparse
+import contextlib
 import importlib
+import json
+import sys
 
 COMMANDS = {
     "rollout": "sampling, against transformers' generate",
     "interleave": "one pipeline schedule for both kinds of microbatches, against two",
+    "scoring": "judging a rollout of texts of many lengths, against padding all to the longest",
+    "reward": "rankings of K responses, against pairs and against K copies of the prompt",
+    "train": "share of the rate of bare matrix products, and transformers' beside it",
     "layouts": "largest differences of figures and weights between layouts",
 }
 
@@ -23,9 +34,13 @@ def main() -> None:
         module = importlib.import_module(f"benchmarks.{name}")
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.arguments(command)
+        command.add_argument("--json", action="store_true", help="print one object at the end")
         command.set_defaults(run=module.run)
     options = parser.parse_args()
-    options.run(options)
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        figures = options.run(options)
+    if options.json:
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

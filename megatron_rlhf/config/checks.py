@@ -3,6 +3,7 @@
 Each number by itself: ranges.py.
 """
 
+from megatron_rlhf.config.budgets import check_micro_batch
 from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
@@ -201,6 +202,7 @@ def check_sft(config: SFTConfig) -> None:
         )
     if sft.max_steps is not None:
         check_warmup(sft.warmup_steps, sft.max_steps, "sft.warmup_steps")
+    check_micro_batch("sft", sft.micro_batch_size, sft.micro_batch_tokens)
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
     if config.sft.select_by.value == "reward_model":
@@ -211,11 +213,15 @@ def check_reward_model(config: RewardModelConfig) -> None:
     """A start and sensible sizes."""
     if config.reward.init_from is None and config.model is None:
         raise UserError("give reward.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_6b)")
+    algorithm = config.reward_model
+    check_micro_batch("reward_model", algorithm.micro_batch_size, algorithm.micro_batch_tokens)
 
 
 def check_ppo(config: PPOConfig) -> None:
     """Batches, mix, sampling and starting points must agree."""
     ppo = config.ppo
+    check_micro_batch("ppo", ppo.micro_batch_size, ppo.micro_batch_tokens)
+    check_micro_batch("ppo", ppo.ptx_micro_batch_size, ppo.ptx_micro_batch_tokens, "ptx_")
     if ppo.batch_size % ppo.minibatch_size:
         raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
     if isinstance(ppo.ptx_coef, str) and not ppo.steers_text:

@@ -1,7 +1,9 @@
-"""Which ranks hold PPO's roles."""
+"""Which ranks hold which roles, and the layout of a copy of the policy that samples."""
 
 from dataclasses import dataclass
 from enum import Enum
+
+from megatron_rlhf.config.model import ParallelConfig
 
 
 class PlacementKind(Enum):
@@ -27,3 +29,26 @@ class PlacementConfig:
             return range(world_size), range(world_size)
         first = world_size - self.critic_ranks
         return range(first), range(first, world_size)
+
+
+@dataclass(kw_only=True)
+class GenerationLayoutConfig:
+    """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
+
+    tensor: int | None = None
+    """Ranks that split each matrix while sampling."""
+    pipeline: int | None = None
+    """Stages while sampling; 1 spares a token its way through the stages."""
+    last_stage_layers: int | None = None
+    """Layers on the last stage, where they do not divide."""
+
+    def of(self, training: ParallelConfig) -> ParallelConfig | None:
+        """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
+        tensor = training.tensor if self.tensor is None else self.tensor
+        pipeline = training.pipeline if self.pipeline is None else self.pipeline
+        if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
+            return None  # one token cannot be shared out over a context
+        last = self.last_stage_layers
+        if last is None and pipeline == training.pipeline:
+            last = training.last_stage_layers
+        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=last)

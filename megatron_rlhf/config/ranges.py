@@ -85,17 +85,23 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "part_shares": POSITIVE,
     },
     stages.SFTAlgorithmConfig: {
-        **dict.fromkeys(("epochs", "max_steps", "batch_size", "micro_batch_size", "selection_samples"), COUNT),
+        **dict.fromkeys(
+            ("epochs", "max_steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "selection_samples"), COUNT
+        ),
         "dropout": PROPER_SHARE,
         "final_lr_fraction": SHARE,
     },
     stages.RewardAlgorithmConfig: {
-        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "max_completions", "validate_every"), COUNT),
+        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "micro_batch_tokens"), COUNT),
+        **dict.fromkeys(("max_completions", "validate_every"), COUNT),
         "final_lr_fraction": SHARE,
     },
     stages.PPOAlgorithmConfig: {
-        **dict.fromkeys(("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size"), COUNT),
-        **dict.fromkeys(("kl_horizon", "ptx_ratio", "ptx_micro_batch_size"), COUNT),
+        **dict.fromkeys(
+            ("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size", "micro_batch_tokens"),
+            COUNT,
+        ),
+        **dict.fromkeys(("kl_horizon", "ptx_ratio", "ptx_micro_batch_size", "ptx_micro_batch_tokens"), COUNT),
         **dict.fromkeys(("clip", "value_clip", "kl_target", "ptx_gradient_ratio", "max_logprob_gap"), POSITIVE),
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,

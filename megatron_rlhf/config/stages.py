@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
-from megatron_rlhf.config.placement import PlacementConfig
+from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
 from megatron_rlhf.config.training import (
     Fp8Config,
     KLControl,
@@ -61,8 +62,11 @@ class SFTAlgorithmConfig:
     """Updates, instead of epochs; needed when pretraining_mix = 1."""
     batch_size: int = 32
     """Sequences an update, over all ranks."""
-    micro_batch_size: int = 4
-    """Sequences a forward pass; changes speed, memory and what dropout draws, but no other number."""
+    micro_batch_size: int | None = None
+    """Sequences a forward pass, those of like length together; 4 if neither this nor micro_batch_tokens is given. Both change
+    speed, memory and what dropout draws, but no other number."""
+    micro_batch_tokens: int | None = None
+    """Instead of micro_batch_size: tokens a forward pass, packed without padding."""
     dropout: float = 0.2
     """Residual dropout, which acts on embeddings as well, as in GPT-2."""
     final_lr_fraction: float = 0.1
@@ -73,6 +77,10 @@ class SFTAlgorithmConfig:
     """Which epoch's checkpoint is named `best`: the lowest validation loss or the highest mean reward."""
     selection_samples: int = 64
     """Responses sampled for select_by=reward_model."""
+
+    @property
+    def micro_batch(self) -> Budget:
+        return Budget.given(self.micro_batch_size, self.micro_batch_tokens, 4)
 
 
 @dataclass(kw_only=True)
@@ -101,17 +109,24 @@ class RewardAlgorithmConfig:
     """Passes over the comparisons; more overfits."""
     batch_size: int = 64
     """Prompts an update, each with all its completions, whether ranked in one record or in several."""
-    micro_batch_size: int = 1
-    """Prompts a forward pass; changes speed and memory, never the numbers."""
+    micro_batch_size: int | None = None
+    """Prompts a forward pass, each with all its completions, which read it once; 1 if neither this nor micro_batch_tokens is
+    given. Both change speed and memory, never the numbers."""
+    micro_batch_tokens: int | None = None
+    """Instead of micro_batch_size: tokens a forward pass, a prompt counted once for all its completions."""
     max_completions: int = 16
-    """Completions of one prompt in a forward pass. One with more (many records) is scored first, then trained in parts of
-    this many: one more forward pass, the same numbers."""
+    """Completions of one prompt in a forward pass. One with more (many records), or with more than micro_batch_tokens, is
+    scored first, then trained in parts: one more forward pass, the same numbers."""
     final_lr_fraction: float = 0.1
     """Cosine decay to this share of the peak."""
     warmup_steps: int = 0
     """Linear warmup before the cosine."""
     validate_every: int = 50
     """Steps between validations; one is always made at the end."""
+
+    @property
+    def micro_batch(self) -> Budget:
+        return Budget.given(self.micro_batch_size, self.micro_batch_tokens, 1)
 
 
 @dataclass(kw_only=True)
@@ -126,29 +141,6 @@ class RewardModelConfig(BaseConfig):
     """The model that is trained; a language model given as init_from loses its unembedding to a new scalar head."""
     reward_model: RewardAlgorithmConfig = field(default_factory=RewardAlgorithmConfig)
     """Epochs, batch, schedule."""
-
-
-@dataclass(kw_only=True)
-class GenerationLayoutConfig:
-    """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
-
-    tensor: int | None = None
-    """Ranks that split each matrix while sampling."""
-    pipeline: int | None = None
-    """Stages while sampling; 1 spares a token its way through the stages."""
-    last_stage_layers: int | None = None
-    """Layers on the last stage, where they do not divide."""
-
-    def of(self, training: ParallelConfig) -> ParallelConfig | None:
-        """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
-        tensor = training.tensor if self.tensor is None else self.tensor
-        pipeline = training.pipeline if self.pipeline is None else self.pipeline
-        if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
-            return None  # one token cannot be shared out over a context
-        last = self.last_stage_layers
-        if last is None and pipeline == training.pipeline:
-            last = training.last_stage_layers
-        return ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=last)
 
 
 @dataclass(kw_only=True)
@@ -171,8 +163,11 @@ class PPOAlgorithmConfig:
     """Episodes an update; must divide batch_size."""
     inner_epochs: int = 1
     """Passes over each rollout."""
-    micro_batch_size: int = 4
-    """Sequences a forward pass; changes speed and memory, never the numbers."""
+    micro_batch_size: int | None = None
+    """Sequences a forward pass, those of like length together; 4 if neither this nor micro_batch_tokens is given. Both change
+    speed and memory, never the numbers."""
+    micro_batch_tokens: int | None = None
+    """Instead of micro_batch_size: tokens a forward pass, packed without padding."""
     clip: float = 0.2
     """Policy ratio clipped to 1 +- this."""
     value_clip: float = 0.2
@@ -196,8 +191,10 @@ class PPOAlgorithmConfig:
     """With ptx_coef=auto: the norm of the text's gradient, gamma included, over that of PPO's, to which gamma is steered."""
     ptx_ratio: int = 8
     """Pretraining examples for each episode."""
-    ptx_micro_batch_size: int = 4
-    """Pretraining sequences a forward pass."""
+    ptx_micro_batch_size: int | None = None
+    """Pretraining sequences a forward pass; 4 if neither this nor ptx_micro_batch_tokens is given."""
+    ptx_micro_batch_tokens: int | None = None
+    """Instead of ptx_micro_batch_size: tokens of pretraining text a forward pass."""
     warmup_iterations: int = 10
     """The policy's learning rate rises from one tenth of its peak over these, its first ones."""
     critic_warmup_iterations: int = 0
@@ -218,6 +215,14 @@ class PPOAlgorithmConfig:
     max_logprob_gap: float | None = None
     """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more: that is a bug. Not
     given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding does."""
+
+    @property
+    def micro_batch(self) -> Budget:
+        return Budget.given(self.micro_batch_size, self.micro_batch_tokens, 4)
+
+    @property
+    def ptx_micro_batch(self) -> Budget:
+        return Budget.given(self.ptx_micro_batch_size, self.ptx_micro_batch_tokens, 4)
 
     @property
     def steers_text(self) -> bool:

@@ -1,6 +1,6 @@
 """The order in which examples are seen: shuffled anew each epoch, the same on every rank, and exact after a resume."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -74,12 +74,3 @@ class ShuffledBatches(Iterator[list[int]]):
         if not self.shuffle:
             return np.arange(self.size)
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-
-
-def shard(indices: Sequence[Item], dp_rank: int, dp_size: int) -> Sequence[Item]:
-    """The part of a global batch that data-parallel rank `dp_rank` of `dp_size` works on: every dp_size-th one.
-
-    Parts differ by one at most, and may be empty: normalise by global counts, never by a part's.
-    """
-    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    return indices[dp_rank::dp_size]

@@ -62,6 +62,11 @@ class Comparison:
             ]
         return cls(prompt_tokens, tuple(distinct), np.array(pairs).reshape(-1, 3), tuple(best), frozenset(users))
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, once, and all responses."""
+        return len(self.prompt_tokens) + sum(map(len, self.responses_tokens))
+
 
 @dataclass(frozen=True)
 class _Record:

@@ -57,7 +57,7 @@ class Evaluator:
         }
         scores = None
         if self.reward is not None:
-            values_bs = self.reward.values(responses.tokens_bs, MICRO_BATCH_SIZE)
+            values_bs = self.reward.values(responses.sequences, MICRO_BATCH_SIZE)
             scores_b = values_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
             metrics["reward/score_mean"] = float(scores_b.mean())
             scores = scores_b.tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_rlhf.parallel import context
+from megatron_rlhf.parallel.packing import Segments
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -43,21 +44,28 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: None = None,
+        packed_seq_params: Segments | None = None,
     ) -> Tensor:
         """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d].
 
         Without a mask ([b, 1, q, k], True = attend) it is causal; a single query is the newest token and sees all keys.
-        Under context parallelism each rank's queries see the keys of all ranks that come before them.
+        Under context parallelism each rank's queries see the keys of all ranks that come before them. A packed row's segments
+        say themselves who sees whom.
         """
+        if packed_seq_params is not None:
+            assert attention_mask is None and query_sbnd.shape[1] == 1, "a packed row is one row, and causal"
+            return self._by_segment(query_sbnd, key_sbgd, value_sbgd, packed_seq_params)
         if self.context.size() > 1:
             assert attention_mask is None and len(key_sbgd) == len(query_sbnd), "decoding needs a layout with context=1"
             key_sbgd = context.gather(key_sbgd, 0, self.context, sum_gradients=True)
             value_sbgd = context.gather(value_sbgd, 0, self.context, sum_gradients=True)
             queries = context.local_tokens(len(key_sbgd), self.context).to(query_sbnd.device)
             attention_mask = queries.unsqueeze(-1) >= torch.arange(len(key_sbgd), device=query_sbnd.device)
+        return self._attend(query_sbnd, key_sbgd, value_sbgd, attention_mask).flatten(2)
+
+    def _attend(self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.grouped
-        if grouped and attention_mask is not None and kernels_refuse_groups_with_a_mask(query_sbnd.device):
+        if grouped and mask is not None and kernels_refuse_groups_with_a_mask(query_sbnd.device):
             copies = query_sbnd.shape[2] // key_sbgd.shape[2]
             key_sbgd, value_sbgd = (x.repeat_interleave(copies, dim=2) for x in (key_sbgd, value_sbgd))
             grouped = False
@@ -65,12 +73,28 @@ class ScaledDotProductAttention(MegatronModule):
             query_sbnd.permute(1, 2, 0, 3),
             key_sbgd.permute(1, 2, 0, 3),
             value_sbgd.permute(1, 2, 0, 3),
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and len(query_sbnd) > 1,
+            attn_mask=mask,
+            is_causal=mask is None and len(query_sbnd) > 1,
             scale=self.softmax_scale,
             enable_gqa=grouped,
         )
-        return context_bnsd.permute(2, 0, 1, 3).flatten(2)
+        return context_bnsd.permute(2, 0, 1, 3)
+
+    def _by_segment(self, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, segments: Segments) -> Tensor:
+        """One block of queries after the other: nothing is computed across sequences."""
+        pieces = [(0, len(query_s1nd))]
+        if self.context.size() > 1:
+            key_s1gd = context.gather(key_s1gd, 0, self.context, sum_gradients=True)
+            value_s1gd = context.gather(value_s1gd, 0, self.context, sum_gradients=True)
+            pieces = context.local_pieces(len(key_s1gd), self.context)
+        sizes, blocks = segments.blocks(pieces)
+        keys, values = key_s1gd.split(sizes), value_s1gd.split(sizes)
+        attended = []
+        for block, queries in zip(blocks, query_s1nd.split([sizes[block.part] for block in blocks]), strict=True):
+            key, value = (torch.cat([parts[i] for i in block.keys]) for parts in (keys, values))
+            mask = segments.mask(len(queries), len(key), key.device) if len(block.keys) > 1 else None
+            attended.append(self._attend(queries, key, value, mask))
+        return torch.cat(attended).flatten(2)
 
 
 def kernels_refuse_groups_with_a_mask(device: torch.device) -> bool:

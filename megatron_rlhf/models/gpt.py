@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models.layers import block_spec
-from megatron_rlhf.models.scalar_head import ScalarHead
+from megatron_rlhf.models.packed import LanguageModel, ScalarModel
 from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 # e4m3 for activations and weights, e5m2 for their gradients.
 FP8_FORMAT = "hybrid"
@@ -106,34 +104,6 @@ def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
         # Data-parallel ranks may have different numbers of microbatches, so they cannot meet after each for a common scale.
         "tp_only_amax_red": True,
     }
-
-
-class LanguageModel(GPTModel):
-    """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp]."""
-
-    def __init__(self, *args, real_vocab_size: int, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
-
-    def _postprocess(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        if self.post_process and kwargs.get("inference_context") is not None:
-            hidden_states = hidden_states[-1:]  # decoding asks for the next token's logits alone
-        output = super()._postprocess(hidden_states=hidden_states, **kwargs)
-        if not self.post_process or self.vocab_size == self.real_vocab_size:
-            return output
-        columns = output.shape[-1]
-        first = 0 if columns == self.vocab_size else self.pg_collection.tp.rank() * columns
-        padded = torch.arange(first, first + columns, device=output.device) >= self.real_vocab_size
-        return output.masked_fill(padded, PADDED_LOGIT)
-
-
-class ScalarModel(GPTModel):
-    """GPTModel with a scalar head in place of the unembedding (reward and value model). Output: [b, s, 1], fp32."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process:
-            self.output_layer = ScalarHead(self.config, self.pg_collection)
 
 
 def build_chunks(

@@ -10,14 +10,16 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
 from megatron_rlhf.models import fp8
 from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
+from megatron_rlhf.parallel.packing import Arrangement, Sequences, arrange, as_sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
-from megatron_rlhf.parallel.vocab import entropy, token_logprobs, without
+from megatron_rlhf.parallel.vocab import token_logprobs, without
 
 
 @dataclass
@@ -159,51 +161,65 @@ class Role:
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 
-    def values(self, tokens_bs: Tensor, micro_batch_size: int) -> Tensor:
-        """The scalar head at every token, [b, s] fp32. `tokens_bs` is the whole batch, and so is the result, on every rank
-        of the layout; zeros elsewhere."""
+    def values(self, sequences: Sequences | Tensor, micro_batch_size: Budget | int) -> Tensor:
+        """The scalar head at every token that is wanted, [b, s] fp32; zeros elsewhere. The whole batch on every rank of the
+        layout."""
         assert self.scalar, f"{self.name} has no scalar head"
-        return self._read(tokens_bs, lambda output, rows: output.squeeze(-1), micro_batch_size)
+        return self._read(as_sequences(sequences), lambda output_n1, targets_n: output_n1.squeeze(-1), micro_batch_size)
 
     def logprobs(
-        self, tokens_bs: Tensor, micro_batch_size: int, temperature: float = 1.0, as_response: bool = False
+        self,
+        sequences: Sequences | Tensor,
+        micro_batch_size: Budget | int,
+        temperature: float = 1.0,
+        as_response: bool = False,
     ) -> Tensor:
-        """Log-probability of each token but the first, given those before it: [b, s - 1] fp32, the whole batch, on every rank
-        of the layout; zeros elsewhere. `as_response`: over the tokens that can be sampled, not all rows of the embedding."""
+        """Log-probability of the token after each that is wanted, [b, s - 1] fp32; zeros elsewhere. The whole batch on every
+        rank of the layout. The last token is only predicted, never read. `as_response`: over the tokens that can be sampled,
+        not all rows of the embedding."""
 
-        def read(logits: Tensor, rows: Tensor) -> Tensor:
-            logits = self.respond(logits) if as_response else logits
-            return token_logprobs(logits, tokens_bs[rows, 1:], self.layout.groups.tp, temperature)
+        def read(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
+            logits_nv = self.respond(logits_nv) if as_response else logits_nv
+            return token_logprobs(logits_nv, targets_n, self.layout.groups.tp, temperature)
 
-        return self._read(tokens_bs[:, :-1], read, micro_batch_size)
+        return self._read(as_sequences(sequences), read, micro_batch_size, inputs_until=-1)
 
-    def entropy(self, logits: Tensor) -> Tensor:
-        """Entropy of vocabulary-parallel logits [..., vocab / tp], [...]."""
-        return entropy(logits, self.layout.groups.tp)
+    def arrange(self, sequences: Sequences, rows: Sequence[int], micro_batch_size: Budget | int) -> Arrangement:
+        """Some of the sequences as this model reads them: a budget in tokens packs them."""
+        return arrange(sequences, rows, self.pad_length(1), packed=Budget.of(micro_batch_size).tokens is not None)
 
-    def _read(self, inputs_bs: Tensor, read: Callable[[Tensor, Tensor], Tensor], micro_batch_size: int) -> Tensor:
-        """One number an input token, [b, s] fp32: `read(output, rows)` of the model's output for some rows of the batch.
+    def _read(
+        self,
+        sequences: Sequences,
+        read: Callable[[Tensor, Tensor], Tensor],
+        micro_batch_size: Budget | int,
+        inputs_until: int | None = None,
+    ) -> Tensor:
+        """One number an input token: `read(output_n, next_n)` of the model's output for some tokens, and the tokens after them.
 
-        Each data-parallel rank passes its rows forward, `read` runs on the last stage, and all get all rows.
+        Each data-parallel rank passes its sequences forward, `read` runs on the last stage, and all get the whole batch.
         """
-        result = torch.zeros(inputs_bs.shape, device=inputs_bs.device)
+        tokens_ns, inputs = sequences.tokens_ns, sequences.until(inputs_until)
+        result = torch.zeros(inputs.tokens_ns.shape, device=tokens_ns.device)
         if not self.layout.is_member:
             return result
-        width = inputs_bs.shape[1]
-        padded = torch.nn.functional.pad(inputs_bs, (0, self.pad_length(width) - width))
 
-        def microbatch(rows: Tensor) -> Microbatch:
-            def keep(output: Tensor):
-                result[rows] = read(output[:, :width], rows)
-                return output.new_zeros(()), {}
+        def microbatch(rows: list[int]) -> Microbatch:
+            wanted = inputs.wanted(rows)
+            row_n, column_n = (index.to(tokens_ns.device) for index in wanted.nonzero(as_tuple=True))
+            row_n = torch.tensor(rows, device=tokens_ns.device)[row_n]
 
-            return Microbatch(padded[rows], keep)
+            def keep(output_n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                next_n = tokens_ns[row_n, (column_n + 1).clamp(max=tokens_ns.shape[1] - 1)]
+                result[row_n, column_n] = read(output_n, next_n)
+                return output_n.new_zeros(()), {}
 
-        mine = torch.arange(self.layout.dp_rank, len(inputs_bs), self.layout.dp_size, device=inputs_bs.device)
+            return Microbatch.of(self.arrange(inputs, rows, micro_batch_size), wanted, keep)
+
+        mine = plan(inputs, micro_batch_size, self.layout.dp_size)[self.layout.dp_rank]
         with self.evaluating(), self.resting.awake() if self.resting else contextlib.nullcontext():
-            if len(mine):
-                microbatches = [microbatch(rows) for rows in mine.split(micro_batch_size)]
-                forward_backward(self.chunks, microbatches, self.layout, forward_only=True)
+            if mine:
+                forward_backward(self.chunks, [microbatch(rows) for rows in mine], self.layout, forward_only=True)
         return collectives.share_rows(result, self.layout)
 
 

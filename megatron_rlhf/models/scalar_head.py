@@ -20,6 +20,7 @@ class ScalarHead(MegatronModule):
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, device=torch.cuda.current_device()))
         self.bias = torch.nn.Parameter(torch.zeros(1, device=torch.cuda.current_device()))
         self.tp_group = groups.tp
+        self.sequence_parallel = config.sequence_parallel
         self.reset(seed=0)
 
     @torch.no_grad()
@@ -33,7 +34,7 @@ class ScalarHead(MegatronModule):
         self, hidden_sbh: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """The signature of the output layer it stands for; both optional arguments belong to an unembedding."""
-        if self.config.sequence_parallel:
+        if self.sequence_parallel:
             # Each rank back-propagates the same whole gradient, so each takes its slice of it: no sum.
             hidden_sbh = gather_from_sequence_parallel_region(
                 hidden_sbh, tensor_parallel_output_grad=False, group=self.tp_group

@@ -38,13 +38,14 @@ def reduce_statistics(statistics: Sequence[Mapping[str, Tensor]], layout: Parall
     without work brings zeros under the same names: ranks that differ in names would wait for each other for ever.
     """
     merged: dict[str, float] = {}
-    for entry in statistics:
-        for name, value in entry.items():
-            number = float(value)
-            if name.endswith(("_max", "_max_gap")):
-                merged[name] = max(merged.get(name, -torch.inf), number)
-            else:
-                merged[name] = merged.get(name, 0.0) + number
+    named = [(name, value) for entry in statistics for name, value in entry.items()]
+    # One transfer for all: on a GPU each float() of its own would wait for everything before it.
+    numbers = torch.stack([value.detach().double() for _, value in named]).tolist() if named else []
+    for (name, _), number in zip(named, numbers, strict=True):
+        if name.endswith(("_max", "_max_gap")):
+            merged[name] = max(merged.get(name, -torch.inf), number)
+        else:
+            merged[name] = merged.get(name, 0.0) + number
     names = _from_last_stage(sorted(merged), layout)
     values = torch.tensor([merged.get(name, 0.0) for name in names], dtype=torch.float64, device=device())
     maxima = torch.tensor([name.endswith(("_max", "_max_gap")) for name in names], device=device())
@@ -105,7 +106,7 @@ def _from_last_stage(names: list[str], layout: ParallelLayout) -> list[str]:
 
 
 def gather_rows(rows: list, layout: ParallelLayout) -> list:
-    """Python objects of all data-parallel ranks, dealt back in the order in which `shard` dealt them out."""
+    """Python objects of all data-parallel ranks, dealt back in the order of the rows they were dealt."""
     parts: list = [None] * layout.dp_size
     dist.all_gather_object(parts, rows, group=layout.groups.dp)
     longest = max(len(part) for part in parts)

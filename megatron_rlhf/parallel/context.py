@@ -16,6 +16,12 @@ def local_tokens(length: int, group: dist.ProcessGroup) -> Tensor:
     return _order(length, group.size()).view(group.size(), -1)[group.rank()]
 
 
+def local_pieces(length: int, group: dist.ProcessGroup) -> list[tuple[int, int]]:
+    """The same as the two pieces [start, stop) that they are."""
+    size, rank = length // (2 * group.size()), group.rank()
+    return [(piece * size, (piece + 1) * size) for piece in (rank, 2 * group.size() - 1 - rank)]
+
+
 def split(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """This rank's tokens of what all ranks have."""
     if group.size() == 1:

@@ -4,11 +4,13 @@ A microbatch brings its own loss, already divided by global counts, so one sched
 and lengths, and gradients are plain sums over microbatches and data-parallel ranks.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -17,18 +19,36 @@ from torch import Tensor
 
 from megatron_rlhf.parallel import context
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.packing import Arrangement
 
 Statistics = dict[str, Tensor]
 
 
 @dataclass
 class Microbatch:
-    """Tokens [b, s], padded on the right, and what to do with the model's output [b, s, ...] on the last stage."""
+    """Tokens [b, s], and what to do with the model's output [b, s, ...] on the last stage."""
 
     tokens_bs: Tensor
     loss: Callable[[Tensor], tuple[Tensor, Statistics]]
     inference: dict[str, Any] | None = None
     """Arguments of a decoding pass: position_ids, attention_mask, inference_context."""
+    arrangement: Arrangement | None = None
+    """How sequences lie in the tokens; None: a row each, padded on the right."""
+    wanted_n: Tensor | None = None
+    """Places in [b, s], flattened, whose output [n, ...] the loss gets; None: all, [b, s, ...]."""
+
+    @classmethod
+    def of(cls, arrangement: Arrangement, wanted_nw: Tensor, loss: Callable[[Tensor], tuple[Tensor, Statistics]]):
+        """`wanted_nw`: which tokens of each sequence, on the CPU; the loss gets theirs, sequence by sequence."""
+        wanted = arrangement.place_ns[wanted_nw].to(arrangement.tokens_bs.device, non_blocking=True)
+        return cls(arrangement.tokens_bs, loss, arrangement=arrangement, wanted_n=wanted)
+
+    def sequences(self) -> list[list[int]]:
+        """Token ids of each sequence."""
+        if self.arrangement is None:
+            return self.tokens_bs.tolist()
+        tokens = self.tokens_bs.flatten().tolist()
+        return [[tokens[i] for i in places if i >= 0] for places in self.arrangement.place_ns.tolist()]
 
 
 def forward_backward(
@@ -68,12 +88,15 @@ def _forward_step(data_iterator, model: GPTModel):
     if microbatch.inference is not None:
         output = model(tokens, **microbatch.inference, runtime_gather_output=True)
     else:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = model(context.split(tokens, 1, group), context.split(positions, 1, group), None)
+        output = _read(model, microbatch, group)
 
     def loss_of(output: Tensor):
         if microbatch.inference is None:
             output = context.gather(output, 1, group, sum_gradients=False)
+        if microbatch.wanted_n is not None:
+            output = output.flatten(0, 1)
+            if group.size() > 1:  # elsewhere the model has chosen, before its output layer
+                output = output[microbatch.wanted_n]
         loss, statistics = microbatch.loss(output)
         # The token count of zero tells Megatron-Core that the loss is normalised already.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), statistics
@@ -81,6 +104,19 @@ def _forward_step(data_iterator, model: GPTModel):
     return output, loss_of
 
 
+def _read(model: GPTModel, microbatch: Microbatch, group: dist.ProcessGroup) -> Tensor:
+    tokens, arrangement = microbatch.tokens_bs, microbatch.arrangement
+    packed: dict[str, Any] = {}
+    if arrangement is not None and arrangement.segments is not None:
+        packed["packed_seq_params"] = arrangement.segments
+    positions = arrangement.positions_bs if arrangement is not None else None
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if microbatch.wanted_n is not None and group.size() == 1:
+        packed["loss_mask"] = microbatch.wanted_n
+    return model(context.split(tokens, 1, group), context.split(positions, 1, group), None, **packed)
+
+
 def _empty(like: Microbatch) -> Microbatch:
     # The interleaved schedule wants a multiple of the pipeline size; these fill it up with a loss of zero.
-    return Microbatch(like.tokens_bs[:1], lambda output: (output.sum() * 0.0, {}))
+    return dataclasses.replace(like, loss=lambda output: (output.sum() * 0.0, {}))

@@ -3,6 +3,8 @@
 Shapes: logits [..., vocab / tp], tokens [...]; `group=None` means that one rank holds the whole vocabulary.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,11 +18,25 @@ def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: fl
     """log softmax(logits / temperature) at `tokens`, fp32 (fp64 for fp64 logits), shaped as `tokens`, on every rank of `group`.
 
     Differentiable with respect to this rank's logits: d logprob / d logit_j = ([j = token] - softmax_j) / temperature.
-    No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group.
+    No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group. Nothing of
+    the logits' size is kept or made but their gradient.
     """
+    return _token_logprobs(logits, tokens, group, temperature, False)[0]
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy of softmax(logits / temperature) as a statistic, without gradient, from the same pass."""
+    return _token_logprobs(logits, tokens, group, temperature, True)
+
+
+def _token_logprobs(
+    logits: Tensor, tokens: Tensor, group: Group, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
     assert logits.shape[:-1] == tokens.shape, f"logits {tuple(logits.shape)} do not fit tokens {tuple(tokens.shape)}"
     assert temperature > 0, f"temperature {temperature} must be positive"
-    return _TokenLogprobs.apply(logits, tokens, group, temperature)
+    return _TokenLogprobs.apply(logits, tokens, group, temperature, with_entropy)
 
 
 def entropy(logits: Tensor, group: Group) -> Tensor:
@@ -61,27 +77,69 @@ def _log_softmax(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, group: Group, temperature: float) -> Tensor:
-        shifted, normalizer = _log_softmax(_full_precision(logits) / temperature, group)
-        width = shifted.shape[-1]
-        first = 0 if group is None else group.rank() * width
-        local = tokens - first
-        here = (local >= 0) & (local < width)
-        local = local.clamp(0, width - 1).unsqueeze(-1)
-        chosen = shifted.gather(-1, local).squeeze(-1)
-        chosen = _all_reduce(torch.where(here, chosen, 0.0), group)
-        ctx.save_for_backward((shifted - normalizer).exp_(), local, here)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return chosen - normalizer.squeeze(-1)
+    """A few rows at a time, so that what is made on the way stays in the cache (on a GPU: small)."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        probabilities, local, here = ctx.saved_tensors
-        grad = (grad / ctx.temperature).unsqueeze(-1)
-        grad_logits = probabilities * -grad
-        grad_logits.scatter_add_(-1, local, torch.where(here.unsqueeze(-1), grad, 0.0))
-        return grad_logits.to(ctx.dtype), None, None, None
+    def forward(
+        ctx, logits: Tensor, tokens: Tensor, group: Group, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        flat_nv = logits.reshape(-1, logits.shape[-1])
+        full = torch.float64 if logits.dtype is torch.float64 else torch.float32
+        largest_n1 = _all_reduce(flat_nv.amax(dim=-1, keepdim=True).to(full), group, dist.ReduceOp.MAX)
+        local_n1, here_n1 = _on_this_rank(tokens.reshape(-1, 1), flat_nv.shape[-1], group)
+        chosen_n1 = (flat_nv.gather(-1, local_n1).to(full) - largest_n1) / temperature
+        # Rows: the chosen token's shifted logit, the sum of exp of all, their mean weighted by it.
+        sums_3n = torch.stack(
+            [torch.where(here_n1, chosen_n1, 0.0).squeeze(-1)] + [flat_nv.new_zeros(len(flat_nv), dtype=full)] * 2
+        )
+        for rows in _chunks(flat_nv):
+            shifted = _shifted(flat_nv[rows], largest_n1[rows], temperature)
+            sums_3n[1, rows] = (weights := shifted.exp()).sum(dim=-1)
+            if with_entropy:  # a logit of -inf weighs 0 and adds nothing; 0 * -inf would add NaN
+                sums_3n[2, rows] = weights.mul_(shifted.clamp_(min=torch.finfo(full).min)).sum(dim=-1)
+        chosen_n, total_n, weighted_n = _all_reduce(sums_3n, group)
+        ctx.save_for_backward(flat_nv, largest_n1, total_n.unsqueeze(-1), local_n1, here_n1)
+        ctx.temperature, ctx.shape = temperature, logits.shape
+        entropy_n = (total_n.log() - weighted_n / total_n).view(tokens.shape)
+        ctx.mark_non_differentiable(entropy_n)
+        return (chosen_n - total_n.log()).view(tokens.shape), entropy_n
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        flat_nv, largest_n1, total_n1, local_n1, here_n1 = ctx.saved_tensors
+        grad_n1 = (grad / ctx.temperature).reshape(-1, 1)
+        grad_nv = torch.empty_like(flat_nv)
+        for rows in _chunks(flat_nv):
+            out = grad_nv[rows] if grad_nv.dtype is largest_n1.dtype else None
+            part = _shifted(flat_nv[rows], largest_n1[rows], ctx.temperature, out)
+            part.exp_().mul_(-grad_n1[rows] / total_n1[rows])
+            part.scatter_add_(-1, local_n1[rows], torch.where(here_n1[rows], grad_n1[rows], 0.0))
+            if out is None:
+                grad_nv[rows] = part
+        return grad_nv.view(ctx.shape), None, None, None, None
+
+
+def _shifted(logits_nv: Tensor, largest_n1: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """In the type of `largest_n1`, and a copy of that type only where the logits have another."""
+    if logits_nv.dtype is largest_n1.dtype:
+        shifted = torch.sub(logits_nv, largest_n1, out=out)
+    else:
+        shifted = logits_nv.to(largest_n1.dtype).sub_(largest_n1)
+    return shifted if temperature == 1 else shifted.div_(temperature)
+
+
+def _on_this_rank(tokens: Tensor, width: int, group: Group) -> tuple[Tensor, Tensor]:
+    """(column of each token in this rank's part of the vocabulary, whether it is there at all)."""
+    local = tokens - (0 if group is None else group.rank() * width)
+    return local.clamp(0, width - 1), (local >= 0) & (local < width)
+
+
+def _chunks(logits_nv: Tensor) -> Iterator[slice]:
+    """Rows whose logits take about a megabyte in fp32; 64 on a GPU."""
+    elements = 2**24 if logits_nv.is_cuda else 2**18
+    step = max(elements // logits_nv.shape[-1], 1)
+    for start in range(0, len(logits_nv), step):
+        yield slice(start, start + step)
 
 
 class _Entropy(torch.autograd.Function):

@@ -10,6 +10,9 @@ from megatron_rlhf.config.model import Activation, Norm, Positions
 from megatron_rlhf.planning import parameters
 from megatron_rlhf.planning.placement import FP32, PlacedModel
 
+LOGITS_AT_ONCE = 2**24
+"""How many the loss works on at a time, on a GPU (`parallel.vocab`)."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -17,8 +20,8 @@ class Shape:
 
     rows: int
     length: int
-    response: int | None = None
-    """Positions of a row that a policy loss reads; None for a language-model loss, which reads all."""
+    wanted: float = 1.0
+    """Share of the tokens whose logits a loss reads; a language model's reads all."""
 
     @property
     def tokens(self) -> int:
@@ -81,13 +84,12 @@ def backward_working(placed: PlacedModel, shape: Shape) -> float:
 
 
 def logits_peak(placed: PlacedModel, shape: Shape) -> float:
-    """Logits and what the loss makes of them: the fp32 copy, its shift and its exponentials, vocabulary-parallel."""
+    """Logits and what the loss makes of them, vocabulary-parallel: their gradient, and fp32 copies of a part at a time."""
     width = parameters.padded_vocabulary(placed.model, placed.parallel.tensor) // placed.parallel.tensor
-    e = placed.element
-    if shape.response is None:
-        return shape.tokens * width * (e + 3 * FP32)
-    # A policy loss first copies the response's logits; its entropy then needs more copies than the loss itself.
-    return shape.tokens * width * e + shape.rows * shape.response * width * (2 * e + 5 * FP32)
+    logits = shape.tokens * shape.wanted * width
+    part = min(logits, LOGITS_AT_ONCE) * FP32
+    forward, backward = 2 * part, logits * placed.element + part * (placed.element != FP32)
+    return logits * placed.element + max(forward, backward)
 
 
 def scoring_peak(placed: PlacedModel, shape: Shape) -> dict[str, float]:

@@ -58,11 +58,13 @@ def _with_layouts(config: BaseConfig, layouts: Sequence[ParallelConfig]) -> Iter
 
 def _with_micro_batch(config: BaseConfig, size: int) -> BaseConfig:
     if isinstance(config, PPOConfig):
-        return replace(config, ppo=replace(config.ppo, micro_batch_size=size, ptx_micro_batch_size=size))
+        ppo = replace(config.ppo, micro_batch_size=size, micro_batch_tokens=None)
+        return replace(config, ppo=replace(ppo, ptx_micro_batch_size=size, ptx_micro_batch_tokens=None))
     if isinstance(config, RewardModelConfig):
-        return replace(config, reward_model=replace(config.reward_model, micro_batch_size=size))
+        algorithm = replace(config.reward_model, micro_batch_size=size, micro_batch_tokens=None)
+        return replace(config, reward_model=algorithm)
     assert isinstance(config, SFTConfig)
-    return replace(config, sft=replace(config.sft, micro_batch_size=size))
+    return replace(config, sft=replace(config.sft, micro_batch_size=size, micro_batch_tokens=None))
 
 
 def _by_speed(config: PPOConfig, plan: PlanConfig, layouts: list[ParallelConfig]) -> list[ParallelConfig]:

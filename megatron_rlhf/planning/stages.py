@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.checks import check_layout, check_model, check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
 from megatron_rlhf.config.errors import UserError
@@ -57,37 +58,30 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
     if from_text:
         longest = max(longest, data.pretraining.sequence_length)
         mean += (data.pretraining.sequence_length - mean) * from_text / sft.batch_size
-    rows, count = _microbatches(sft.batch_size, sft.micro_batch_size, placed)
+    shape, batch = _microbatches(sft.batch_size, sft.micro_batch, placed, mean, longest)
     steps = sft.max_steps or sft.epochs * math.ceil(workload.demonstrations / max(sft.batch_size - from_text, 1))
-    phase = _training_phase(
-        "update",
-        placed,
-        cluster,
-        Shape(rows, longest),
-        count,
-        Batch(count, rows * mean, mean),
-        sft.batch_size,
-        sft.dropout,
-    )
+    phase = _training_phase("update", placed, cluster, shape, batch, sft.batch_size * mean, sft.dropout)
     role = PlannedRole("policy", placed, trained=True)
-    return Plan("sft", cluster, [role], [phase], steps, f"micro batch {rows}")
+    return Plan("sft", cluster, [role], [phase], steps, f"micro batch {sft.micro_batch}")
 
 
 def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
-    """The reward model; all completions of a prompt share a microbatch, so the largest K decides its memory."""
+    """The reward model; a prompt passes once, with all its completions: the largest K decides a microbatch's memory."""
     algorithm, data = config.reward_model, config.data
     placed = _place(
         "reward", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel", scalar=True
     )
-    longest = _longest(data.max_prompt_tokens + data.max_response_tokens, placed.model)
-    mean = workload.prompt_tokens + workload.response_tokens
-    prompts, count = _microbatches(algorithm.batch_size, algorithm.micro_batch_size, placed)
+    response = min(data.max_response_tokens, placed.model.max_sequence_length - 1)
+    prompt = min(data.max_prompt_tokens, placed.model.max_sequence_length - response)
+    longest = prompt + min(workload.max_completions, algorithm.max_completions) * response
+    mean = workload.prompt_tokens + workload.completions * workload.response_tokens
+    shape, batch = _microbatches(algorithm.batch_size, algorithm.micro_batch, placed, mean, longest)
+    batch = replace(batch, length=workload.prompt_tokens + workload.response_tokens)
     steps = algorithm.epochs * math.ceil(workload.rankings / algorithm.batch_size)
-    shape = Shape(prompts * min(workload.max_completions, algorithm.max_completions), longest)
-    batch = Batch(count, prompts * workload.completions * mean, mean)
-    phase = _training_phase("update", placed, cluster, shape, count, batch, algorithm.batch_size * workload.completions)
+    phase = _training_phase("update", placed, cluster, shape, batch, algorithm.batch_size * mean)
     role = PlannedRole("reward", placed, trained=True)
-    return Plan("reward_model", cluster, [role], [phase], steps, f"micro batch {prompts} prompts")
+    unit = "" if algorithm.micro_batch.tokens else " prompts"
+    return Plan("reward_model", cluster, [role], [phase], steps, f"micro batch {algorithm.micro_batch}{unit}")
 
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
@@ -120,9 +114,7 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
         _value_phase(config, value, cluster, workload),
     ]
     ppo = config.ppo
-    microbatch = (
-        f"micro batch {ppo.micro_batch_size}, ptx {ppo.ptx_micro_batch_size}, decoding {config.rollout.batch_size}"
-    )
+    microbatch = f"micro batch {ppo.micro_batch}, ptx {ppo.ptx_micro_batch}, decoding {config.rollout.batch_size}"
     return Plan("ppo", cluster, roles, phases, ppo.iterations, microbatch)
 
 
@@ -175,12 +167,12 @@ def _scoring_phase(
     """Two models of one shape and layout read the episodes, one after the other."""
     episodes, length = config.ppo.batch_size, config.data.max_prompt_tokens + config.rollout.max_response_tokens
     mean = workload.prompt_tokens + workload.response_tokens
-    rows, count = _microbatches(episodes, config.ppo.micro_batch_size, readers[0])
-    batch = Batch(count, rows * mean, mean)
+    shape, batch = _microbatches(episodes, config.ppo.micro_batch, readers[0], mean, length)
     seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
     flops = sum(forward_flops(placed, episodes * mean, mean) for placed in readers)
-    memory = _on_every_stage(scoring_peak(readers[0], Shape(rows, length)))
-    return PlannedPhase(name, seconds, flops, readers[0], memory, bubble(readers[0], count), part="scoring")
+    memory = _on_every_stage(scoring_peak(readers[0], shape))
+    idle = bubble(readers[0], batch.microbatches)
+    return PlannedPhase(name, seconds, flops, readers[0], memory, idle, part="scoring")
 
 
 def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]:
@@ -194,15 +186,15 @@ def _policy_phases(
     ppo, text = config.ppo, config.data.pretraining.sequence_length
     mean = workload.prompt_tokens + workload.response_tokens
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    rows, count = _microbatches(ppo.minibatch_size, ppo.micro_batch_size, policy)
-    shapes = [Shape(rows, length, config.rollout.max_response_tokens)]
-    batches = [Batch(count, rows * mean, mean)]
+    shape, batch = _microbatches(ppo.minibatch_size, ppo.micro_batch, policy, mean, length)
+    share = config.rollout.max_response_tokens / length
+    shapes, batches = [replace(shape, wanted=share)], [batch]
     names, sequences, tokens = ["policy"], [ppo.minibatch_size], [mean]
     if ppo.mixes_text:
         examples = ppo.minibatch_size * ppo.ptx_ratio
-        text_rows, text_count = _microbatches(examples, ppo.ptx_micro_batch_size, policy)
-        shapes.append(Shape(text_rows, text))
-        batches.append(Batch(text_count, text_rows * text, text))
+        shape, batch = _microbatches(examples, ppo.ptx_micro_batch, policy, text, text)
+        shapes.append(shape)
+        batches.append(batch)
         names, sequences, tokens = [*names, "ptx"], [*sequences, examples], [*tokens, text]
     total = sum(batch.microbatches for batch in batches)
     updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
@@ -232,11 +224,9 @@ def _value_phase(
 ) -> PlannedPhase:
     ppo, mean = config.ppo, workload.prompt_tokens + workload.response_tokens
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    rows, count = _microbatches(ppo.minibatch_size, ppo.micro_batch_size, critic)
+    shape, batch = _microbatches(ppo.minibatch_size, ppo.micro_batch, critic, mean, length)
     updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
-    phase = _training_phase(
-        "value", critic, cluster, Shape(rows, length), count, Batch(count, rows * mean, mean), ppo.minibatch_size
-    )
+    phase = _training_phase("value", critic, cluster, shape, batch, ppo.minibatch_size * mean)
     return PlannedPhase("value", updates * phase.seconds, updates * phase.flops, critic, phase.memory, phase.bubble)
 
 
@@ -245,19 +235,18 @@ def _training_phase(
     placed: PlacedModel,
     cluster: ClusterConfig,
     shape: Shape,
-    microbatches: int,
     batch: Batch,
-    sequences: float,
+    tokens: float,
     dropout: float = 0.0,
 ) -> PlannedPhase:
-    """One update on `sequences` sequences of the batch's mean length."""
+    """One update on so many tokens, over all copies."""
     return PlannedPhase(
         name,
         sum(schedule_seconds(placed, cluster, [batch], backward=True)) + update_seconds(placed, cluster),
-        _BACKWARD_TOO * forward_flops(placed, sequences * batch.length, batch.length),
+        _BACKWARD_TOO * forward_flops(placed, tokens, batch.length),
         placed,
-        lambda stage: training_peak(placed, stage, shape, microbatches, dropout),
-        bubble(placed, microbatches),
+        lambda stage: training_peak(placed, stage, shape, batch.microbatches, dropout),
+        bubble(placed, batch.microbatches),
     )
 
 
@@ -281,11 +270,17 @@ def _place(
     return PlacedModel(model, parallel, config.precision_of(role), len(ranks), scalar, ranks.start)
 
 
-def _microbatches(sequences: int, micro_batch_size: int, placed: PlacedModel) -> tuple[int, int]:
-    """Rows of a microbatch and microbatches of the fullest data-parallel copy."""
+def _microbatches(
+    sequences: int, budget: Budget, placed: PlacedModel, mean: float, longest: int
+) -> tuple[Shape, Batch]:
+    """The largest microbatch, and all of them on a data-parallel copy: sequences of like length share one, so little is
+    padding; a budget in tokens has none."""
     mine = math.ceil(sequences / placed.data)
-    rows = min(micro_batch_size, mine)
-    return rows, math.ceil(mine / rows)
+    if budget.tokens is not None:
+        count = math.ceil(mine * mean / budget.tokens)
+        return Shape(1, min(budget.tokens, mine * longest)), Batch(count, mine * mean / count, mean)
+    rows = min(budget.sequences or 1, mine)
+    return Shape(rows, longest), Batch(math.ceil(mine / rows), rows * mean, mean)
 
 
 def _longest(tokens: int, model: ModelConfig) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
@@ -59,7 +60,7 @@ def collect_rollout(
     stop_ids: Sequence[int],
     pad_id: int,
     seed: tuple[int, int],
-    micro_batch_size: int,
+    micro_batch_size: Budget | int,
     timer: Timer,
     meanwhile: Callable[[], None],
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
@@ -72,11 +73,12 @@ def collect_rollout(
         completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)
         responses = Responses.pack([list(p) for p in prompts], completions, pad_id, collectives.device())
     tokens_bs, temperature = responses.tokens_bs, config.temperature
+    asked = responses.sequences
     with timer("scoring"):
-        scores_bs = roles.reward.values(tokens_bs, micro_batch_size)
-        values_bs = roles.value.values(tokens_bs, micro_batch_size)
-        logprobs_bs = roles.policy.logprobs(tokens_bs, micro_batch_size, temperature, as_response=True)
-        ref_logprobs_bs = roles.reference.logprobs(tokens_bs, micro_batch_size, temperature, as_response=True)
+        scores_bs = roles.reward.values(asked, micro_batch_size)
+        values_bs = roles.value.values(asked, micro_batch_size)
+        logprobs_bs = roles.policy.logprobs(asked, micro_batch_size, temperature, as_response=True)
+        ref_logprobs_bs = roles.reference.logprobs(asked, micro_batch_size, temperature, as_response=True)
     meanwhile()
     with timer("exchange"):
         for judged in (scores_bs, values_bs):

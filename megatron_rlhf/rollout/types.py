@@ -3,11 +3,14 @@
 Legend: b = episodes (the whole batch, on every rank), s = prompt and response padded on the right, t = response positions.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from megatron_rlhf.parallel.packing import Sequences
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,18 @@ class Responses:
             response_lengths_b=torch.tensor([len(c.tokens) for c in completions], device=device),
             stopped_b=torch.tensor([c.stopped for c in completions], device=device),
         )
+
+    @functools.cached_property
+    def sequences(self) -> Sequences:
+        """What the roles are asked: about each response, from its prompt's last token on. Samples of one prompt share it."""
+        prompts, responses = self.prompt_lengths_b.tolist(), self.response_lengths_b.tolist()
+        lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        texts = [tuple(row[:prompt]) for row, prompt in zip(self.tokens_bs.tolist(), prompts, strict=True)]
+        numbers_of = {text: number for number, text in enumerate(texts)}
+        first, ends = (torch.tensor(numbers).unsqueeze(-1) for numbers in (prompts, lengths))
+        places = torch.arange(self.tokens_bs.shape[1])
+        wanted = (places >= first - 1) & (places < ends)
+        return Sequences(self.tokens_bs, lengths, wanted, prompts, [numbers_of[text] for text in texts])
 
     @property
     def mask_bt(self) -> Tensor:
@@ -126,19 +141,50 @@ class Experience:
         """Some of the episodes."""
         return Experience(*(getattr(self, field.name)[indices] for field in fields(self)))
 
-    def trimmed(self) -> "Experience":
-        """Without the columns that are padding in every row."""
-        width = int(self.mask_bt.sum(dim=1).amax())
-        length = int(self.positions_bt[:, :width].amax()) + 2 if width else 2
-        per_token = (getattr(self, field.name)[:, :width] for field in fields(self)[1:])
-        return Experience(self.tokens_bs[:, :length], *per_token)
+    @functools.cached_property
+    def _response_lengths(self) -> Tensor:
+        return self.mask_bt.sum(dim=1).cpu()
 
-    def uncounted(self) -> "Experience":
-        """The same with an empty mask: passed forward, adding nothing."""
-        return replace(self, mask_bt=torch.zeros_like(self.mask_bt))
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return int(self._response_lengths.sum())
+
+    @functools.cached_property
+    def sequences(self) -> Sequences:
+        """What is read to predict the responses: all but each one's last token; wanted are the tokens that predict."""
+        first = self.positions_bt[:, 0].cpu()
+        ends = first + self._response_lengths
+        places = torch.arange(self.tokens_bs.shape[1])
+        wanted = (places >= first.unsqueeze(-1)) & (places < ends.unsqueeze(-1))
+        return Sequences(self.tokens_bs, ends.tolist(), wanted)
+
+    def response_tokens(self, rows: Sequence[int], counts: bool = True) -> "ExperienceTokens":
+        """The response tokens of some episodes, one after the other."""
+        index = torch.tensor(rows)
+        columns = torch.arange(self.mask_bt.shape[1])
+        row_n, column_n = (columns < self._response_lengths[index].unsqueeze(-1)).nonzero(as_tuple=True)
+        place = (index[row_n].to(self.tokens_bs.device), column_n.to(self.tokens_bs.device))
+        targets_n = self.tokens_bs[place[0], self.positions_bt[place] + 1]
+        floats = (getattr(self, field.name)[place] for field in fields(self)[3:])
+        return ExperienceTokens(targets_n, torch.full_like(targets_n, counts, dtype=torch.bool), *floats)
 
     def minibatches(self, size: int, seed: tuple[int, ...]) -> Iterator["Experience"]:
         """Shuffled minibatches; `seed` is hashed, so (run seed, step, epoch) gives the same order on every rank."""
         generator = torch.Generator().manual_seed(hash(seed) % 2**63)
         for indices in torch.randperm(len(self), generator=generator).split(size):
             yield self.rows(indices.to(self.tokens_bs.device))
+
+
+@dataclass(frozen=True)
+class ExperienceTokens:
+    """Response tokens of a microbatch and what is known of each, [n]."""
+
+    targets_n: Tensor
+    """Their ids."""
+    mask_n: Tensor
+    """False where a microbatch only keeps a schedule going."""
+    logprobs_n: Tensor
+    values_n: Tensor
+    advantages_n: Tensor
+    returns_n: Tensor

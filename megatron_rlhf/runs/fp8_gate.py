@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.model import Fp8Recipe
 from megatron_rlhf.config.training import Fp8Config
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
@@ -26,7 +27,7 @@ class Fp8Gate:
     config: Fp8Config
     role: Role
     batch: TokenBatch
-    micro_batch_size: int
+    micro_batch_size: Budget | int
     temperature: float = 1.0
     fell_back_at: int | None = None
     """Step before which the policy went over to bf16."""
@@ -37,7 +38,7 @@ class Fp8Gate:
         config: Fp8Config,
         role: Role,
         texts: Sequence[Sequence[int] | Tensor],
-        micro_batch_size: int,
+        micro_batch_size: Budget | int,
         temperature: float = 1.0,
     ) -> "Fp8Gate | None":
         """A gate over a role that computes in fp8; None for any other. `texts` are token ids; the first few are compared."""
@@ -76,7 +77,7 @@ class Fp8Gate:
         return float(difference.mean()), float(difference.max())
 
     def _logprobs(self) -> Tensor:
-        return self.role.logprobs(self.batch.tokens_bs, self.micro_batch_size, self.temperature)
+        return self.role.logprobs(self.batch.sequences, self.micro_batch_size, self.temperature)
 
     def _settle(self) -> None:
         """Delayed scales start at 1 and follow what passes through in training: let the batch pass, and forget its gradients."""

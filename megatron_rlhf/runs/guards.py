@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel.packing import plan
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics
 from megatron_rlhf.rollout.types import Rollout
 
@@ -81,9 +83,9 @@ class Guard:
         entries = [
             {
                 "microbatch": i,
-                "samples": [self.identify(row) for row in microbatches[i].tokens_bs.tolist()],
+                "samples": [self.identify(row) for row in microbatches[i].sequences()],
                 "statistics": {name: repr(float(value)) for name, value in statistics[i].items()},
-                "tokens": microbatches[i].tokens_bs.tolist(),
+                "tokens": microbatches[i].sequences(),
             }
             for i in bad
         ]
@@ -103,7 +105,7 @@ class Guard:
             )
 
     def require_finite(
-        self, rollout: Rollout, prompt_ids: Sequence[int], micro_batch_size: int, dp_sizes: Mapping[str, int]
+        self, rollout: Rollout, prompt_ids: Sequence[int], micro_batch: Budget | int, dp_sizes: Mapping[str, int]
     ) -> None:
         """Raise NotFinite, on every rank, where a role gave a rollout a number that is not finite.
 
@@ -124,9 +126,13 @@ class Guard:
         for (role, what), rows in found.items():
             if not rows:
                 continue
-            size = dp_sizes[role]
+            asked = rollout.responses.sequences
+            asked = asked.until(-1) if role in ("policy", "reference") else asked
             places = {
-                row: f"microbatch {row // size // micro_batch_size} of data-parallel rank {row % size}" for row in rows
+                row: f"microbatch {i} of data-parallel rank {rank}"
+                for rank, microbatches in enumerate(plan(asked, micro_batch, dp_sizes[role]))
+                for i, microbatch in enumerate(microbatches)
+                for row in microbatch
             }
             samples = [f"prompt {prompt_ids[row]} ({places[row]})" for row in rows]
             parts.append(f"{role}: {what} of {_few(samples)}")

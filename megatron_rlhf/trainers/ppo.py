@@ -93,7 +93,7 @@ class PPOTrainer(Trainer):
         self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
-        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch_size, temperature)
+        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch, temperature)
 
     @property
     def total_steps(self) -> int:
@@ -158,7 +158,7 @@ class PPOTrainer(Trainer):
                 self.tokenizer.stop_ids,
                 self.tokenizer.pad_id,
                 seed=(self.config.run.seed, self.step),
-                micro_batch_size=self.config.ppo.micro_batch_size,
+                micro_batch_size=self.config.ppo.micro_batch,
                 timer=self.session.timer,
                 meanwhile=self._pretrain_ahead,
                 stop_watch=self.tokenizer.stop_watch,
@@ -169,7 +169,7 @@ class PPOTrainer(Trainer):
     def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
         roles = self.roles
         sizes = {role.name: role.layout.dp_size for role in (roles.policy, roles.reference, roles.reward, roles.value)}
-        self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch_size, sizes)
+        self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch, sizes)
 
     def _refresh_sampler(self) -> None:
         """The policy's present weights to the layout that samples."""
@@ -202,7 +202,7 @@ class PPOTrainer(Trainer):
     def _pretraining_microbatches(self) -> list[Microbatch]:
         ppo, batch = self.config.ppo, self._next_pretraining()
         return language_model_microbatches(
-            batch, self.policy.role, ppo.ptx_micro_batch_size, "ptx/loss", weight=self.text_weight.coef
+            batch, self.policy.role, ppo.ptx_micro_batch, "ptx/loss", weight=self.text_weight.coef
         )
 
     def _update_value(self, minibatch: Experience) -> Update:
@@ -230,7 +230,7 @@ class PPOTrainer(Trainer):
         data = self.pretraining.held_out
         count = min(len(data), self.config.data.pretraining.held_out_samples)
         batch = TokenBatch.pack([data[i] for i in range(count)], [1] * count)
-        micro = self.config.ppo.ptx_micro_batch_size
+        micro = self.config.ppo.ptx_micro_batch
         policy, tokens = language_model_nll(self.policy.role, batch, micro)
         reference, _ = language_model_nll(self.roles.reference, batch, micro)
         return {"tax/pretraining_loss": policy / tokens, "tax/reference_pretraining_loss": reference / tokens}

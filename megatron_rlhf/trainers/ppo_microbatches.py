@@ -1,72 +1,72 @@
 """PPO's two losses as microbatches of a minibatch, normalised by its response tokens over all ranks.
 
-Legend: b = episodes, s = sequence, t = response positions, v = vocabulary (this tensor-parallel rank's part).
+Legend: n = response tokens of a microbatch, v = vocabulary (this tensor-parallel rank's part).
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from megatron_rlhf.algorithms.losses import policy_loss, value_loss
 from megatron_rlhf.algorithms.masking import masked_sum
 from megatron_rlhf.config.stages import PPOConfig
-from megatron_rlhf.models.microbatches import local_rows, pad_to_layout
+from megatron_rlhf.models.microbatches import local_rows
+from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.vocab import token_logprobs
-from megatron_rlhf.rollout.types import Experience
+from megatron_rlhf.parallel.vocab import token_logprobs_and_entropy
+from megatron_rlhf.rollout.types import Experience, ExperienceTokens
 from megatron_rlhf.trainers.step import TrainedRole
 
 
 def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOConfig) -> list[Microbatch]:
     """The clipped policy loss of a minibatch; the entropy comes along as a statistic."""
     role, temperature = policy.role, config.rollout.temperature
-    tokens_in_minibatch = minibatch.mask_bt.sum()
+    tokens_in_minibatch = minibatch.num_tokens
 
-    def microbatch(part: Experience) -> Microbatch:
-        targets_bt = part.tokens_bs.gather(1, part.positions_bt + 1)
+    def loss_of(tokens: ExperienceTokens, logits_nv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs_n, entropy_n = token_logprobs_and_entropy(
+            role.respond(logits_nv), tokens.targets_n, role.layout.groups.tp, temperature
+        )
+        loss, statistics = policy_loss(
+            logprobs_n, tokens.logprobs_n, tokens.advantages_n, tokens.mask_n, config.ppo.clip, tokens_in_minibatch
+        )
+        statistics["entropy"] = masked_sum(entropy_n, tokens.mask_n) / tokens_in_minibatch
+        return loss, _named("policy", loss, statistics)
 
-        def loss_of(logits_bsv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            rows = torch.arange(len(part), device=logits_bsv.device).unsqueeze(-1)
-            logits_btv = role.respond(logits_bsv[rows, part.positions_bt])  # prompts and padding need no softmax
-            logprobs_bt = token_logprobs(logits_btv, targets_bt, role.layout.groups.tp, temperature)
-            loss, statistics = policy_loss(
-                logprobs_bt, part.logprobs_bt, part.advantages_bt, part.mask_bt, config.ppo.clip, tokens_in_minibatch
-            )
-            with torch.no_grad():
-                entropy_bt = role.entropy(logits_btv.detach() / temperature)
-                statistics["entropy"] = masked_sum(entropy_bt, part.mask_bt) / tokens_in_minibatch
-            return loss, _named("policy", loss, statistics)
-
-        return Microbatch(pad_to_layout(part.tokens_bs, role), loss_of)
-
-    return _experience_microbatches(minibatch, policy, config, microbatch)
+    return _experience_microbatches(minibatch, role, config, loss_of)
 
 
 def value_microbatches(minibatch: Experience, value: TrainedRole, config: PPOConfig) -> list[Microbatch]:
     """The clipped value loss of a minibatch."""
-    tokens_in_minibatch = minibatch.mask_bt.sum()
+    tokens_in_minibatch = minibatch.num_tokens
 
-    def microbatch(part: Experience) -> Microbatch:
-        def loss_of(values_bs1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            values_bt = values_bs1.squeeze(-1).gather(1, part.positions_bt)
-            loss, statistics = value_loss(
-                values_bt, part.values_bt, part.returns_bt, part.mask_bt, config.ppo.value_clip, tokens_in_minibatch
-            )
-            return loss, _named("value", loss, statistics)
+    def loss_of(tokens: ExperienceTokens, values_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, statistics = value_loss(
+            values_n1.squeeze(-1),
+            tokens.values_n,
+            tokens.returns_n,
+            tokens.mask_n,
+            config.ppo.value_clip,
+            tokens_in_minibatch,
+        )
+        return loss, _named("value", loss, statistics)
 
-        return Microbatch(pad_to_layout(part.tokens_bs, value.role), loss_of)
-
-    return _experience_microbatches(minibatch, value, config, microbatch)
+    return _experience_microbatches(minibatch, value.role, config, loss_of)
 
 
 def _experience_microbatches(
-    minibatch: Experience, trained: TrainedRole, config: PPOConfig, build: Callable[[Experience], Microbatch]
+    minibatch: Experience,
+    role: Role,
+    config: PPOConfig,
+    loss_of: Callable[[ExperienceTokens, Tensor], tuple[Tensor, dict[str, Tensor]]],
 ) -> list[Microbatch]:
+    size, sequences = config.ppo.micro_batch, minibatch.sequences
     result = []
-    for rows, counts in local_rows(len(minibatch), trained.role, config.ppo.micro_batch_size):
-        part = minibatch.rows(rows).trimmed()
-        result.append(build(part if counts else part.uncounted()))
+    for rows, counts in local_rows(sequences, role, size):
+        tokens = minibatch.response_tokens(rows, counts)
+        arranged = role.arrange(sequences, rows, size)
+        result.append(Microbatch.of(arranged, sequences.wanted(rows), partial(loss_of, tokens)))
     return result
 
 

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from megatron_rlhf.algorithms.losses import comparison_loss, correct_pairs
 from megatron_rlhf.algorithms.schedules import cosine_lr
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.stages import RewardModelConfig
-from megatron_rlhf.data.batches import ShuffledBatches, shard
+from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.comparisons import Comparison
-from megatron_rlhf.models.microbatches import local_rows, pad_to_layout
+from megatron_rlhf.models.microbatches import local_rows
 from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.packing import Sequences, share_out
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.runs.agreement import require_same_batch
 from megatron_rlhf.runs.session import Session
@@ -29,11 +31,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """Completions of some prompts, one row each, n = sum of their numbers; and pairs of rows, q = sum of their comparisons."""
+    """Completions of some prompts, n = sum of their numbers; and pairs of them, q = sum of their comparisons."""
 
-    tokens_ns: Tensor
-    last_n: Tensor
-    """Position of the last token, where the score is read."""
+    sequences: Sequences
+    """Prompts with their completions, which read them once; wanted is the last token of each, where the score is read."""
     better_q: Tensor
     worse_q: Tensor
     prompt_index_q: Tensor
@@ -43,24 +44,32 @@ class RankedBatch:
     @classmethod
     def pack(cls, comparisons: Sequence[Comparison]) -> "RankedBatch":
         rows: list[list[int]] = []
+        prompts: list[int] = []
         pairs = []
         for index, comparison in enumerate(comparisons):
             better, worse, of = torch.from_numpy(comparison.pairs).unbind(dim=1)
             pairs.append(torch.stack([better + len(rows), worse + len(rows), torch.full_like(of, index), of]))
             rows += [[*comparison.prompt_tokens.tolist(), *r.tolist()] for r in comparison.responses_tokens]
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row)
-        last = torch.tensor([len(row) - 1 for row in rows])
-        return cls(*(part.to(collectives.device()) for part in (tokens, last, *torch.cat(pairs, dim=1))))
-
-    def scores(self, values_ns: Tensor) -> Tensor:
-        """The scalar head's output where each completion ends, [n]."""
-        return values_ns.gather(1, self.last_n.unsqueeze(-1)).squeeze(-1)
+            prompts += [index] * len(comparison.responses_tokens)
+        sequences = texts_to_score(rows, [len(comparisons[index].prompt_tokens) for index in prompts], prompts)
+        return cls(sequences, *(part.to(collectives.device()) for part in torch.cat(pairs, dim=1)))
 
     def margins(self, scores_n: Tensor) -> Tensor:
         """How much higher the better completion of each pair scores, [q]."""
         return scores_n[self.better_q] - scores_n[self.worse_q]
+
+
+def texts_to_score(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None, prompts: Sequence[int] | None = None
+) -> Sequences:
+    """Texts whose last token is asked about."""
+    lengths = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    last = torch.zeros(tokens.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        last[i, len(row) - 1] = True
+    return Sequences(tokens.to(collectives.device()), lengths, last, prompt_lengths, prompts)
 
 
 @dataclass
@@ -103,7 +112,7 @@ class RewardModelTrainer(Trainer):
         contents: list[Any] = [x for c in comparisons for x in (c.prompt_tokens, *c.responses_tokens, c.pairs.ravel())]
         require_same_batch(self.step, contents)
         lr = cosine_lr(self.step, self.total_steps, optimizer.lr, algorithm.final_lr_fraction, algorithm.warmup_steps)
-        sizes = algorithm.micro_batch_size, algorithm.max_completions
+        sizes = algorithm.micro_batch, algorithm.max_completions
         update = self.reward.update(ranking_microbatches(comparisons, self.reward, *sizes), lr)
         statistics = update.statistics
         tokens = sum(len(c.prompt_tokens) + len(r) for c in comparisons for r in c.responses_tokens)
@@ -137,7 +146,7 @@ class RewardModelTrainer(Trainer):
         loss = 0.0
         for part in _parts(comparisons, [len(c.responses_tokens) for c in comparisons], VALIDATION_COMPLETIONS):
             batch = RankedBatch.pack(part)
-            margin_q = batch.margins(self._scores(batch))
+            margin_q = batch.margins(self._scores(batch.sequences))
             loss += float(comparison_loss(margin_q, batch.prompt_index_q, normalizer=1.0)[0])
             for k, correct in zip(batch.completions_q.tolist(), correct_pairs(margin_q).tolist(), strict=True):
                 by_k[k][0] += correct
@@ -149,19 +158,16 @@ class RewardModelTrainer(Trainer):
             **{f"rm/validation_accuracy_k{k}": counts[0] / counts[1] for k, counts in sorted(by_k.items())},
         }
 
-    def _scores(self, batch: RankedBatch) -> Tensor:
-        return batch.scores(self.reward.role.values(batch.tokens_ns, self.config.reward_model.micro_batch_size * 4))
+    def _scores(self, sequences: Sequences) -> Tensor:
+        values_ns = self.reward.role.values(sequences, self.config.reward_model.micro_batch * SCORED_AT_ONCE)
+        return values_ns.sum(dim=1)  # zero but at the last token
 
     @torch.no_grad()
     def _center_on_demonstrations(self) -> None:
         """Shift the bias so that demonstrations score 0 on average: PPO's rewards then start near 0."""
         total, count = 0.0, len(self.demonstrations)
         for part in _parts(self.demonstrations, [1] * count, VALIDATION_COMPLETIONS):
-            width = max(map(len, part))
-            tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in part], device=collectives.device())
-            last = torch.tensor([len(row) - 1 for row in part], device=tokens.device)
-            values = self.reward.role.values(tokens, self.config.reward_model.micro_batch_size * 4)
-            total += float(values.gather(1, last.unsqueeze(-1)).sum())
+            total += float(self._scores(texts_to_score(part)).sum())
         mean = total / max(count, 1)
         self.reward.add_to("output_layer.bias", -mean)
         log.info("bias %.4f: %d demonstrations now score 0 on average", -mean, count)
@@ -177,58 +183,68 @@ class RewardModelTrainer(Trainer):
 VALIDATION_COMPLETIONS = 256
 
 
+# Without gradients there is room for so many times a microbatch.
+SCORED_AT_ONCE = 4
+
+
 def ranking_microbatches(
-    comparisons: Sequence[Comparison], reward: TrainedRole, micro_batch_size: int, max_completions: int
+    comparisons: Sequence[Comparison], reward: TrainedRole, micro_batch_size: Budget | int, max_completions: int
 ) -> list[Microbatch]:
     """This data-parallel rank's share of the batch, normalised by the prompts of the whole batch.
 
-    Each prompt is whole in one microbatch, but for those of more than `max_completions`, see `_large_prompts`.
+    Each prompt is whole in one microbatch, but for those that are too large, see `_large_prompts`.
     """
-    layout, prompts = reward.role.layout, float(len(comparisons))
+    role, prompts, budget = reward.role, float(len(comparisons)), Budget.of(micro_batch_size)
 
     def microbatch(part: Sequence[Comparison], counts: bool) -> Microbatch:
         batch = RankedBatch.pack(part)
+        rows = range(len(batch.sequences.lengths))
 
-        def loss_of(values_ns1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            margin_q = batch.margins(batch.scores(values_ns1.squeeze(-1)))
+        def loss_of(scores_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            margin_q = batch.margins(scores_n1.squeeze(-1))
             loss, statistics = comparison_loss(margin_q, batch.prompt_index_q, prompts)
             return loss * counts, _named(loss, statistics, counts)
 
-        return Microbatch(pad_to_layout(batch.tokens_ns, reward.role), loss_of)
+        return Microbatch.of(role.arrange(batch.sequences, rows, budget), batch.sequences.wanted(rows), loss_of)
 
-    small = [c for c in comparisons if len(c.responses_tokens) <= max_completions]
-    large = [c for c in comparisons if len(c.responses_tokens) > max_completions]
-    mine = shard(small, layout.dp_rank, layout.dp_size)
-    microbatches = [microbatch(mine[i : i + micro_batch_size], True) for i in range(0, len(mine), micro_batch_size)]
+    def is_large(comparison: Comparison) -> bool:
+        too_long = budget.tokens is not None and comparison.num_tokens > budget.tokens
+        return too_long or len(comparison.responses_tokens) > max_completions
+
+    small = [c for c in comparisons if not is_large(c)]
+    large = [c for c in comparisons if is_large(c)]
+    mine = share_out([c.num_tokens for c in small], budget, role.layout.dp_size)[role.layout.dp_rank]
+    microbatches = [microbatch([small[i] for i in part], True) for part in mine]
     if large:
-        microbatches += _large_prompts(large, reward, max_completions, prompts)
+        at_once = Budget(sequences=max_completions) if budget.tokens is None else budget
+        microbatches += _large_prompts(large, reward, at_once, prompts)
     return microbatches or [microbatch(small[:1], False)]
 
 
 def _large_prompts(
-    comparisons: Sequence[Comparison], reward: TrainedRole, max_completions: int, prompts: float
+    comparisons: Sequence[Comparison], reward: TrainedRole, at_once: Budget, prompts: float
 ) -> list[Microbatch]:
-    """Prompts with too many completions for one pass, in parts of `max_completions`, dealt out over all ranks.
+    """Prompts with too many completions for one pass, in parts, dealt out over all ranks.
 
     All completions are scored first, without gradients. The loss's derivative by each score, times the score when it is
     computed again, has the same gradient by the weights as the loss.
     """
-    batch = RankedBatch.pack(comparisons)
-    scores_n = batch.scores(reward.role.values(batch.tokens_ns, max_completions)).requires_grad_()
+    role, batch = reward.role, RankedBatch.pack(comparisons)
+    scores_n = role.values(batch.sequences, at_once).sum(dim=1).requires_grad_()
     with torch.enable_grad():
         loss, statistics = comparison_loss(batch.margins(scores_n), batch.prompt_index_q, prompts)
     (slope_n,) = torch.autograd.grad(loss, scores_n)
 
-    def microbatch(rows: Tensor, counts: bool) -> Microbatch:
-        tells = counts and bool((rows == 0).any())  # one of all parts brings the figures of all
+    def microbatch(rows: list[int], counts: bool) -> Microbatch:
+        tells = counts and 0 in rows  # one of all parts brings the figures of all
+        slopes = slope_n[torch.tensor(rows, device=slope_n.device)]
 
-        def loss_of(values_ns1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = values_ns1.squeeze(-1).gather(1, batch.last_n[rows].unsqueeze(-1)).squeeze(-1)
-            return (scores * slope_n[rows]).sum() * counts, _named(loss, statistics, tells)
+        def loss_of(scores_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return (scores_n1.squeeze(-1) * slopes).sum() * counts, _named(loss, statistics, tells)
 
-        return Microbatch(pad_to_layout(batch.tokens_ns[rows], reward.role), loss_of)
+        return Microbatch.of(role.arrange(batch.sequences, rows, at_once), batch.sequences.wanted(rows), loss_of)
 
-    return [microbatch(rows, counts) for rows, counts in local_rows(len(batch.tokens_ns), reward.role, max_completions)]
+    return [microbatch(rows, counts) for rows, counts in local_rows(batch.sequences, role, at_once)]
 
 
 def _named(loss: Tensor, statistics: Mapping[str, Tensor], counts: bool) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rlhf.config import checks
+from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRAINED_REWARD, VALUE
 from megatron_rlhf.data.comparisons import load_comparisons
@@ -55,6 +56,10 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     pretraining = None
     if data.pretraining_mix > 0:
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
+    longest = max((len(d.tokens) for part in (demonstrations, validation) for d in part or ()), default=0)
+    if pretraining is not None:
+        longest = max(longest, data.pretraining.sequence_length)
+    require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     policy = parts.make_role("policy", model, layout, config, source, dropout=config.sft.dropout)
@@ -94,6 +99,14 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         demonstrations = [
             [*c.prompt_tokens.tolist(), *c.responses_tokens[i].tolist()] for c in training for i in c.best
         ]
+    texts = [len(c.prompt_tokens) + len(r) for part in (training, validation) for c in part for r in c.responses_tokens]
+    longest = max([*texts, *map(len, demonstrations)])
+    require_room(
+        "reward_model.micro_batch_tokens",
+        config.reward_model.micro_batch_tokens,
+        longest,
+        "the longest prompt and response",
+    )
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
@@ -128,9 +141,12 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
     prompts = parts.make_prompts(config.data, tokenizer)
-    pretraining = None
+    ppo, pretraining = config.ppo, None
+    longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_response_tokens
+    require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
     if config.data.pretraining.source is not None:
-        ppo = config.ppo
+        text = config.data.pretraining.sequence_length
+        require_room("ppo.ptx_micro_batch_tokens", ppo.ptx_micro_batch_tokens, text, "a pretraining sequence")
         examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.mixes_text else 1
         pretraining = parts.make_pretraining(config.data.pretraining, tokenizer, model, examples, session)
     policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())

@@ -60,7 +60,7 @@ class SFTTrainer(Trainer):
         self.texts_seen = 0
         self.tokens_seen = 0
         self.best: tuple[float, str] | None = None
-        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, self._first_texts(), sft.micro_batch_size)
+        self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, self._first_texts(), sft.micro_batch)
 
     def _first_texts(self) -> list[Any]:
         if self.demonstrations is not None:
@@ -103,13 +103,11 @@ class SFTTrainer(Trainer):
         microbatches = [
             microbatch
             for name, batch, weight in kinds
-            for microbatch in language_model_microbatches(
-                batch, self.policy.role, sft.micro_batch_size, name, weight=weight
-            )
+            for microbatch in language_model_microbatches(batch, self.policy.role, sft.micro_batch, name, weight=weight)
         ]
         lr = cosine_lr(self.step, self.total_steps, optimizer.lr, sft.final_lr_fraction, sft.warmup_steps)
         update = self.policy.update(microbatches, lr)
-        tokens = sum(batch.tokens_bs.numel() for _, batch, _ in kinds)
+        tokens = sum(sum(batch.sequences.lengths) for _, batch, _ in kinds)
         self.tokens_seen += sum(batch.num_targets for _, batch, _ in kinds)
         return {
             "sft/loss": sum(weight * update.statistics[name] for name, _, weight in kinds),
@@ -157,7 +155,7 @@ class SFTTrainer(Trainer):
         total, tokens = 0.0, 0
         for start in range(0, len(examples), VALIDATION_BATCH):
             part = examples[start : start + VALIDATION_BATCH]
-            nll, count = language_model_nll(self.policy.role, _pack(part), self.config.sft.micro_batch_size)
+            nll, count = language_model_nll(self.policy.role, _pack(part), self.config.sft.micro_batch)
             total, tokens = total + nll, tokens + count
         return total / max(tokens, 1)
 
@@ -178,7 +176,7 @@ class SFTTrainer(Trainer):
             self.tokenizer.stop_watch,
         )
         responses = Responses.pack(prompts, completions, self.tokenizer.pad_id, collectives.device())
-        scores_bs = self.reward.values(responses.tokens_bs, self.config.sft.micro_batch_size)
+        scores_bs = self.reward.values(responses.sequences, self.config.sft.micro_batch)
         return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
 
     def after_step(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.batches import ShuffledBatches, shard
+from megatron_rlhf.data.batches import ShuffledBatches
 
 
 def flat(lists):
@@ -89,12 +89,3 @@ def test_resume_with_other_data_or_seed_is_refused():
         ShuffledBatches(11, 4, seed=1).load_state_dict(state)
     with pytest.raises(UserError, match="seed 1, this run 2"):
         ShuffledBatches(10, 4, seed=2).load_state_dict(state)
-
-
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
-def test_shards_are_disjoint_and_complete(dp_size):
-    batch = [7, 3, 9, 1, 4]
-    parts = [shard(batch, rank, dp_size) for rank in range(dp_size)]
-    assert sorted(flat(parts)) == sorted(batch)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert shard(batch, 1, 2) == [3, 1]

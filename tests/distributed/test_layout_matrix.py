@@ -57,6 +57,22 @@ CASES = {
         4, "pipeline=2 distributed_optimizer=true recompute=full", "tensor=2 sequence=true distributed_optimizer=true"
     ),
 }
+# Token budgets: sequences packed without padding.
+PACKED = (
+    "sft.micro_batch_size=null sft.micro_batch_tokens=60",
+    "reward_model.micro_batch_tokens=90",
+    "ppo.micro_batch_size=null ppo.micro_batch_tokens=60 ppo.ptx_micro_batch_tokens=50",
+)
+PACKED_CASES = {
+    "packed": Case(1, ""),
+    "packed_pp2_virtual2_full": Case(2, "pipeline=2 virtual_stages=2 recompute=full", "context=2"),
+}
+LARGE_PACKED = {
+    "packed_tp2_sp": Case(2, "tensor=2 sequence=true", "pipeline=2"),
+    "packed_cp2": Case(2, "context=2", "distributed_optimizer=true"),
+    "packed_tp2_pp2_dp2": Case(8, "tensor=2 pipeline=2 sequence=true", "context=2 pipeline=2 recompute=selective"),
+    "packed_pp2_dp2_distributed": Case(4, "pipeline=2 distributed_optimizer=true", "tensor=2 sequence=true"),
+}
 LARGE = {
     "cp2_tp2_sp_distributed": Case(4, "context=2 tensor=2 sequence=true distributed_optimizer=true", "pipeline=2"),
     "cp2_pp2_full": Case(4, "context=2 pipeline=2 recompute=full", "context=4"),
@@ -153,8 +169,12 @@ def run_all(arguments: dict[str, list[str]]):
     return {stage: run_stage(stage, overrides) for stage, overrides in arguments.items()}
 
 
-def results_of(recipe: Recipe, name: str, case: Case, timeout: float = 400, only: Sequence[str] = STAGES):
+def results_of(
+    recipe: Recipe, name: str, case: Case, timeout: float = 400, only: Sequence[str] = STAGES, more: Sequence[str] = ()
+):
     arguments = {stage: given for stage, given in stages(recipe, name, case).items() if stage in only}
+    for stage, overrides in zip(STAGES, more, strict=False):
+        arguments[stage] += overrides.split()
     ranks = run_ranks(case.ranks, run_all, arguments, timeout=timeout)
     weights = {stage: whole_weights([rank[stage] for rank in ranks]) for stage in arguments}
     suffixes = {"sft": "sft", "reward_model": "rm", "ppo": "ppo"}
@@ -168,9 +188,9 @@ def one_rank(recipe):
     return results_of(recipe, "one_rank", Case(1, ""))
 
 
-def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STAGES):
+def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STAGES, more=()):
     """All figures and weights against one rank's; tools/benchmark.py layouts makes a table of what is recorded."""
-    weights, metrics, samples = results_of(recipe, name, case, timeout, only)
+    weights, metrics, samples = results_of(recipe, name, case, timeout, only, more)
     expected_weights, expected_metrics, expected_samples = one_rank
     figures, gaps = [], []
     for stage in only:
@@ -197,6 +217,14 @@ def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STA
 @pytest.mark.parametrize("name", CASES)
 def test_every_figure_at_every_layout(name, recipe, one_rank, record_property):
     compare(recipe, one_rank, record_property, name, CASES[name])
+
+
+@pytest.mark.parametrize(
+    "name", [*PACKED_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE_PACKED)]
+)
+def test_every_figure_of_packed_sequences(name, recipe, one_rank, record_property):
+    """Against rows padded to the longest of two, on one rank."""
+    compare(recipe, one_rank, record_property, name, (PACKED_CASES | LARGE_PACKED)[name], more=PACKED)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

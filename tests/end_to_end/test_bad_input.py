@@ -130,6 +130,37 @@ CASES: dict[str, Case] = {
     "text_longer_than_context": Case(
         "sft", ["data.pretraining.sequence_length=65"], [r"sequence_length=65", "context of 64"]
     ),
+    "both_micro_batches": Case(
+        "sft",
+        ["sft.micro_batch_tokens=60"],
+        [r"sft\.micro_batch_tokens=60 and sft\.micro_batch_size=2 both", "set one of them to null"],
+    ),
+    "both_text_micro_batches": Case(
+        "ppo",
+        ["ppo.ptx_micro_batch_tokens=60", "ppo.ptx_micro_batch_size=2"],
+        [r"ppo\.ptx_micro_batch_tokens=60 and ppo\.ptx_micro_batch_size=2 both"],
+    ),
+    "micro_batch_of_no_tokens": Case(
+        "reward_model", ["reward_model.micro_batch_tokens=0"], [r"micro_batch_tokens=0 must be at least 1"]
+    ),
+    "micro_batch_shorter_than_a_text": Case(
+        "sft",
+        ["sft.micro_batch_size=null", "sft.micro_batch_tokens=23"],
+        [r"sft\.micro_batch_tokens=23 is smaller than the longest sequence of 24 tokens; give at least 24"],
+    ),
+    "micro_batch_shorter_than_a_completion": Case(
+        "reward_model",
+        ["reward_model.micro_batch_tokens=4"],
+        [r"reward_model\.micro_batch_tokens=4 is smaller than the longest prompt and response of \d+ tokens"],
+    ),
+    "micro_batch_shorter_than_an_episode": Case(
+        "ppo",
+        ["ppo.micro_batch_size=null", "ppo.micro_batch_tokens=14"],
+        [r"ppo\.micro_batch_tokens=14 is smaller than the longest prompt and response of \d\d tokens"],
+    ),
+    "micro_batch_shorter_than_pretraining_text": Case(
+        "ppo", ["ppo.ptx_micro_batch_tokens=23"], [r"ppo\.ptx_micro_batch_tokens=23", "a pretraining sequence of 24"]
+    ),
     "greedy_ppo": Case("ppo", ["rollout.temperature=0"], [r"rollout\.temperature=0", "positive"]),
     "virtual_ppo": Case(
         "ppo", ["parallel.pipeline=2", "parallel.virtual_stages=2"], [r"parallel\.virtual_stages=2"], ranks=2

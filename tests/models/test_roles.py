@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig, Precision
-from megatron_rlhf.models.gpt import PADDED_LOGIT
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 
 def tokens(rows=3, length=9):

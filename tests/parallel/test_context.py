@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.config.stages import GenerationLayoutConfig
+from megatron_rlhf.config.placement import GenerationLayoutConfig
 from megatron_rlhf.parallel import context
 
 

@@ -21,6 +21,7 @@ LAYOUTS = {
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(),
     "pp2_virtual2": ParallelConfig(pipeline=2, virtual_stages=2),
+    "cp2": ParallelConfig(context=2),
     "tp2_sp_pp2": ParallelConfig(tensor=2, sequence=True, pipeline=2),
     "pp4": ParallelConfig(pipeline=4),
     "tp2_recompute": ParallelConfig(tensor=2, sequence=True, recompute=Recompute.full),

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.parallel.vocab import entropy, token_logprobs
+from megatron_rlhf.parallel.vocab import entropy, token_logprobs, token_logprobs_and_entropy
 
 
 def test_literal_logprobs():
@@ -87,6 +87,24 @@ def test_shapes_and_temperature_are_checked():
         token_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), None, temperature=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_in_parts(dtype):
+    """More logits than are worked on at once, and the entropy from the same pass."""
+    random = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(7, 60, 2000, generator=random)).to(dtype).requires_grad_()
+    tokens = torch.randint(0, 2000, (7, 60), generator=random)
+    logprobs, entropies = token_logprobs_and_entropy(logits, tokens, None, 0.8)
+    plain = logits.detach().float().requires_grad_()
+    expected = torch.log_softmax(plain / 0.8, -1)
+    assert_close(logprobs, expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), rtol=1e-6, atol=1e-5)
+    assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+    assert not entropies.requires_grad, "a statistic"
+    weights = torch.randn(7, 60, generator=random)
+    (logprobs * weights).sum().backward()
+    (expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) * weights).sum().backward()
+    assert_close(logits.grad, plain.grad.to(dtype), rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
+
+
 def whole_logits():
     generator = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(2, 6, 12, generator=generator)
@@ -99,7 +117,9 @@ def shard_results():
     logits, tokens = whole_logits()
     group = layout.groups.tp
     part = logits.chunk(2, dim=-1)[group.rank()].clone().requires_grad_()
-    logprobs, entropies = token_logprobs(part, tokens, group, 1.3), entropy(part, group)
+    logprobs, statistic = token_logprobs_and_entropy(part, tokens, group, 1.3)
+    entropies = entropy(part, group)
+    assert_close(statistic, entropy(part / 1.3, group).detach(), rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(logprobs.square().sum() + entropies.square().sum(), part)
     return logprobs.detach(), entropies.detach(), gradient
 

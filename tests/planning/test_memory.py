@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_saves(
                 layer_saved(placed, Shape(2, 128)) - 2 * 128 * 64 * FP32
             )  # the layer run again; its input is kept
         elif stage == parallel.pipeline - 1:
-            planned += 2 * 127 * 500 / parallel.tensor * FP32  # probabilities, of all that the logits take
+            planned += 2 * 127 * 500 / parallel.tensor * placed.element  # the logits, of all that they take
         assert planned == pytest.approx(real, rel=0.15), f"rank {rank}"
 
 
@@ -139,7 +139,7 @@ def test_peak_of_a_policy_update_is_what_the_allocator_saw(world: None) -> None:
     batch = policy_microbatches(experience, trained, config)
     trained.update(batch, 1e-4)
     real = allocated_peak(lambda: trained.update(batch, 1e-4))
-    planned = training_peak(PlacedModel(GPT, layout(), Precision.fp32, 1), 0, Shape(4, 128, response=64), 1)
+    planned = training_peak(PlacedModel(GPT, layout(), Precision.fp32, 1), 0, Shape(4, 128, wanted=0.5), 1)
     assert sum(planned.values()) == pytest.approx(real, rel=0.15)
 
 

@@ -70,31 +70,22 @@ def test_experience_takes_the_old_logprobs_and_values_of_the_rollout():
         assert float(getattr(whole, name)[0, 0]) == first, name
 
 
-def test_trimmed_drops_the_columns_that_are_padding_in_every_row():
-    part = experience().rows(torch.tensor([2])).trimmed()
-    assert part.mask_bt.tolist() == [[True]]
-    assert part.positions_bt.tolist() == [[1]]
-    assert part.tokens_bs.tolist() == [[5, 6, 3]]
-    assert part.logprobs_bt.tolist() == [[9.0]]
-    both = experience().rows(torch.tensor([2, 0])).trimmed()
-    assert both.mask_bt.int().tolist() == [[1, 0], [1, 1]]
-    assert both.tokens_bs.shape == (2, 5)
-    whole = experience().trimmed()
-    assert whole.tokens_bs.shape == (3, 5)
+def test_response_tokens_come_with_what_is_known_of_each():
+    whole = experience()
+    part = whole.response_tokens([2, 0])
+    assert part.targets_n.tolist() == [token for row in (2, 0) for token in COMPLETIONS[row].tokens]
+    assert part.logprobs_n.tolist() == [9.0, 1.0, 2.0, 3.0][: len(part.targets_n)]
+    assert part.mask_n.all()
+    assert not whole.response_tokens([1], counts=False).mask_n.any()
 
 
-def test_trimmed_keeps_every_target():
-    for rows in ([0], [1], [2], [0, 2], [0, 1, 2]):
-        part = experience().rows(torch.tensor(rows)).trimmed()
-        targets = part.tokens_bs.gather(1, part.positions_bt + 1)
-        expected = [token for row in rows for token in COMPLETIONS[row].tokens]
-        assert targets[part.mask_bt].tolist() == expected
-
-
-def test_uncounted_keeps_everything_but_the_mask():
-    part = experience().uncounted()
-    assert not part.mask_bt.any()
-    assert part.tokens_bs.tolist() == experience().tokens_bs.tolist()
+def test_the_wanted_tokens_are_those_that_predict_the_response():
+    sequences = experience().sequences
+    for row, completion in enumerate(COMPLETIONS):
+        places = sequences.wanted([row])[0].nonzero().flatten()
+        text = sequences.tokens_ns[row].tolist()
+        assert [text[place + 1] for place in places] == completion.tokens
+        assert sequences.lengths[row] == int(places[-1]) + 1, "the last token is never read"
 
 
 def test_minibatches_are_shuffled_complete_and_the_same_for_the_same_seed():

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 from ranks import RankFailed, run_ranks
 from recipe import Recipe, read_metrics, run_stage
+from toys import GPT2_LIKE, make_role
 
-from megatron_rlhf.runs.guards import Guard
+from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.rollout.types import Completion, Responses, Rollout
+from megatron_rlhf.runs.guards import Guard, NotFinite
 
 
 def replays(folder: Path) -> dict[str, dict]:
@@ -19,14 +23,13 @@ def replays(folder: Path) -> dict[str, dict]:
 
 
 def spoil_loss_of_token(overrides: Sequence[str], token: int) -> None:
-    """The log-probabilities of every sequence with this token are not finite."""
+    """The log-probabilities of every microbatch with this token are not finite."""
     from megatron_rlhf.models import microbatches
 
     honest = microbatches.token_logprobs
 
     def spoilt(logits, tokens, group):
-        bad = (tokens == token).any(dim=1, keepdim=True)
-        return torch.where(bad, torch.nan, honest(logits, tokens, group))
+        return torch.where((tokens == token).any(), torch.nan, honest(logits, tokens, group))
 
     microbatches.token_logprobs = spoilt
     run_stage("sft", overrides)
@@ -110,15 +113,36 @@ def spoil_role(overrides: Sequence[str], role: str, rows: list[int]) -> None:
 def test_a_rollout_is_traced_to_role_and_prompts_and_ends_the_run(recipe: Recipe, role: str, what: str) -> None:
     name = f"bad_{role}"
     overrides = recipe.ppo(name, recipe.root / "sft", recipe.root / "reward_model")
-    says = (
-        rf"NotFinite: not finite at step 1: {role}: {what} of prompt \d+ \(microbatch 0 of data-parallel rank 1\), "
-        r"prompt \d+ \(microbatch 1 of data-parallel rank 0\)\. The samples are in .*step_1_rollout\.json"
-    )
+    place = r"prompt \d+ \(microbatch \d of data-parallel rank [01]\)"
+    says = rf"NotFinite: not finite at step 1: {role}: {what} of {place}, {place}\. The samples are in .*step_1_rollout\.json"
     with pytest.raises(RankFailed, match=says):
         run_ranks(2, spoil_role, overrides, role, [3, 4])
     (content,) = replays(recipe.root / name).values()
     assert [entry["role"] for entry in content["microbatches"]] == [role, role]
     assert "-inf" in content["microbatches"][0]["values"]
+
+
+@pytest.mark.parametrize("size", [2, Budget(tokens=20)])
+@pytest.mark.parametrize("spoilt", ["score", "log-probability"])
+def test_the_microbatch_that_is_named_is_the_one_that_the_row_was_in(size, spoilt, tmp_path: Path, world: None) -> None:
+    """Prompts of 2 tokens, responses of 1 to 6: log-probabilities are read without the last token."""
+    completions = [Completion([5] * n, [0.0] * n, True) for n in (1, 6, 2, 5, 3, 4)]
+    responses = Responses.pack([[row, 7] for row in range(6)], completions, 0, torch.device("cpu"))
+    table, scores = torch.zeros(responses.mask_bt.shape), torch.zeros(6)
+    bad = table.clone()
+    (scores if spoilt == "score" else bad)[4] = torch.nan
+    rollout = Rollout(responses, table, table, bad, table, scores)
+    role = make_role(GPT2_LIKE, scalar=spoilt == "score")
+    read: list[list[int]] = []
+    role.modules[0].register_forward_hook(lambda module, args, output: read.append(args[0].flatten().tolist()))
+    (role.values if spoilt == "score" else role.logprobs)(responses.sequences, size)
+    (microbatch,) = [i for i, tokens in enumerate(read) if 4 in tokens[:1] or [4, 7] in map(list, pairwise(tokens))]
+    guard = Guard(tmp_path)
+    guard.begin(1)
+    with pytest.raises(NotFinite, match=rf"prompt 104 \(microbatch {microbatch} of data-parallel rank 0\)"):
+        guard.require_finite(
+            rollout, range(100, 106), size, dict.fromkeys(("policy", "reference", "reward", "value"), 1)
+        )
 
 
 def test_rows_are_identified_whatever_was_cut_or_padded(tmp_path: Path) -> None:

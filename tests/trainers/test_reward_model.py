@@ -30,7 +30,7 @@ def test_pack_lays_out_one_row_a_completion():
             element([7], ([8, 9, 6], [0, 2, 2])),
         ]
     )
-    assert batch.tokens_ns.tolist() == [
+    assert batch.sequences.tokens_ns.tolist() == [
         [1, 2, 3, 0, 0],
         [1, 2, 4, 5, 6],
         [7, 8, 0, 0, 0],
@@ -39,7 +39,9 @@ def test_pack_lays_out_one_row_a_completion():
         [7, 9, 0, 0, 0],
         [7, 6, 0, 0, 0],
     ]
-    assert batch.last_n.tolist() == [2, 4, 1, 2, 1, 1, 1]
+    assert batch.sequences.lengths == [3, 5, 2, 3, 2, 2, 2]
+    assert batch.sequences.wanted(range(7)).nonzero()[:, 1].tolist() == [2, 4, 1, 2, 1, 1, 1]
+    assert batch.sequences.prompt_index == [0, 0, 1, 1, 2, 2, 2]
     pairs = zip(batch.better_q.tolist(), batch.worse_q.tolist(), batch.prompt_index_q.tolist(), strict=True)
     assert list(pairs) == [(1, 0, 0), (2, 3, 1), (3, 2, 1), (4, 5, 2), (4, 6, 2)]
     assert batch.completions_q.tolist() == [2, 2, 2, 3, 3]

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from toys import GPT2_LIKE, Block, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
+from toys import GPT2_LIKE, LLAMA_LIKE, Block, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
 
+from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig
-from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.model import ParallelConfig, Recompute
 from megatron_rlhf.config.stages import PPOAlgorithmConfig, PPOConfig, RolloutConfig
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.data.comparisons import Comparison
@@ -30,6 +32,16 @@ LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "dp2_pp2": (4, ParallelConfig(pipeline=2)),
 }
+MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
+PACKED_LAYOUTS = {
+    "llama": (1, "llama", ParallelConfig()),
+    "tp2_sp": (2, "llama", ParallelConfig(tensor=2, sequence=True)),
+    "pp2": (2, "llama", ParallelConfig(pipeline=2)),
+    "pp2_virtual2": (2, "gpt2", ParallelConfig(pipeline=2, virtual_stages=2, recompute=Recompute.full)),
+    "cp2": (2, "llama", ParallelConfig(context=2)),
+    "dp2": (2, "gpt2", ParallelConfig(recompute=Recompute.selective)),
+    "cp2_tp2_sp": (4, "gpt2", ParallelConfig(context=2, tensor=2, sequence=True)),
+}
 
 
 def generator(seed):
@@ -37,12 +49,12 @@ def generator(seed):
 
 
 def config(micro_batch_size=2):
-
+    budget = Budget.of(micro_batch_size)
     return PPOConfig(
         run=RunConfig(dir="unused"),
         data=PromptDataConfig(tokenizer="unused", prompts="unused", pretraining=PretrainingDataConfig()),
         rollout=RolloutConfig(temperature=TEMPERATURE),
-        ppo=PPOAlgorithmConfig(micro_batch_size=micro_batch_size),
+        ppo=PPOAlgorithmConfig(micro_batch_size=budget.sequences, micro_batch_tokens=budget.tokens),
     )
 
 
@@ -155,9 +167,9 @@ def is_scalar(kind):
     return kind in ("value", "ranking", "ranking_in_parts")
 
 
-def plain_gradients(kind, rows):
+def plain_gradients(kind, rows, model="gpt2"):
     """(loss, gradients) of one kind of loss."""
-    role = make_role(GPT2_LIKE, scalar=is_scalar(kind))
+    role = make_role(MODELS[model], scalar=is_scalar(kind))
     (chunk,) = role.modules
 
     def forward(tokens):
@@ -176,10 +188,10 @@ def plain_gradients(kind, rows):
 def plain(world):
     cache = {}
 
-    def result(kind, rows):
-        if (kind, rows) not in cache:
-            cache[kind, rows] = plain_gradients(kind, rows)
-        return cache[kind, rows]
+    def result(*case):
+        if case not in cache:
+            cache[case] = plain_gradients(*case)
+        return cache[case]
 
     return result
 
@@ -207,9 +219,9 @@ LOSSES = {
 }
 
 
-def trained_gradients(kind, parallel, rows, micro_batch_size) -> tuple[float, list[Block]]:
+def trained_gradients(kind, parallel, rows, micro_batch_size, model="gpt2") -> tuple[float, list[Block]]:
     """(loss, this rank's gradients) of one kind of loss."""
-    trained = train(make_role(GPT2_LIKE, parallel, scalar=is_scalar(kind)))
+    trained = train(make_role(MODELS[model], parallel, scalar=is_scalar(kind)))
     blocks = gradient_blocks(trained, microbatches(kind, trained, rows, micro_batch_size))
     with trained.role.evaluating():
         again = microbatches(kind, trained, rows, micro_batch_size)
@@ -225,9 +237,9 @@ def summed_gradients(parallel, rows, text_rows, micro_batch_size=2) -> list[Bloc
     return gradient_blocks(trained, [*text, *ppo])
 
 
-def check(results, expected_loss, expected):
+def check(results, expected_loss, expected, absolute=1e-7):
     for loss, _ in results:
-        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-7), "on every rank"
+        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=absolute), "on every rank"
     # fp32: sums in another order, against the largest entry of each tensor.
     assert_close(assemble([blocks for _, blocks in results], VOCAB), expected, relative=1e-5)
 
@@ -257,6 +269,22 @@ def test_a_rank_with_nothing_to_do(kind, plain):
 def test_the_micro_batch_size_changes_nothing(micro_batch_size, kind, plain):
     rows = 3
     check([trained_gradients(kind, ParallelConfig(), rows, micro_batch_size)], *plain(kind, rows))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("tokens", [14, 25, 999])
+def test_packed_sequences_have_the_gradient_of_the_formula(tokens, kind, plain):
+    rows = 3
+    check([trained_gradients(kind, ParallelConfig(), rows, Budget(tokens=tokens))], *plain(kind, rows))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_packed_sequences_at_every_layout(layout, kind, plain):
+    ranks, model, parallel = PACKED_LAYOUTS[layout]
+    results = run_ranks(ranks, trained_gradients, kind, parallel, 3, Budget(tokens=25), model)
+    # The policy's loss is a sum of terms of size 1 that nearly cancel.
+    check(results, *plain(kind, 3, model), absolute=1e-6 if kind == "policy" else 1e-7)
 
 
 def sum_of(plain, rows, text_rows):
@@ -295,25 +323,26 @@ def test_clipped_ratios_and_values_are_part_of_the_test(world):
         assert 0.1 < share < 0.9
 
 
-def completions_read(part, max_completions):
-    """Rows that passed through the reward model in one update: without gradients, and with them."""
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_prompt_passes_once_with_all_its_completions_and_is_not_split(part, world):
     trained = train(make_role(GPT2_LIKE, scalar=True))
-    rows = {False: [], True: []}
-    trained.role.modules[0].register_forward_hook(
-        lambda module, args, output: rows[torch.is_grad_enabled()].append(len(args[0]))
-    )
-    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part, max_completions))
-    return rows[False], rows[True]
-
-
-@pytest.mark.parametrize(("part", "rows"), [(1, [2, 4, 3]), (2, [6, 3]), (3, [9])])
-def test_one_forward_pass_a_completion_and_no_prompt_is_split(part, rows, world):
-    assert completions_read(part, 4) == ([], rows)
+    read = []
+    trained.role.modules[0].register_forward_hook(lambda module, args, output: read.append(args[0].flatten().tolist()))
+    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part, 4))
+    texts = [[*one.prompt_tokens, *np.concatenate(one.responses_tokens)] for one in comparisons()]
+    longest_first = sorted(texts, key=len, reverse=True)
+    parts = [longest_first[i : i + part] for i in range(0, len(texts), part)]
+    assert read == [[token for text in texts for token in text] for texts in parts]
 
 
 def test_a_prompt_with_many_completions_never_passes_whole(world):
     """Of 2, 4 and 3 completions, those of the second and third prompt are scored, then read in parts."""
-    assert completions_read(3, 2) == ([2, 2, 2, 1], [2, 2, 2, 2, 1])
+    trained = train(make_role(GPT2_LIKE, scalar=True))
+    passes = []
+    trained.role.modules[0].register_forward_hook(lambda module, args, output: passes.append(torch.is_grad_enabled()))
+    microbatches = ranking_microbatches(comparisons(), trained, 3, 2)
+    assert passes == [False] * 4, "scored: 2, 2, 2 and 1"
+    assert sorted(len(microbatch.sequences()) for microbatch in microbatches) == [1, 2, 2, 2, 2]
 
 
 def test_an_episode_counts_by_its_tokens_not_by_its_microbatch(world):
@@ -329,7 +358,7 @@ def test_an_episode_counts_by_its_tokens_not_by_its_microbatch(world):
         statistics = forward_backward(
             trained.role.chunks, policy_microbatches(flat, trained, config(1)), trained.role.layout, forward_only=True
         )
-    tokens = [n for _, n in EPISODES]
+    tokens = [n for _, n in sorted(EPISODES, key=sum, reverse=True)]  # the longest passes first
     shares = [float(s["policy/loss"]) for s in statistics]
     assert shares == pytest.approx([-n / sum(tokens) for n in tokens], rel=1e-5)
     assert sum(float(s["policy/ratio_mean"]) for s in statistics) == pytest.approx(1.0, rel=1e-5)

@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     sizes(parser, layers=4, hidden=256, heads=4, vocab=1024, batch=16, prompt=64, response=128, rounds=5, threads=1)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Sampling with our key/value cache against `transformers`' generate: same shape, batch, length, one process."""
     runtime.initialize()
     torch.set_num_threads(options.threads)
@@ -55,8 +55,9 @@ def run(options: argparse.Namespace) -> None:
         assert output.shape[1] == options.prompt + options.response
 
     tokens = options.batch * options.response
-    report(alternate({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds), tokens, "tokens/s")
+    seconds = alternate({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds)
     runtime.shutdown()
+    return report(seconds, tokens, "tokens/s")
 
 
 def shape(options: argparse.Namespace) -> ModelConfig:

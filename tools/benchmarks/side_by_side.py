@@ -1,9 +1,17 @@
 """Contenders in turn, in one process: machines are noisy, ratios are less so."""
 
 import argparse
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "megatron-core", "transformers")
 
 
 def sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
@@ -12,7 +20,7 @@ def sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
 
 
-def alternate(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender's rounds, run in turn, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
@@ -24,14 +32,42 @@ def alternate(contenders: Mapping[str, Callable[[], None]], rounds: int) -> dict
     return seconds
 
 
-def report(seconds: Mapping[str, list[float]], units: int, unit: str) -> None:
-    """Print each contender's rate, and how much faster the first of two is, pair by pair."""
+def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[str, Any]:
+    """Print each contender's rate, and how much faster the first is than each other, pair by pair; returns the figures.
+
+    `ratio` is that to the second contender, where there are more.
+    """
     width = max(map(len, seconds))
+    figures: dict[str, Any] = {"unit": unit}
     for name, values in seconds.items():
         rates = sorted(units / value for value in values)
-        print(
-            f"{name:{width}} {statistics.median(rates):10.1f} {unit}  (of {len(rates)}: {rates[0]:.1f} .. {rates[-1]:.1f})"
-        )
-    first, second = seconds.values()
-    ratios = sorted(b / a for a, b in zip(first, second, strict=True))
-    print(f"{'ratio':{width}} {statistics.median(ratios):10.2f}  (pair by pair: {ratios[0]:.2f} .. {ratios[-1]:.2f})")
+        figures[name] = statistics.median(rates)
+        spread = f"(of {len(rates)}: {rates[0]:.1f} .. {rates[-1]:.1f})"
+        print(f"{name:{width}} {figures[name]:10.1f} {unit}  {spread}")
+    (first, ours), *others = seconds.items()
+    ratios = {}
+    for name, theirs in others:
+        pairs = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+        ratios[f"{first} / {name}"] = statistics.median(pairs)
+        print(f"{first} / {name}: {ratios[f'{first} / {name}']:.2f}  (pair by pair: {pairs[0]:.2f} .. {pairs[-1]:.2f})")
+    return {"ratio": next(iter(ratios.values())), "ratios": ratios, "figures": figures, **where()}
+
+
+def where() -> dict[str, Any]:
+    """The machine and what is installed."""
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"machine": machine, "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

@@ -1,0 +1,259 @@
+"""Which sequences pass through a model together, and where their tokens lie: work follows tokens.
+
+Sequences of like length share a microbatch, and data-parallel ranks get equal tokens, not equal rows. In a microbatch each
+sequence is a row, padded to the longest, or all lie one after the other in a single row without padding (packed), where a
+prompt that several sequences share stands once. Everything is decided from lengths, which every rank knows.
+
+Legend: n = sequences, b x s = what the model reads: n rows, or one row of all tokens.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_rlhf.config.budgets import Budget
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A whole batch, the same on every rank."""
+
+    tokens_ns: Tensor
+    """Padded on the right."""
+    lengths: Sequence[int]
+    """Tokens of each; beyond them is padding."""
+    wanted_ns: Tensor | None = None
+    """bool, on the CPU: tokens whose output is asked for; None: all."""
+    prompt_lengths: Sequence[int] | None = None
+    """How many of its first tokens a sequence may share with others of its `prompt_index`."""
+    prompt_index: Sequence[int] | None = None
+    """Sequences with the same number begin with the same prompt; None: none do."""
+
+    def until(self, stop: int | None) -> "Sequences":
+        """Without the last -stop tokens of each; None: as they are."""
+        if stop is None:
+            return self
+        wanted = None if self.wanted_ns is None else self.wanted_ns[:, :stop]
+        return replace(
+            self, tokens_ns=self.tokens_ns[:, :stop], lengths=[n + stop for n in self.lengths], wanted_ns=wanted
+        )
+
+    def wanted(self, rows: Sequence[int]) -> Tensor:
+        """`wanted_ns` of some rows, without padding: [rows, longest of them]."""
+        lengths = torch.tensor([self.lengths[row] for row in rows])
+        real = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+        return real if self.wanted_ns is None else real & self.wanted_ns[list(rows), : real.shape[1]]
+
+    def groups(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows, those of one prompt together."""
+        if self.prompt_index is None:
+            return [[row] for row in rows]
+        found: dict[int, list[int]] = {}
+        for row in rows:
+            found.setdefault(self.prompt_index[row], []).append(row)
+        return list(found.values())
+
+    def shared(self, group: Sequence[int]) -> int:
+        """Tokens of a prompt that the rows of a group share."""
+        if len(group) == 1 or self.prompt_lengths is None:
+            return 0
+        return min(min(self.prompt_lengths[row], self.lengths[row]) for row in group)
+
+    def tokens_of(self, group: Sequence[int]) -> int:
+        """Tokens that pass forward for a group, its prompt counted once."""
+        return sum(self.lengths[row] for row in group) - (len(group) - 1) * self.shared(group)
+
+
+def as_sequences(tokens: Sequences | Tensor) -> Sequences:
+    """Of a tensor: rows without padding."""
+    return tokens if isinstance(tokens, Sequences) else Sequences(tokens, [tokens.shape[1]] * len(tokens))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive tokens that attend, causally, to the parts of the row that `keys` names, their own part the last."""
+
+    part: int
+    keys: tuple[int, ...]
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Megatron-Core's parameters of packed sequences, for rows in which segments may continue an earlier one.
+
+    A segment's tokens attend to those before them in the segment, and to all of the segment that it continues: so several
+    completions continue one prompt. Megatron-Core passes this on to the attention; its rotary embeddings would count from
+    0 in every segment, so positions are ours (`models.gpt`).
+    """
+
+    lengths: tuple[int, ...] = ()
+    """Tokens of each segment; together, of the row."""
+    prefixes: tuple[int | None, ...] = ()
+    """The segment that each continues."""
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Causal masks of blocks, by queries and keys; the first layer makes them for all."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], prefixes: Sequence[int | None], longest: int) -> "Segments":
+        """`longest`: no position in a segment reaches it."""
+        return cls(lengths=tuple(lengths), prefixes=tuple(prefixes), max_seqlen_q=longest, max_seqlen_kv=longest)
+
+    def blocks(self, pieces: Sequence[tuple[int, int]]) -> tuple[list[int], list[Block]]:
+        """(tokens of the parts that the row falls into, the blocks of the queries in `pieces` of it, in their order)."""
+        ends = [0, *accumulate(self.lengths)]
+        cuts = sorted({*ends, *(cut for piece in pieces for cut in piece)})
+        parts = list(pairwise(cuts))
+        of_segment: list[list[int]] = [[] for _ in self.lengths]
+        segment_of = []
+        segment = 0
+        for part, (start, _) in enumerate(parts):
+            while start >= ends[segment + 1]:
+                segment += 1
+            of_segment[segment].append(part)
+            segment_of.append(segment)
+        blocks = []
+        for first, last in pieces:
+            for part, (start, stop) in enumerate(parts):
+                if first <= start and stop <= last:
+                    segment = segment_of[part]
+                    prefix = self.prefixes[segment]
+                    before = of_segment[prefix] if prefix is not None else []
+                    keys = (*before, *(other for other in of_segment[segment] if other <= part))
+                    blocks.append(Block(part, keys))
+        return [stop - start for start, stop in parts], blocks
+
+    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """bool [queries, keys]: the last query sees all keys, each one before it one less."""
+        if (queries, keys) not in self.masks:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+            self.masks[queries, keys] = ones.tril(keys - queries)
+        return self.masks[queries, keys]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Some sequences as one input of a model."""
+
+    tokens_bs: Tensor
+    place_ns: Tensor
+    """Where in tokens_bs, flattened, each token of each sequence stands; on the CPU; -1 beyond its end."""
+    positions_bs: Tensor | None = None
+    """Position of each token in its own sequence; None: rows count from 0."""
+    segments: Segments | None = None
+    """Who attends to whom in a packed row."""
+
+
+def plan(sequences: Sequences, size: Budget | int, ranks: int) -> list[list[list[int]]]:
+    """The rows of each microbatch of each data-parallel rank. A prompt's sequences stay together as far as they fit."""
+    budget = Budget.of(size)
+    groups = [
+        part
+        for group in sequences.groups(range(len(sequences.lengths)))
+        for part in _fill([sequences.tokens_of([row]) for row in group], [1] * len(group), budget, group)
+    ]
+    shares = share_out([sequences.tokens_of(group) for group in groups], budget, ranks, [len(g) for g in groups])
+    return [[[row for i in part for row in groups[i]] for part in share] for share in shares]
+
+
+def share_out(
+    tokens: Sequence[int], size: Budget | int, ranks: int, counts: Sequence[int] | None = None
+) -> list[list[list[int]]]:
+    """Items of so many tokens, to ranks and microbatches: [rank][microbatch] -> items, the longest first.
+
+    Each item goes to the rank that has fewest tokens so far. An item larger than the budget is a microbatch of its own.
+
+    Args:
+        counts: how many sequences each item counts for; 1 by default.
+    """
+    counts = counts or [1] * len(tokens)
+    order = sorted(range(len(tokens)), key=lambda item: (-tokens[item], item))
+    loads = [(0, rank) for rank in range(ranks)]
+    mine: list[list[int]] = [[] for _ in range(ranks)]
+    for item in order:
+        load, rank = heapq.heappop(loads)
+        mine[rank].append(item)
+        heapq.heappush(loads, (load + tokens[item], rank))
+    return [_fill([tokens[i] for i in items], [counts[i] for i in items], Budget.of(size), items) for items in mine]
+
+
+def _fill(tokens: Sequence[int], counts: Sequence[int], budget: Budget, items: Sequence[int]) -> list[list[int]]:
+    """Items in their order into parts within the budget, each into the first that has room."""
+    parts: list[list[int]] = []
+    room: list[tuple[int, float, float]] = []  # part, tokens and sequences that still fit
+    smallest = min(tokens, default=0)
+    for item, cost, count in zip(items, tokens, counts, strict=True):
+        for i, (part, left, places) in enumerate(room):
+            if cost <= left and count <= places:
+                parts[part].append(item)
+                room[i] = part, left - cost, places - count
+                break
+        else:
+            parts.append([item])
+            left = float("inf") if budget.tokens is None else budget.tokens - cost
+            places = float("inf") if budget.sequences is None else budget.sequences - count
+            room.append((len(parts) - 1, left, places))
+        room = [entry for entry in room if entry[1] >= smallest and entry[2] >= 1]
+    return parts
+
+
+def arrange(sequences: Sequences, rows: Sequence[int], multiple: int, packed: bool) -> Arrangement:
+    """Some of the sequences as the model reads them; packed, or where a prompt is shared, in one row.
+
+    Args:
+        multiple: of which the model wants the tokens of a row.
+    """
+    groups = sequences.groups(rows)
+    if packed or any(sequences.shared(group) for group in groups):
+        return _in_one_row(sequences, rows, groups, multiple)
+    lengths = torch.tensor([sequences.lengths[row] for row in rows])
+    longest = int(lengths.max())
+    width = -(-longest // multiple) * multiple
+    tokens = sequences.tokens_ns[list(rows), :longest]
+    place = torch.arange(len(rows)).unsqueeze(-1) * width + torch.arange(longest)
+    place = torch.where(torch.arange(longest) < lengths.unsqueeze(-1), place, -1)
+    return Arrangement(torch.nn.functional.pad(tokens, (0, width - longest)), place)
+
+
+def _in_one_row(
+    sequences: Sequences, rows: Sequence[int], groups: Sequence[Sequence[int]], multiple: int
+) -> Arrangement:
+    index = {row: i for i, row in enumerate(rows)}
+    stride = sequences.tokens_ns.shape[1]
+    place = torch.full((len(rows), max(sequences.lengths[row] for row in rows)), -1)
+    sources, positions = [], []
+    lengths: list[int] = []
+    prefixes: list[int | None] = []
+
+    def lay(group: Sequence[int], first: int, stop: int, prefix: int | None) -> None:
+        if stop > first:
+            start = sum(lengths)
+            for row in group:
+                place[index[row], first:stop] = torch.arange(start, start + stop - first)
+            positions.append(torch.arange(first, stop))
+            sources.append(group[0] * stride + positions[-1])
+            lengths.append(stop - first)
+            prefixes.append(prefix)
+
+    for group in groups:
+        shared = sequences.shared(group)
+        prompt = len(lengths) if shared else None
+        lay(group, 0, shared, None)
+        for row in group:
+            lay([row], shared, sequences.lengths[row], prompt)
+    padding = -sum(lengths) % multiple
+    if padding:
+        positions.append(torch.arange(padding))
+        sources.append(torch.zeros(padding, dtype=torch.long))
+        lengths.append(padding)
+        prefixes.append(None)
+    device = sequences.tokens_ns.device
+    source, position = torch.cat(sources), torch.cat(positions)
+    tokens = sequences.tokens_ns.flatten()[source.to(device)]
+    longest = -(-(int(position.max()) + 1) // multiple) * multiple
+    segments = Segments.of(lengths, prefixes, longest)
+    return Arrangement(tokens.unsqueeze(0), place, position.unsqueeze(0).to(device), segments)
