@@ -75,7 +75,7 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     check_machine(config, detect_launch().world_size)
     runtime.initialize()
     with Watchdog(config.watchdog.timeout_s) as watchdog:
-        session = Session.open(config.run, resolved)
+        session = Session.open(stage, config, resolved)
         trainer = BUILD[stage](config, session)
         roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
         watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)

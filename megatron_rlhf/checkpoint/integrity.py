@@ -79,6 +79,15 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
     agree(error)
 
 
+def digest_of(folder: Path, role: str) -> str:
+    """A name for the weights of a role: of the checksums of its files. What differs in no byte has the same."""
+    lines = (folder / MANIFEST).read_text(errors="replace").splitlines()
+    ours = sorted(
+        line for line in lines if f"  {role}/" in line and not line.endswith("/.metadata")
+    )  # has a random part
+    return hashlib.sha256("\n".join(ours).encode()).hexdigest()[:16]
+
+
 def find_damage(folder: Path, role: str | None = None) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if every byte is as it was written. Collective.
 

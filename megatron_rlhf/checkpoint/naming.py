@@ -12,8 +12,13 @@ from megatron_rlhf.config.errors import UserError
 FORMAT = 1
 TOKENIZER = "tokenizer"
 """Folder inside a checkpoint with the tokenizer that its models were trained with."""
+BEST = "best"
+"""Names the checkpoint that was chosen; nothing deletes or replaces it."""
 # What a killed process may leave behind: folders on their way in or out. None of them counts as a checkpoint.
 _WRITING, _LEAVING = "writing", "leaving"
+
+
+_CANDIDATE = re.compile(r"epoch_\d+(_step_\d+)?(_v\d+)?")
 
 
 def aside(folder: Path) -> Path:
@@ -33,13 +38,18 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
     if (path / META).is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = _pointed(root, "best") or latest(root)
+    newest = best(root) or latest(root)
     if newest is None:
         raise UserError(
             f"{key}={path} is neither a checkpoint ({META}), nor a run folder with checkpoints/, nor a Hugging Face "
             "folder (config.json)"
         )
     return newest
+
+
+def best(root: Path) -> Path | None:
+    """The checkpoint that was chosen among those of a run."""
+    return _pointed(root, BEST)
 
 
 def latest(root: Path) -> Path | None:
@@ -61,6 +71,11 @@ def steps(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def candidates(root: Path) -> list[Path]:
+    """The folders to choose from, such as `epoch_N`."""
+    return sorted(path for path in root.glob("epoch_*") if _CANDIDATE.fullmatch(path.name))
+
+
 def point(root: Path, name: str, target: str) -> None:
     """Make `root/name` name the checkpoint `target`: replaced in one step, never half-written. Call it on one rank."""
     temporary = root / f".{name}.{_WRITING}"
@@ -80,13 +95,17 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def delete_old(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete steps before `newest`, but not the last `keep_last` of all, and none that `keep_every` divides. On one rank."""
+    """Delete steps before `newest`, but not the last `keep_last` of all, those that `keep_every` divides, and the best.
+
+    On one rank.
+    """
     if keep_last <= 0 or not newest.name.startswith("step_"):
         return
     # Later ones, of which only damaged ones can be left, are no reason to delete good ones.
     until = [step for step in steps(newest.parent) if _number(step) <= _number(newest)]
+    chosen = best(newest.parent)
     for old in until[:-keep_last]:
-        if not keep_every or _number(old) % keep_every:
+        if old != chosen and (not keep_every or _number(old) % keep_every):
             remove(old)
 
 

@@ -170,6 +170,10 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
 
+NO_SHAPE = ("init_std", "vocab_multiple")
+"""Fields that matter to how weights are made and laid out, not to which model they are."""
+
+
 def without_implied(model: ModelConfig) -> ModelConfig:
     """The same shape, None wherever that says the same: equal shapes are then equal objects."""
     heads, hidden = model.num_attention_heads, model.hidden_size
@@ -184,9 +188,8 @@ def without_implied(model: ModelConfig) -> ModelConfig:
 def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Fields in which two shapes differ, as 'num_layers 4 against 6'; padding and initialisation do not count."""
     ours, theirs = without_implied(ours), without_implied(theirs)
-    ignored = {"init_std", "vocab_multiple"}
     return [
         f"{field.name} {getattr(ours, field.name)} against {getattr(theirs, field.name)}"
         for field in fields(ModelConfig)
-        if field.name not in ignored and getattr(ours, field.name) != getattr(theirs, field.name)
+        if field.name not in NO_SHAPE and getattr(ours, field.name) != getattr(theirs, field.name)
     ]

@@ -279,7 +279,7 @@ class EvaluateAlgorithmConfig:
     few_shot: str | None = None
     """A text file put before every prompt (the paper's few-shot baseline)."""
     output: str = "evaluation.jsonl"
-    """File in run.dir that gets one line a response."""
+    """File in run.dir that gets one line a response; replaces that of an earlier evaluation, and nothing else."""
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ class RunConfig:
     dir: str
     """Folder of this run: config.yaml, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/, report.html, log.txt."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in `dir`, at this layout or another."""
+    """Go on from the newest whole checkpoint in `dir`, at this layout or another; docs/crashes.md says what may change."""
     auto_resume: bool = False
     """The same where `dir` holds one, a new run where it does not: for jobs that are stopped and queued again."""
     seed: int = 1234
@@ -21,7 +21,7 @@ class RunConfig:
     save_every: int = 100
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep_last: int = 2
-    """Checkpoints kept; older ones are deleted. 0 keeps all."""
+    """Checkpoints kept, and of SFT's epochs as many beside the best; older ones are deleted. 0 keeps all."""
     keep_every: int = 0
     """Of the older ones, keep those of every n-th step all the same (such as 1000); 0: none."""
     async_save: bool = False

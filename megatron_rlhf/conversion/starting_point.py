@@ -1,6 +1,8 @@
 """Where a role's first weights come from: a checkpoint of ours or a Hugging Face folder, told apart by what is inside."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_rlhf.checkpoint import integrity, sharded
@@ -9,7 +11,11 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, model_differences
 from megatron_rlhf.conversion.hf import load as hf_load
 from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
+from megatron_rlhf.conversion.hf.folder import CONFIG
 from megatron_rlhf.models.roles import Role
+
+HEAD_BYTES = 2**20
+"""Of each file of a Hugging Face folder, that tell it from others: its header, and some weights."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,17 @@ class StartingPoint:
         if problem := integrity.find_damage(self.path, self.saved_role):
             raise UserError(f"{key}: {self.path} is damaged: {problem}; name another checkpoint")
         sharded.require_plain(self.path, [self.saved_role])
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for these very weights, wherever they lie: of checksums, or of the head of each Hugging Face file."""
+        if self.saved_role is not None:
+            return integrity.digest_of(self.path, self.saved_role)
+        total = hashlib.sha256()
+        for path in sorted(p for p in self.path.iterdir() if p.name == CONFIG or p.suffix in (".safetensors", ".bin")):
+            with path.open("rb") as file:
+                total.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(HEAD_BYTES))
+        return total.hexdigest()[:16]
 
     def load_into(self, role: Role) -> None:
         """Fill the role's weights. A scalar role filled from a language model keeps its fresh head."""

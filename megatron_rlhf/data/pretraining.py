@@ -5,7 +5,8 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class PretrainingData:
 
     train: TokenSequences
     held_out: TokenSequences | None
+    describes: Mapping[str, int | str]
+    """What tells this text from another one, by the same tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def load_pretraining(
         create_attention_mask=False,
     )
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config).build()
-    return PretrainingData(TokenSequences(train), TokenSequences(valid) if held_out else None)
+    return PretrainingData(TokenSequences(train), TokenSequences(valid) if held_out else None, _describe(lengths))
 
 
 def _require_plain_indices(folder: Path) -> None:
@@ -170,6 +173,11 @@ def _require_plain_indices(folder: Path) -> None:
             raise UserError(
                 f"{path}: not an index of pretraining text ({error}); delete the folder {folder}, it is made anew"
             ) from error
+
+
+def _describe(lengths: npt.NDArray[np.int32]) -> dict[str, int | str]:
+    checksum = zlib.crc32(np.ascontiguousarray(lengths).tobytes())
+    return {"documents": len(lengths), "tokens": int(lengths.sum()), "lengths": f"{checksum:08x}"}
 
 
 class _TokenizerStandIn:

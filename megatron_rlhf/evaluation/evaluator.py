@@ -2,18 +2,21 @@
 
 import json
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig
-from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import TokenSequences
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_nll
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Responses
@@ -26,30 +29,29 @@ MICRO_BATCH_SIZE = 8
 
 @dataclass
 class Evaluator:
-    """A frozen policy, perhaps a reward model, and prompts."""
+    """A frozen policy, perhaps a reward model, and the prompts to answer."""
 
     config: EvaluateConfig
     session: Session
     tokenizer: Tokenizer
-    prompts: Examples[Prompt]
+    prompts: Sequence[Prompt]
+    inputs: list[list[int]]
+    """What the policy reads for each prompt: few-shot examples may come first."""
+    output: Path
     held_out: TokenSequences | None
     policy: Role
     reward: Role | None
-    few_shot: str | None = None
 
     def run(self) -> dict[str, float]:
         """Write `evaluate.output` in the run folder, a line a response, and log the means."""
-        evaluate, run = self.config.evaluate, self.config.run
         self.session.begin(-1)  # an evaluation in the same folder replaces the one before
-        chosen = [self.prompts[i] for i in range(min(evaluate.samples, len(self.prompts)))]
-        tokens = [self._with_examples(prompt) for prompt in chosen]
-        self._require_context(max(map(len, tokens)))
+        chosen = self.prompts
         ids = [prompt.id for prompt in chosen]
-        tokenizer = self.tokenizer
+        seed, tokenizer = (self.config.run.seed, 0), self.tokenizer
         completions = sample_responses(
-            self.policy, tokens, ids, self.config.sampling, tokenizer.stop_ids, (run.seed, 0), tokenizer.stop_watch
+            self.policy, self.inputs, ids, self.config.sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
         )
-        responses = Responses.pack(tokens, completions, self.tokenizer.pad_id, collectives.device())
+        responses = Responses.pack(self.inputs, completions, self.tokenizer.pad_id, collectives.device())
         lengths = responses.response_lengths_b.float()
         metrics = {
             "rollout/response_length_mean": float(lengths.mean()),
@@ -74,9 +76,8 @@ class Evaluator:
             for i, (prompt, completion) in enumerate(zip(chosen, completions, strict=True))
         ]
         if dist.get_rank() == 0:
-            path = self.session.folder / evaluate.output
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            log.info("%d responses in %s", len(rows), path)
+            write_lines(self.output, rows)
+            log.info("%d responses in %s", len(rows), self.output)
         self.session.samples.log(0, rows[:8])
         self.session.log(0, metrics)
         for name, value in metrics.items():
@@ -84,22 +85,51 @@ class Evaluator:
         self.session.close()
         return metrics
 
-    def _with_examples(self, prompt: Prompt) -> list[int]:
-        if self.few_shot is None:
-            return prompt.tokens.tolist()
-        return self.tokenizer.encode(self.few_shot + prompt.text, bos=True)
-
-    def _require_context(self, longest: int) -> None:
-        limit, response = self.policy.model.max_sequence_length, self.config.sampling.max_response_tokens
-        if longest + response > limit:
-            raise UserError(
-                f"sampling.max_response_tokens={response} after the longest prompt ({longest} tokens"
-                f"{', evaluate.few_shot included' if self.few_shot else ''}) is more than the model's context of {limit}"
-            )
-
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
         count = min(len(self.held_out), self.config.data.pretraining.held_out_samples)
         batch = TokenBatch.pack([self.held_out[i] for i in range(count)], [1] * count)
         nll, tokens = language_model_nll(self.policy, batch, MICRO_BATCH_SIZE)
         return nll / tokens
+
+
+RUNS_OWN = {
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "stage", ".lock"),
+    *("checkpoints", "cache", "replay", "tensorboard", "evaluation"),
+}
+"""What is in a run folder besides."""
+
+
+def output_file(run_dir: Path, output: str) -> Path:
+    """Where the responses go; its folder is made. An earlier evaluation's file is replaced, nothing else is.
+
+    Raises:
+        UserError: the file is one of the run's own, or anything but responses, or cannot be written.
+    """
+    path = run_dir / output
+    inside = (
+        path.resolve().relative_to(run_dir.resolve()).parts if path.resolve().is_relative_to(run_dir.resolve()) else ()
+    )
+    if not output or path.is_dir() or (inside[:1] and inside[0] in RUNS_OWN):
+        raise UserError(
+            f"evaluate.output={output}: {path} is kept for the run itself; name a file such as evaluation.jsonl"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not _holds_responses(path):
+            raise UserError(f"evaluate.output={output}: {path} is there and holds no responses; name another file")
+        writable = os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError as error:
+        raise UserError(f"evaluate.output={output}: {path} cannot be written: {error.strerror}") from error
+    if not writable:
+        raise UserError(f"evaluate.output={output}: {path} cannot be written")
+    return path
+
+
+def _holds_responses(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline(2**24)
+    try:
+        return not first or {"prompt_id", "response"} <= set(json.loads(first))
+    except (ValueError, TypeError):
+        return False

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.checks import check_layout, check_model, check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.layout_checks import check_layout, check_model, check_placement
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak

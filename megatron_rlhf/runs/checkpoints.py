@@ -135,7 +135,7 @@ def choose_checkpoint(root: Path, config: RunConfig) -> tuple[Path | None, dict[
         UserError: the folder holds another run, nothing to resume, or a checkpoint with code in it.
     """
     if not (config.resume or config.auto_resume):
-        if naming.newest_first(root):
+        if naming.newest_first(root) or naming.candidates(root):
             raise UserError(
                 f"run.dir={config.dir} holds another run: choose a new folder, or go on with run.resume=true"
             )

@@ -14,6 +14,7 @@ from megatron_rlhf.checkpoint import naming, sharded
 from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import Interrupted, UserError
+from megatron_rlhf.config.stages import BaseConfig
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.monitoring.files import replacing
 from megatron_rlhf.monitoring.logs import setup_logging
@@ -23,10 +24,12 @@ from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
 from megatron_rlhf.parallel.collectives import largest
+from megatron_rlhf.runs import candidates, resume_table
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.runs.interruption import Interruption
 from megatron_rlhf.runs.run_lock import RunLock
+from megatron_rlhf.runs.stage import EVALUATION, folder_for, write_stage
 from megatron_rlhf.runs.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -37,31 +40,50 @@ class Session:
     """One run in its folder. All ranks call the same methods; one rank writes."""
 
     config: RunConfig
+    stage: str
+    folder: Path
+    """run.dir, or a folder in it for the evaluation of a run."""
     metrics: MetricsLogger
     samples: SamplesLogger
     resume_from: Path | None
     lock: RunLock
     writer: CheckpointWriter
     resolved_config: str
+    settings: dict[str, Any]
+    """What a checkpoint keeps of the configuration."""
     guard: Guard
     timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
     interruption: Interruption = field(default_factory=Interruption)
+    content: dict[str, Any] = field(default_factory=dict)
+    """What models and data are, as far as a checkpoint has to know it."""
     _stops: bool = False
     _peak: float = 0.0
 
     @classmethod
-    def open(cls, config: RunConfig, resolved_config: str) -> "Session":
+    def open(cls, stage: str, whole: BaseConfig, resolved_config: str) -> "Session":
         """Create the run folder (or find what to resume) and start logging.
 
         Raises:
-            UserError: the folder cannot be written, holds another run, or has nothing to resume.
+            UserError: the folder cannot be written, holds another run or one of another stage, has nothing to resume, or a
+                key has changed that may not.
         """
-        folder = Path(config.dir)
+        config = whole.run
+        _require_writable(Path(config.dir))
+        folder = folder_for(Path(config.dir), stage)
         first = dist.get_rank() == 0
         _require_writable(folder)
         lock = RunLock(folder)
+        resume_from: Path | None = None
+        damaged: dict[str, str] = {}
+        settings: dict[str, Any] = {}
+        changes: list[str] = []
         try:
-            resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+            if stage != EVALUATION:
+                resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
+                settings = resume_table.settings(stage, whole)
+            if resume_from is not None:
+                before = sharded.read_meta(resume_from)["state"].get("settings", {})
+                changes = resume_table.compare(stage, before, settings, resume_from)
         except UserError:
             lock.release()
             raise
@@ -69,14 +91,19 @@ class Session:
         setup_logging(folder, dist.get_rank())
         for name, problem in damaged.items():
             log.warning("checkpoint %s is damaged, and passed over for the one before: %s", name, problem)
+        for change in changes:
+            log.info(change)
         session = cls(
             config=config,
+            stage=stage,
+            folder=folder,
             metrics=MetricsLogger(folder, enabled=first, wandb_project=config.wandb_project),
             samples=SamplesLogger(folder, enabled=first),
             resume_from=resume_from,
             lock=lock,
             writer=CheckpointWriter(folder / "checkpoints", config, on_saved=lambda: write_report(folder)),
             resolved_config=resolved_config,
+            settings=settings,
             guard=Guard(folder / "replay"),
         )
         session.interruption.listen()
@@ -85,12 +112,24 @@ class Session:
         return session
 
     @property
-    def folder(self) -> Path:
-        return Path(self.config.dir)
-
-    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def require_same(self, what: str, keys: Sequence[str], content: Any) -> None:
+        """Keep in checkpoints what a model or data is (JSON); called before anything is built.
+
+        Raises:
+            UserError: naming `keys`, where the checkpoint to resume was made with another content.
+        """
+        self.content[what] = content
+        if self.resume_from is not None:
+            before = sharded.read_meta(self.resume_from)["state"].get("content", {})
+            if what in before:
+                resume_table.compare_content(what, keys, before[what], content, self.resume_from)
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint says of the run besides the trainer's state."""
+        return {"settings": self.settings, "content": self.content}
 
     def restore(self, roles: Sequence[Trained]) -> dict[str, Any]:
         """Fill the roles from the checkpoint to resume; returns the trainer's state, {} for a fresh run."""
@@ -110,7 +149,10 @@ class Session:
         if dist.get_rank() == 0:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(self.resolved_config.encode())
-            naming.sweep(self.checkpoints)
+            write_stage(self.folder, self.stage)
+            if self.stage != EVALUATION:
+                naming.sweep(self.checkpoints)
+                candidates.forget_after(self.checkpoints, step)
         self.metrics.truncate(step)
         self.samples.truncate(step)
         dist.barrier()
@@ -119,6 +161,11 @@ class Session:
         """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
         with self.timer("save"):
             return self.writer.save(name, roles, state, with_optimizer)
+
+    def offer(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any]) -> None:
+        """Save a candidate for `best`: the roles' weights, and in `state` its `figure`, the lower the better. Collective."""
+        with self.timer("save"):
+            candidates.offer(self.writer, name, roles, state, self.config.keep_last)
 
     def checkpoint(self, step: int, last_step: int, roles: Sequence[Trained], state: Callable[[], Any]) -> None:
         """Save after this step if it is time, the end, or the run was asked to stop; publish what is written. Collective.

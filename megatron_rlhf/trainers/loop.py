@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.step import TrainedRole
@@ -19,6 +20,8 @@ class Trainer(ABC):
     """Guards a policy that computes in fp8."""
     description: ClassVar[str]
     """What the progress bar calls the stage."""
+    length_key: ClassVar[str]
+    """The keys that decide `total_steps`."""
     figures: ClassVar[Mapping[str, str]]
     """Shown beside the progress bar: label -> metric."""
 
@@ -71,12 +74,18 @@ class Trainer(ABC):
     def _state(self) -> dict[str, Any]:
         skipped = [trained.skipped_in_a_row for trained in self.trained]
         gate = self.gate.state_dict() if self.gate else None
-        return {"step": self.step, "skipped_in_a_row": skipped, "fp8_gate": gate, **self.state_dict()}
+        own = {"step": self.step, "skipped_in_a_row": skipped, "fp8_gate": gate, **self.state_dict()}
+        return {**own, **self.session.kept()}
 
     def _restore(self) -> None:
         state = self.session.restore(self.trained)
         if state:
             self.step = state["step"]
+            if self.step > self.total_steps:
+                raise UserError(
+                    f"{self.length_key}: {self.session.resume_from} is at step {self.step}, after the end of this schedule of "
+                    f"{self.total_steps} steps; resume with a longer one, or start a new run from these weights with init_from"
+                )
             for trained, skipped in zip(self.trained, state["skipped_in_a_row"], strict=True):
                 trained.skipped_in_a_row = skipped
             if self.gate and state.get("fp8_gate"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_rlhf.config import checks
+from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
@@ -17,8 +17,8 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     checks.check_fp8(config)
     for key, (parallel, ranks) in _layouts(config, world_size).items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
-        checks.check_layout(parallel, ranks, key, whose)
-        checks.check_experts(parallel, key)
+        layout_checks.check_layout(parallel, ranks, key, whose)
+        layout_checks.check_experts(parallel, key)
 
 
 def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
@@ -27,7 +27,7 @@ def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelCon
     if isinstance(config, EvaluateConfig):
         layouts["critic_parallel"] = config.critic_parallel, world_size
     if isinstance(config, PPOConfig):
-        checks.check_placement(config.placement, world_size)
+        layout_checks.check_placement(config.placement, world_size)
         policy, critic = map(len, config.placement.ranks(world_size))
         layouts = {"parallel": (config.parallel, policy), "critic_parallel": (config.critic_parallel, critic)}
         if (sampling := config.rollout.parallel.of(config.parallel)) is not None:

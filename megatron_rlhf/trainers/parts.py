@@ -3,17 +3,19 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
-from megatron_rlhf.config import checks
+from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig, PromptPart
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, Precision
-from megatron_rlhf.config.stages import BaseConfig, PPOConfig
-from megatron_rlhf.conversion.starting_point import StartingPoint, Wanted
+from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Precision, without_implied
+from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, SFTConfig
+from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint, Wanted
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
 from megatron_rlhf.data.prompts import Prompt, load_prompts
@@ -21,6 +23,7 @@ from megatron_rlhf.data.splits import split_by_user
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,39 @@ def find_start(
     return source, source.model
 
 
+def find_judge(config: SFTConfig | EvaluateConfig, parallel_key: str) -> StartingPoint:
+    """The reward model that scores responses which a run samples."""
+    source, model = find_start(config.reward.init_from, "reward.init_from", REWARD, None, "model")
+    assert source is not None
+    check_role("reward", model, config, parallel_key)
+    return source
+
+
+def check_role(name: str, model: ModelConfig, config: BaseConfig, key: str = "parallel") -> None:
+    """The shape of a role against its layout, the configuration's `key`; before any role is built."""
+    parallel: ParallelConfig = getattr(config, key)
+    layout_checks.check_model(model, parallel, key)
+    if config.precision_of(name) is Precision.fp8_hybrid:
+        checks.check_fp8_shape(model, parallel, config.fp8.recipe, key)
+
+
+def keep_start(
+    session: Session, role: str, source: StartingPoint | None, model: ModelConfig, key: str, shape_key: str = "model"
+) -> None:
+    """A run that is resumed starts from the same weights, wherever they are now, and with the same shape."""
+    session.require_same(f"weights to start the {role} from", [key], source.digest if source else "random")
+    shape = sharded.model_to_json(without_implied(model))
+    for name in NO_SHAPE:
+        del shape[name]
+    session.require_same(f"shape of the {role}", [shape_key, key], shape)
+
+
+def keep_data(session: Session, what: str, keys: Sequence[str], examples: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """A run that is resumed reads the same examples, wherever they are now. `examples`: what each is made of, as integers."""
+    pieces = list(examples)
+    session.require_same(what, keys, {"pieces": len(pieces), "checksum": f"{fingerprint(pieces):08x}"})
+
+
 def make_role(
     name: str,
     model: ModelConfig,
@@ -51,9 +87,6 @@ def make_role(
 ) -> Role:
     """Build a role, with a fresh head where it is scalar, and fill it from `source`."""
     precision = config.precision_of(name)
-    if precision is Precision.fp8_hybrid:
-        key = "critic_parallel" if layout.config is getattr(config, "critic_parallel", None) else "parallel"
-        checks.check_fp8_shape(model, layout.config, config.fp8.recipe, key)
     role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
     if scalar:
         role.reset_head(config.run.seed)
@@ -70,6 +103,8 @@ def read_text(path: str, key: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{key}={path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}={path} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
 def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
@@ -108,7 +143,7 @@ def make_pretraining(
             f"data.pretraining.sequence_length={config.sequence_length} is more than the model's context of "
             f"{model.max_sequence_length} tokens"
         )
-    return load_pretraining(
+    loaded = load_pretraining(
         config.source,
         tokenizer,
         config.sequence_length,
@@ -119,6 +154,8 @@ def make_pretraining(
         is_builder=dist.get_rank() == 0,
         barrier=dist.barrier,
     )
+    session.require_same("pretraining text", ["data.pretraining.source"], loaded.describes)
+    return loaded
 
 
 def padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:

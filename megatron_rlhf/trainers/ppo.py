@@ -62,6 +62,7 @@ class PPOTrainer(Trainer):
     of the others' updates before the iteration ends: the two sides run side by side."""
 
     description = "PPO"
+    length_key = "ppo.iterations"
     figures = {"reward": "reward/score_mean", "kl": "kl/mean", "ptx": "ptx/loss"}
 
     config: PPOConfig

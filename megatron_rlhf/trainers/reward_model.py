@@ -77,6 +77,7 @@ class RewardModelTrainer(Trainer):
     """The reward model and its comparisons."""
 
     description = "reward model"
+    length_key = "reward_model.epochs"
     figures = {"loss": "rm/loss", "accuracy": "rm/accuracy"}
 
     config: RewardModelConfig

@@ -1,55 +1,62 @@
 """From a configuration to a trainer: data and starting points are checked first, then models are built."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
-from megatron_rlhf.config import checks
+from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRAINED_REWARD, VALUE
-from megatron_rlhf.data.comparisons import load_comparisons
-from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.comparisons import Comparison, load_comparisons
+from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
-from megatron_rlhf.evaluation.evaluator import Evaluator
+from megatron_rlhf.evaluation.evaluator import Evaluator, output_file
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import parts
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
-from megatron_rlhf.trainers.sft import SFTTrainer
+from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
 log = logging.getLogger(__name__)
+
+LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens", "data.tokenizer")
+"""Keys that decide, beside the file, which examples there are."""
 
 
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     """`examples/train_sft.py`."""
     data = config.data
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
-    reward_source = reward_model = None
+    parts.check_role("policy", model, config)
+    parts.keep_start(session, "policy", source, model, "policy.init_from")
+    judge = None
     if config.reward.init_from is not None:
-        reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", REWARD, None, "model"
-        )
-    checks.check_model(model, config.parallel, "parallel")
-    tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": reward_source}, session)
+        judge = parts.find_judge(config, "parallel")
+        parts.keep_start(session, "reward model", judge, judge.model, "reward.init_from")
+    tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
         demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns=data.columns.given())
         log.info(demonstrations.describe())
+        parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], _pieces(demonstrations))
         if data.validation is not None:
             validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns.given())
             prompts = ([d.tokens[: d.prompt_length] for d in part] for part in (demonstrations, validation))
             parts.warn_of_shared_prompts(*prompts)
+        parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _pieces(validation or []))
     mix = Mix(config.sft.batch_size, data.pretraining_mix)
     steps = config.sft.max_steps or mix.steps(len(demonstrations or []), config.sft.epochs)
     checks.check_warmup(config.sft.warmup_steps, steps, "sft.warmup_steps")
@@ -60,14 +67,21 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     if pretraining is not None:
         longest = max(longest, data.pretraining.sequence_length)
     require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
+    if judge is not None:
+        assert demonstrations is not None, "check_sft: responses are sampled to their prompts"
+        longest = max(d.prompt_length for d in selection_prompts(config, demonstrations, validation))
+        for model_of, whose in ((model, "policy"), (judge.model, "reward model")):
+            response = config.sampling.max_response_tokens
+            checks.check_response_fits(longest, "the longest validation prompt", response, model_of, whose)
+            require_tokenizer_fits(tokenizer, model_of.vocab_size, f"the {whose}'s vocab_size")
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     policy = parts.make_role("policy", model, layout, config, source, dropout=config.sft.dropout)
     policy.know_only(tokenizer.known_ids)
     trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, config.run.max_skipped_steps)
     reward = None
-    if reward_model is not None:
-        reward = parts.make_role("reward", reward_model, layout, config, reward_source, scalar=True).frozen()
+    if judge is not None:
+        reward = parts.make_role("reward", judge.model, layout, config, judge, scalar=True).frozen()
     return SFTTrainer(config, session, tokenizer, trained, demonstrations, validation, pretraining, reward)
 
 
@@ -75,7 +89,8 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     """`examples/train_reward_model.py`."""
     data = config.data
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
-    checks.check_model(model, config.parallel, "parallel")
+    parts.check_role("reward", model, config)
+    parts.keep_start(session, "reward model", source, model, "reward.init_from")
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
@@ -91,6 +106,8 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     algorithm = config.reward_model
     steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
+    parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
+    parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
     if data.demonstrations is not None:
         columns = data.demonstration_columns.given()
         loaded_demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns)
@@ -107,6 +124,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         longest,
         "the longest prompt and response",
     )
+    parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], demonstrations)
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
@@ -126,12 +144,15 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     if value_from is None:
         value_from, value_key = config.reward.init_from, "reward.init_from"
     value_source, value_model = parts.find_start(value_from, value_key, VALUE, config.critic_model, "critic_model")
-    checks.check_model(model, config.parallel, "parallel")
+    parts.keep_start(session, "policy", policy_source, model, "policy.init_from")
+    parts.keep_start(session, "reward model", reward_source, critic_model, "reward.init_from", "critic_model")
+    parts.keep_start(session, "value model", value_source, value_model, value_key, "critic_model")
+    parts.check_role("policy", model, config)
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
-        checks.check_generation(model, sampling, config.parallel)
+        layout_checks.check_generation(model, sampling, config.parallel)
         model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
-    checks.check_model(critic_model, config.critic_parallel, "critic_parallel")
-    checks.check_model(value_model, config.critic_parallel, "critic_parallel")
+    parts.check_role("reward", critic_model, config, "critic_parallel")
+    parts.check_role("value", value_model, config, "critic_parallel")
     for shape in (model, critic_model, value_model):
         keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
         checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
@@ -141,6 +162,8 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
     require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
     prompts = parts.make_prompts(config.data, tokenizer)
+    chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
+    parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
     ppo, pretraining = config.ppo, None
     longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_response_tokens
     require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
@@ -180,21 +203,26 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     """`examples/evaluate.py`."""
     wanted = AVERAGE if config.evaluate.ema else POLICY
+    output = output_file(Path(config.run.dir), config.evaluate.output)
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
-    checks.check_model(model, config.parallel, "parallel")
-    reward_source = reward_model = None
+    parts.check_role("policy", model, config)
+    judge = None
     if config.reward.init_from is not None:
-        reward_source, reward_model = parts.find_start(
-            config.reward.init_from, "reward.init_from", REWARD, None, "model"
-        )
-        checks.check_model(reward_model, config.critic_parallel, "critic_parallel")
-    starts = {"policy.init_from": source, "reward.init_from": reward_source}
-    tokenizer = choose_tokenizer(config.data, starts, session)
+        judge = parts.find_judge(config, "critic_parallel")
+    tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     prompts = parts.make_prompts(config.data, tokenizer)
-    few_shot = None
+    chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
+    inputs = [prompt.tokens.tolist() for prompt in chosen]
+    which = "the longest prompt"
     if config.evaluate.few_shot is not None:
         few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")
+        inputs = [tokenizer.encode(few_shot + prompt.text, bos=True) for prompt in chosen]
+        which += ", evaluate.few_shot included"
+    for shape, whose in ((model, "policy"), (judge.model if judge else model, "reward model")):
+        longest = max(map(len, inputs))
+        checks.check_response_fits(longest, which, config.sampling.max_response_tokens, shape, whose)
+        require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
     held_out = None
     if config.data.pretraining.source is not None:
         held_out = parts.make_pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
@@ -203,10 +231,21 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     policy = parts.make_role("policy", model, layout, config, source).frozen()
     policy.know_only(tokenizer.known_ids)
     reward = None
-    if reward_model is not None:
+    if judge is not None:
         critic_layout = ParallelLayout.create(config.critic_parallel)
-        reward = parts.make_role("reward", reward_model, critic_layout, config, reward_source, scalar=True).frozen()
-    return Evaluator(config, session, tokenizer, prompts, held_out, policy, reward, few_shot)
+        reward = parts.make_role("reward", judge.model, critic_layout, config, judge, scalar=True).frozen()
+    return Evaluator(config, session, tokenizer, chosen, inputs, output, held_out, policy, reward)
+
+
+def _pieces(demonstrations: Iterable[Demonstration]) -> Iterator[np.ndarray]:
+    return (np.append(d.tokens, d.prompt_length) for d in demonstrations)
+
+
+def _ranked_pieces(comparisons: Iterable[Comparison]) -> Iterator[np.ndarray]:
+    for c in comparisons:
+        yield c.pairs.ravel()
+        yield c.prompt_tokens
+        yield from c.responses_tokens
 
 
 # Stage -> what makes its trainer.

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_rlhf.algorithms.schedules import cosine_lr
-from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config.stages import SFTConfig
 from megatron_rlhf.config.training import Selection
 from megatron_rlhf.data.batches import ShuffledBatches
@@ -39,6 +36,7 @@ Example = tuple[Any, int]
 class SFTTrainer(Trainer):
     """The policy and its data."""
 
+    length_key = "sft.epochs, sft.max_steps"
     figures = {"loss": "sft/loss"}
 
     config: SFTConfig
@@ -59,7 +57,6 @@ class SFTTrainer(Trainer):
         self.epochs_done = 0
         self.texts_seen = 0
         self.tokens_seen = 0
-        self.best: tuple[float, str] | None = None
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, self._first_texts(), sft.micro_batch)
 
     def _first_texts(self) -> list[Any]:
@@ -162,9 +159,8 @@ class SFTTrainer(Trainer):
     def mean_reward(self) -> float:
         """Mean score of responses sampled to validation prompts, by the reward model (how the paper chose its SFT model)."""
         assert self.reward is not None
-        examples = self.validation or self.demonstrations
-        assert examples is not None
-        chosen = [examples[i] for i in range(min(len(examples), self.config.sft.selection_samples))]
+        assert self.demonstrations is not None
+        chosen = selection_prompts(self.config, self.demonstrations, self.validation)
         prompts = [d.tokens[: d.prompt_length].tolist() for d in chosen]
         completions = sample_responses(
             self.policy.role,
@@ -180,45 +176,55 @@ class SFTTrainer(Trainer):
         return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
 
     def after_step(self) -> dict[str, float]:
-        """At the end of an epoch: validate, keep this epoch's weights, and name the best epoch so far."""
+        """At the end of an epoch, and of the run: validate, keep these weights, and name the best so far."""
         before, self.epochs_done = self.epochs_done, self.batches.epoch if self.batches is not None else 0
-        return self._end_epoch() if self.epochs_done > before or self.step == self.total_steps else {}
+        ends = self.epochs_done > before
+        return self._end_epoch(ends) if ends or self.step == self.total_steps else {}
 
-    def _end_epoch(self) -> dict[str, float]:
+    def _end_epoch(self, whole: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
         loss = self.validation_loss()
         if loss is not None:
             metrics["sft/validation_loss"] = loss
         if self.reward is not None:
             metrics["sft/validation_reward"] = self.mean_reward()
-        epoch = self.epochs_done if self.batches is not None else 1
-        name = f"epoch_{epoch}"
-        state = {"step": self.step, "metrics": metrics}
-        written = self.session.save(name, [self.policy], state, with_optimizer=False)
         by_reward = self.config.sft.select_by is Selection.reward_model
         figure = -metrics["sft/validation_reward"] if by_reward else loss
-        if written and figure is not None and (self.best is None or figure < self.best[0]):
-            self.best = (figure, name)
-            if dist.get_rank() == 0:
-                sharded.point(self.session.checkpoints, "best", name)
-        log.info("epoch %d: %s", epoch, ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "no validation data")
+        name = self._epoch_name(whole)
+        if figure is not None and name is not None:  # there is something to choose, and to choose by
+            self.session.offer(name, [self.policy], {"step": self.step, "figure": figure, "metrics": metrics})
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        log.info("%s: %s", name or f"step {self.step}", shown or "no validation data")
         return metrics
+
+    def _epoch_name(self, whole: bool) -> str | None:
+        """What the weights at this step are called; None where there are no epochs to choose from."""
+        if self.batches is None:
+            return None
+        done = self.epochs_done
+        return f"epoch_{done}" if whole else f"epoch_{done + 1}_step_{self.step}"  # the run may end inside an epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "tokens_seen": self.tokens_seen,
             "texts_seen": self.texts_seen,
             "batches": self.batches.state_dict() if self.batches is not None else None,
-            "best": self.best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens_seen = state["tokens_seen"]
         self.texts_seen = state["texts_seen"]
-        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
             self.epochs_done = self.batches.epoch
+
+
+def selection_prompts(
+    config: SFTConfig, demonstrations: Examples[Demonstration], validation: Examples[Demonstration] | None
+) -> list[Demonstration]:
+    """Whose prompts are answered where a reward model judges an epoch."""
+    examples = validation or demonstrations
+    return [examples[i] for i in range(min(len(examples), config.sft.selection_samples))]
 
 
 # Sequences of a validation pass held as one batch: bounds the padding, never the numbers.

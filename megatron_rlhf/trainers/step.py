@@ -163,6 +163,9 @@ class TrainedRole:
         for part in optimizer.chained_optimizers:
             for group in part.param_groups:
                 group["lr"] = lr
+                # A checkpoint brings those that it was saved with.
+                group["betas"] = part.config.adam_beta1, part.config.adam_beta2
+                group["eps"] = part.config.adam_eps
                 # Megatron-Core leaves it to its scheduler to spare biases and norms.
                 group["weight_decay"] = part.config.weight_decay * group["wd_mult"]
         scale = float(optimizer.get_loss_scale()) if kept else 1.0  # before it is adapted

@@ -195,6 +195,50 @@ CASES: dict[str, Case] = {
         "ppo", ["rollout.min_response_tokens=13"], ["min_response_tokens=13", "max_response_tokens=12"]
     ),
     "top_p": Case("evaluate", ["sampling.top_p=0"], [r"sampling\.top_p=0", "at most 1"]),
+    "sampling_beyond_the_context": Case(
+        "sft",
+        ["sft.select_by=reward_model", "reward.init_from={recipe}/reward_model", "sampling.max_response_tokens=60"],
+        [
+            r"sampling\.max_response_tokens=60 after the longest validation prompt \(\d+ tokens\)",
+            "policy's context of 64",
+        ],
+    ),
+    "evaluation_beyond_the_context": Case(
+        "evaluate", ["sampling.max_response_tokens=60"], [r"max_response_tokens=60 after the longest prompt", "of 64"]
+    ),
+    "few_shot_beyond_the_context": Case(
+        "evaluate",
+        ["sampling.max_response_tokens=8", "evaluate.few_shot={recipe}/text.txt"],
+        ["after the longest prompt, evaluate.few_shot included", "context of 64"],
+    ),
+    "judged_text_alone": Case(
+        "sft",
+        ["data.pretraining_mix=1", "sft.max_steps=2", "reward.init_from={recipe}/reward_model"],
+        [r"reward\.init_from=.* judges responses", r"pretraining_mix=1 reads none"],
+    ),
+    "virtual_evaluation": Case(
+        "evaluate",
+        ["parallel.pipeline=2", "parallel.virtual_stages=2"],
+        [r"parallel\.virtual_stages=2: evaluation decodes through plain stages"],
+        ranks=2,
+    ),
+    "output_over_the_configuration": Case(
+        "evaluate", ["evaluate.output=config.yaml"], [r"evaluate\.output=config\.yaml", "kept for the run itself"]
+    ),
+    "output_over_data": Case(
+        "evaluate",
+        ["evaluate.output={recipe}/prompts.jsonl"],
+        [r"evaluate\.output=.*prompts.jsonl .*holds no responses"],
+    ),
+    "output_into_a_file": Case(
+        "evaluate", ["evaluate.output={recipe}/text.txt/x.jsonl"], [r"evaluate\.output=.* cannot be written"]
+    ),
+    "evaluation_is_not_resumed": Case("evaluate", ["run.resume=true"], [r"run\.resume=true: an evaluation is not"]),
+    "nothing_held_out": Case(
+        "evaluate",
+        ["data.pretraining.source={recipe}/text.txt", "data.pretraining.held_out=0"],
+        [r"data\.pretraining\.held_out=0 leaves no text"],
+    ),
     "select_without_reward_model": Case("sft", ["sft.select_by=reward_model"], [r"needs reward\.init_from"]),
     # Numbers that mean nothing, and schedules that do not fit (each range by itself: tests/config/test_ranges.py).
     "no_epochs": Case("sft", ["sft.epochs=0"], [r"sft\.epochs=0 must be at least 1"]),
@@ -284,6 +328,16 @@ CASES: dict[str, Case] = {
     "folder_of_another_run": Case(
         "sft", ["run.dir={recipe}/sft"], [r"run\.dir=.*sft holds another run", r"run\.resume"]
     ),
+    "folder_of_another_stage": Case(
+        "ppo",
+        ["run.dir={recipe}/sft"],
+        [r"run\.dir=.*sft holds supervised fine-tuning, and this is PPO: choose another"],
+    ),
+    "resume_of_another_stage": Case(
+        "reward_model",
+        ["run.dir={recipe}/sft", "run.resume=true"],
+        ["sft holds supervised fine-tuning, and this is the training of a reward model: choose another folder"],
+    ),
     "nothing_to_resume": Case("sft", ["run.resume=true"], [r"run\.resume=true", "no checkpoint to go on from"]),
 }
 
@@ -367,7 +421,7 @@ def test_resume_with_other_data_is_refused(recipe, tmp_path):
     before = contents(tmp_path / "run" / "checkpoints")
     finished = run_example("train_sft", *arguments, f"data.demonstrations={fewer}", "run.resume=true")
     assert finished.codes == [2]
-    assert "data order has size 27, this run 5" in finished.output
+    assert re.search(r"data\.demonstrations, .*with other demonstrations \(pieces 5, was 27;", finished.output)
     assert contents(tmp_path / "run" / "checkpoints") == before
 
 

@@ -23,7 +23,7 @@ PPO_MORE |= {f"memory/{phase}_peak_bytes" for phase in ("rollout", "scoring", "e
 TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s", "memory/tax_peak_bytes"}
 # In the line after a checkpoint.
 SAVE = {"time/save_s", "memory/save_peak_bytes"}
-ALWAYS = {".lock", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "tensorboard"}
+ALWAYS = {".lock", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "stage", "tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,14 @@ def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
         "policy_ema",
         "value",
     }
-    assert {"best", "latest", "step_30", "epoch_1", "epoch_10"} <= names(runs["sft"] / "checkpoints")
+    best = (runs["sft"] / "checkpoints" / "best").read_text()
+    assert names(runs["sft"] / "checkpoints") == {"best", "latest", "step_30", "epoch_9", "epoch_10", best}
+    assert {name: (folder / "stage").read_text() for name, folder in runs.items()} == {
+        "sft": "sft\n",
+        "reward_model": "reward_model\n",
+        "ppo": "ppo\n",
+        "evaluation": "evaluate\n",
+    }
 
 
 def test_metric_names(runs):

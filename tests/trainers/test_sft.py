@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from ranks import run_ranks
-from recipe import read_metrics, run_stage
+from recipe import file_checksums, read_metrics, run_stage
 
+from megatron_rlhf.checkpoint.naming import read_meta
 from megatron_rlhf.models.microbatches import TokenBatch
+from megatron_rlhf.runs.candidates import candidates
 
 
 def run(recipe, name, *more, function=run_stage):
@@ -92,21 +95,61 @@ def test_dropout_and_schedule(recipe):
 
 
 def test_the_epoch_with_the_lowest_validation_loss_is_named_best(recipe):
-    """A learning rate so high that the first epoch is best."""
-    _, rows = run(recipe, "sft_best", "sft.epochs=3", "policy.optimizer.lr=0.3", "sft.dropout=0")
+    """A learning rate so high that the first epoch is best; of the others the last is kept."""
+    _, rows = run(recipe, "sft_best", "sft.epochs=3", "policy.optimizer.lr=0.3", "sft.dropout=0", "run.keep_last=1")
     losses = [row["sft/validation_loss"] for row in rows if "sft/validation_loss" in row]
     best = losses.index(min(losses)) + 1
     folder = recipe.root / "sft_best" / "checkpoints"
     assert (folder / "best").read_text() == f"epoch_{best}"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "best",
-        "epoch_1",
-        "epoch_2",
-        "epoch_3",
-        "latest",
-        "step_9",
-    ]
+    kept_last = {f"epoch_{best}", "epoch_3"}
+    assert {path.name for path in folder.iterdir()} == {"best", "latest", "step_9"} | kept_last
     assert losses[0] != losses[-1]
+
+
+def kept(recipe, name) -> dict[str, float]:
+    """Candidate -> its figure."""
+    folder = recipe.root / name / "checkpoints"
+    return {path.name: read_meta(path)["state"]["figure"] for path in candidates(folder)}
+
+
+def test_a_run_that_ends_inside_an_epoch_takes_no_epochs_name(recipe):
+    """Nor does the end of a longer schedule, when it is resumed: none of them is what another was."""
+    schedule = ("sft.dropout=0", "policy.optimizer.lr=0.3", "run.keep_last=0")
+    _, rows = run(recipe, "sft_inside", "sft.max_steps=5", *schedule)
+    losses = {row["step"]: row["sft/validation_loss"] for row in rows if "sft/validation_loss" in row}
+    assert kept(recipe, "sft_inside") == {"epoch_1": losses[3], "epoch_2_step_5": losses[5]}
+    folder = recipe.root / "sft_inside" / "checkpoints"
+    assert (folder / "best").read_text() == min(kept(recipe, "sft_inside").items(), key=lambda item: item[1])[0]
+    before = {name: file_checksums(folder / name) for name in kept(recipe, "sft_inside")}
+    _, rows = run(recipe, "sft_inside", "sft.max_steps=7", *schedule, "run.resume=true")
+    assert list(kept(recipe, "sft_inside")) == ["epoch_1", "epoch_2_step_5", "epoch_2", "epoch_3_step_7"]
+    for name, checksums in before.items():
+        assert file_checksums(folder / name) == checksums, name
+
+
+def test_the_best_is_untouched_by_a_resume_that_does_worse(recipe):
+    """Stopped after the second epoch, the best, and taken up again from before it with another learning rate."""
+    base = ("sft.epochs=4", "sft.dropout=0", "run.save_every=4", "run.keep_last=2")
+    run(recipe, "sft_worse", *base, "run.stop_at_step=7")
+    folder = recipe.root / "sft_worse" / "checkpoints"
+    assert (folder / "best").read_text() == "epoch_2"
+    shutil.rmtree(folder / "step_7")  # as if the run had been killed before it
+    (folder / "latest").unlink()
+    before, figure = file_checksums(folder / "epoch_2"), kept(recipe, "sft_worse")["epoch_2"]
+    _, rows = run(recipe, "sft_worse", *base, "policy.optimizer.lr=1e-9", "run.resume=true")
+    later = [row["sft/validation_loss"] for row in rows if row["step"] > 4 and "sft/validation_loss" in row]
+    assert min(later) > figure, "it learns no more: the rate was taken"
+    assert (folder / "best").read_text() == "epoch_2"
+    assert file_checksums(folder / "epoch_2") == before
+    log = (recipe.root / "sft_worse" / "log.txt").read_text()
+    assert "from here on policy.optimizer.lr=1e-09 (was 0.001)" in log
+
+
+def test_without_anything_to_choose_by_no_epoch_is_written(recipe):
+    arguments = [a for a in recipe.sft("sft_plain", "sft.epochs=2") if not a.startswith("data.validation=")]
+    run_ranks(1, run_stage, "sft", arguments, timeout=400)
+    names = sorted(path.name for path in (recipe.root / "sft_plain" / "checkpoints").iterdir())
+    assert names == ["latest", "step_6"]
 
 
 def test_a_reward_model_may_choose(recipe):
