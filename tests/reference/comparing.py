@@ -2,7 +2,7 @@
 
 Tolerances, all in fp32, where one rounding is 6e-8 and both sides sum in another order:
 
-- figures: 1e-5 of their size; weights: 1e-5 of their tensor's largest number. Adam's epsilon is 1e-4, well above the
+- figures: 1e-5 of their size; weights: 1e-5 of their tensor's largest number. Adam's epsilon is 1e-3, well above the
   rounding of gradients that are zero by symmetry (a key's bias shifts all scores alike); with the default 1e-8 Adam
   would blow that rounding up to whole steps.
 - differences of nearly equal numbers have an absolute tolerance, as their size says nothing of the terms': the policy's

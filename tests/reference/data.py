@@ -47,14 +47,12 @@ def read_lines(path: object) -> list[dict]:
     return [json.loads(line) for line in Path(str(path)).read_text().splitlines()]
 
 
-def demonstrations(
-    path: object, settings: Settings, ask: str = "prompt", answer: str = "response"
-) -> list[Demonstration]:
+def demonstrations(path: object, settings: Settings) -> list[Demonstration]:
     """Those within both limits, in the file's order. The end of text counts as a token of the response."""
     tokenizer = load_tokenizer(settings)
     kept = []
     for record in read_lines(path):
-        prompt, response = _start(tokenizer, record[ask]), _end(tokenizer, record[answer])
+        prompt, response = _start(tokenizer, record["ask"]), _end(tokenizer, record["answer"])
         if len(prompt) <= settings["data.max_prompt_tokens"] and len(response) <= settings["data.max_response_tokens"]:
             kept.append(Demonstration(prompt + response, len(prompt)))
     return kept
@@ -81,7 +79,7 @@ def prompts(settings: Settings) -> list[Prompt]:
     tokenizer = load_tokenizer(settings)
     kept, of_user = [], Counter()
     for number, record in enumerate(read_lines(settings["data.prompts"])):
-        tokens, user = _start(tokenizer, record["prompt"]), record.get("user")
+        tokens, user = _start(tokenizer, record["ask"]), record["who"]
         if len(tokens) > settings["data.max_prompt_tokens"]:
             continue
         of_user[user] += 1
@@ -119,7 +117,7 @@ class PretrainingText:
 
 
 def pretraining_text(settings: Settings, wanted: int) -> PretrainingText:
-    """Documents, each closed by the end of text; the last ones, with their share of all tokens, are held out.
+    """Documents, each begun and closed as the tokenizer does a text; the last ones, with their share of all tokens, are held out.
 
     Megatron-Core's GPTDataset: whole epochs until there are `wanted` sequences; documents in shuffled order make one
     stream, which is cut; the pieces are shuffled. Where less than 80% of the last epoch is needed, it is shuffled on its
@@ -128,7 +126,7 @@ def pretraining_text(settings: Settings, wanted: int) -> PretrainingText:
     tokenizer = load_tokenizer(settings)
     length = settings["data.pretraining.sequence_length"]
     texts = [record["text"] for record in read_lines(settings["data.pretraining.source"]) if record["text"].strip()]
-    documents = [_end(tokenizer, text) for text in texts]
+    documents = [[*_start(tokenizer, text), tokenizer.eos_token_id] for text in texts]
     share = max(settings["data.pretraining.held_out"] * sum(map(len, documents)), length + 1)
     held = next(n for n in range(1, len(documents) + 1) if sum(map(len, documents[-n:])) >= share)
     seed = settings["run.seed"]

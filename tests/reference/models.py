@@ -39,9 +39,12 @@ def cost(model: torch.nn.Module, tokens: int) -> dict[str, float]:
     return {"step_tokens": tokens, "step_flops": 6 * tokens * count_weights(model)}
 
 
-def logprobs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0) -> Tensor:
-    """[length - 1, rows] whole distributions: row i is of the token after tokens[: i + 1]."""
-    logits = model(input_ids=torch.tensor([tokens[:-1]])).logits[0]
+def logprobs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0, known: int | None = None) -> Tensor:
+    """[length - 1, known] whole distributions: row i is of the token after tokens[: i + 1].
+
+    `known`: only so many of the embedding's rows are tokens, the others have no probability; None: all are.
+    """
+    logits = model(input_ids=torch.tensor([tokens[:-1]])).logits[0, :, :known]
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
@@ -86,7 +89,7 @@ class Adam:
     def step(self, rate: float) -> float:
         """One update by the gradients, which are cleared. Returns their norm before it is clipped."""
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self.parameters))
-        scale = min(1.0, self.clip_norm / norm)
+        scale = self.clip_norm / max(norm, self.clip_norm)
         self.steps += 1
         first_decay, second_decay = self.betas
         for parameter, (first, second) in zip(self.parameters, self.moments, strict=True):

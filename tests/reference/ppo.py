@@ -3,44 +3,14 @@
 import copy
 import itertools
 import math
-import statistics
-from dataclasses import dataclass
 
 import torch
 from reference import data, models
 from reference.data import Settings
+from reference.episodes import Episode, rollout_metrics, update_metrics
 from reference.models import Adam
-from reference.sampling import Response, respond, row_key
+from reference.sampling import Vocabulary, respond, row_key
 from reference.sft import Result
-from torch import Tensor
-
-
-@dataclass
-class Episode:
-    """A prompt, a response, and what the models thought of it before any update."""
-
-    prompt: list[int]
-    response: Response
-    score: float
-    """The reward model's own."""
-    total: float
-    """The score less the penalty."""
-    logprobs: Tensor
-    """[t] of each response token under the policy that wrote it."""
-    kl: Tensor
-    """[t] log-ratio to the reference."""
-    values: Tensor
-    """[t] of the state before each token."""
-    returns: Tensor | None = None
-    advantages: Tensor | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.response.tokens
-
-    @property
-    def length(self) -> int:
-        return len(self.response.tokens)
 
 
 class Run:
@@ -54,14 +24,15 @@ class Run:
         self.value = models.scalar_model(s["value.init_from"])
         self.average = copy.deepcopy(self.policy)
         self.policy_adam, self.value_adam = Adam(self.policy, s, "policy"), Adam(self.value, s, "value")
-        self.tokenizer = data.load_tokenizer(s)
-        self.stops = [self.tokenizer.eos_token_id]
+        self.vocabulary = Vocabulary.of(s)
         self.prompts = data.prompts(s)
         self.batches = data.shuffled_batches(len(self.prompts), s["ppo.batch_size"], s["run.seed"], whole=True)
         updates = s["ppo.iterations"] * s["ppo.inner_epochs"] * s["ppo.batch_size"] // s["ppo.minibatch_size"]
         self.text = data.pretraining_text(s, updates * s["ppo.minibatch_size"] * s["ppo.ptx_ratio"])
         self.next_text = itertools.cycle(self.text.train)
         self.kl_coef = s["ppo.kl_coef"]
+        self.ptx_coef = 1.0 if s["ppo.ptx_coef"] == "auto" else s["ppo.ptx_coef"]
+        self.averages = {"ppo": 0.0, "text": 0.0}
         self.trained_tokens = 0
 
     def collect(self, iteration: int) -> list[Episode]:
@@ -71,12 +42,14 @@ class Run:
             prompt = self.prompts[number]
             key = row_key(s["run.seed"], iteration, prompt.number, seen.count(number))
             seen.append(number)
-            response = respond(self.policy, prompt.tokens, key, s, "rollout", self.stops)
+            response = respond(self.policy, prompt.tokens, key, s, "rollout", self.vocabulary)
             tokens, first = prompt.tokens + response.tokens, len(prompt.tokens)
             with torch.no_grad():
                 score = models.scalars(self.reward, tokens)[-1].item()
                 old, reference = (
-                    models.of_tokens(models.logprobs(model, tokens, temperature), tokens)[first - 1 :]
+                    models.of_tokens(models.logprobs(model, tokens, temperature, self.vocabulary.known), tokens)[
+                        first - 1 :
+                    ]
                     for model in (self.policy, self.reference)
                 )
                 episodes.append(
@@ -118,14 +91,39 @@ class Run:
         size = self.s["ppo.minibatch_size"]
         return [[episodes[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
-    def update_policy(self, minibatch: list[Episode], rate: float) -> tuple[dict[str, float], list[list[int]]]:
-        """The clipped objective (Schulman et al. 2017, equation 7) plus ptx_coef times the loss on text; the texts."""
+    def update_policy(
+        self, minibatch: list[Episode], rate: float, report: bool
+    ) -> tuple[dict[str, float], list[list[int]]]:
+        """PPO's loss plus the text's times its coefficient (equation 2); the texts that were read.
+
+        `report`: norms of the two gradients and the cosine of the angle between them as well.
+        """
+        s, weights = self.s, list(self.policy.parameters())
+        texts = list(itertools.islice(self.next_text, s["ppo.ptx_ratio"] * s["ppo.minibatch_size"]))
+        text_loss = models.text_loss(
+            self.policy, [(text, 1) for text in texts], lambda part: (self.ptx_coef * part).backward()
+        )
+        of_text = torch.cat([weight.grad.flatten().double() for weight in weights])
+        figures = self.clipped_objective(minibatch) | {"ptx/loss": text_loss}
+        rest = torch.cat([weight.grad.flatten().double() for weight in weights]) - of_text
+        if report:
+            norms = {"policy/ppo_grad_norm": rest.norm().item(), "policy/ptx_grad_norm": of_text.norm().item()}
+            figures |= norms | {"policy/grad_cosine": float(rest @ of_text) / math.prod(norms.values())}
+        figures["policy/grad_norm"] = self.policy_adam.step(rate)
+        with torch.no_grad():
+            for average, weight in zip(self.average.parameters(), weights, strict=True):
+                average.copy_(s["ppo.ema_decay"] * average + (1 - s["ppo.ema_decay"]) * weight)
+        return figures, texts
+
+    def clipped_objective(self, minibatch: list[Episode]) -> dict[str, float]:
+        """Gradients of the clipped objective (Schulman et al. 2017, equation 7), and what is to be seen of it."""
         s, clip = self.s, self.s["ppo.clip"]
         tokens = sum(episode.length for episode in minibatch)
         names = ("loss", "ratio_mean", "clip_fraction", "approx_kl", "entropy")
         sums, gaps = dict.fromkeys((f"policy/{name}" for name in names), 0.0), []
         for episode in minibatch:
-            every = models.logprobs(self.policy, episode.tokens, s["rollout.temperature"])[len(episode.prompt) - 1 :]
+            every = models.logprobs(self.policy, episode.tokens, s["rollout.temperature"], self.vocabulary.known)
+            every = every[len(episode.prompt) - 1 :]
             new = every.gather(1, torch.tensor(episode.response.tokens).unsqueeze(1)).squeeze(1)
             ratio = (new - episode.logprobs).exp()
             gain, clipped = ratio * episode.advantages, ratio.clamp(1 - clip, 1 + clip) * episode.advantages
@@ -142,15 +140,7 @@ class Run:
             )
             sums = {name: total + float(x.detach()) for (name, total), x in zip(sums.items(), figures, strict=True)}
             gaps.append((ratio.detach() - 1).abs().max().item())
-        texts = list(itertools.islice(self.next_text, s["ppo.ptx_ratio"] * s["ppo.minibatch_size"]))
-        sums["ptx/loss"] = models.text_loss(
-            self.policy, [(text, 1) for text in texts], lambda part: (s["ppo.ptx_coef"] * part).backward()
-        )
-        norm = self.policy_adam.step(rate)
-        with torch.no_grad():
-            for average, weight in zip(self.average.parameters(), self.policy.parameters(), strict=True):
-                average.copy_(s["ppo.ema_decay"] * average + (1 - s["ppo.ema_decay"]) * weight)
-        return sums | {"policy/first_ratio_max_gap": max(gaps), "policy/grad_norm": norm}, texts
+        return sums | {"policy/first_ratio_max_gap": max(gaps)}
 
     def update_value(self, minibatch: list[Episode]) -> dict[str, float]:
         """Half the larger of two squared errors, one of the value clipped around the old (Engstrom et al. 2020, section 3)."""
@@ -175,12 +165,13 @@ class Run:
         rate, warmup = s["policy.optimizer.lr"], s["ppo.warmup_iterations"]
         done = iteration - s["ppo.critic_warmup_iterations"]  # by the policy; none while only the critic learns
         learns = done >= 0
+        report = s["ppo.ptx_coef"] == "auto" or (iteration + 1) % s["ppo.gradient_report_every"] == 0
         if done < warmup:  # from one tenth of the peak (appendix C.4)
             rate *= 0.1 + 0.9 * done / warmup
         for epoch in range(s["ppo.inner_epochs"]):
             for minibatch in self.minibatches(episodes, iteration, epoch):
                 if learns:
-                    update, texts = self.update_policy(minibatch, rate)
+                    update, texts = self.update_policy(minibatch, rate, report and not policy_updates)
                     policy_updates.append(update)
                     read["text"] += texts
                 value_updates.append(self.update_value(minibatch))
@@ -188,41 +179,33 @@ class Run:
             "step": iteration + 1,
             "samples": (iteration + 1) * s["ppo.batch_size"],
             "skipped_updates": 0,
-            **self.rollout_metrics(episodes),
+            **rollout_metrics(episodes),
+            "kl/coef": self.kl_coef,
             **update_metrics(value_updates),
             **update_metrics(policy_updates),
             "policy/lr": rate if learns else 0.0,
+            **({"ptx/coef": self.ptx_coef} if learns else {}),
             **self.costs(episodes, read["text"], bool(policy_updates)),
         }
         if (iteration + 1) % s["ppo.tax_every"] == 0:
             row |= self.tax()
         if learns:
             self.control_kl(row["kl/mean"])
+            self.balance_text(row)
         return row, episodes, read
-
-    def rollout_metrics(self, episodes: list[Episode]) -> dict[str, float]:
-        scores = [episode.score for episode in episodes]
-        returns = torch.cat([episode.returns for episode in episodes])
-        errors = returns - torch.cat([episode.values for episode in episodes])
-        return {
-            "reward/score_mean": statistics.fmean(scores),
-            "reward/score_std": statistics.pstdev(scores),
-            "rollout/response_length_mean": statistics.fmean(episode.length for episode in episodes),
-            "rollout/stop_fraction": statistics.fmean(episode.response.stopped for episode in episodes),
-            "rollout/logprob_gap_max": 0.0,
-            "reward/total_mean": statistics.fmean(episode.total for episode in episodes),
-            "kl/mean": statistics.fmean(float(episode.kl.sum()) for episode in episodes),
-            # Schulman's k3, of tokens drawn from the policy
-            "kl/k3_mean": statistics.fmean(float((torch.exp(-e.kl) - 1 + e.kl).sum()) for e in episodes),
-            "kl/coef": self.kl_coef,
-            "value/explained_variance": float(1 - errors.var() / returns.var()),
-        }
 
     def control_kl(self, kl: float) -> None:
         """Ziegler et al. 2019, section 2.2."""
         if self.s["ppo.kl_control"] == "adaptive":
             error = min(max(kl / self.s["ppo.kl_target"] - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * self.s["ppo.batch_size"] / self.s["ppo.kl_horizon"]
+
+    def balance_text(self, row: dict[str, float]) -> None:
+        """The text's gradient at a multiple of PPO's: a quotient of two averages of norms, the text's without coefficient."""
+        if self.s["ppo.ptx_coef"] == "auto":
+            norms = {"ppo": row["policy/ppo_grad_norm"], "text": row["policy/ptx_grad_norm"] / self.ptx_coef}
+            self.averages = {name: 0.9 * x + 0.1 * norms[name] for name, x in self.averages.items()}
+            self.ptx_coef = self.s["ppo.ptx_gradient_ratio"] * self.averages["ppo"] / self.averages["text"]
 
     @torch.no_grad()
     def tax(self) -> dict[str, float]:
@@ -249,19 +232,10 @@ class Run:
         }
 
 
-def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an iteration's updates; of the gap the first, of the gradient's norm the last."""
-    if not updates:
-        return {}
-    means = {name: statistics.fmean(update[name] for update in updates) for name in updates[0]}
-    firsts = {name: value for name, value in updates[0].items() if "first" in name}
-    return means | firsts | {name: value for name, value in updates[-1].items() if "grad_norm" in name}
-
-
 def run(s: Settings) -> tuple[Result, list[dict[str, object]]]:
     """The result, and the rows of samples.jsonl."""
     result, samples, ppo = Result([], [], {}), [], Run(s)
-    decode = ppo.tokenizer.decode
+    decode = ppo.vocabulary.tokenizer.decode
     for iteration in range(s["ppo.iterations"]):
         row, episodes, read = ppo.iterate(iteration)
         result.rows.append(row)

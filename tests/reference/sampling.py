@@ -4,22 +4,50 @@ A token is drawn by Gumbel's trick from numbers that hash what is drawn: run, it
 position and token. So the text can be computed here, whatever batch or rank it was drawn in.
 """
 
+import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from reference.data import Settings
+from reference.data import Settings, load_tokenizer
 from reference.models import logprobs
+from transformers import PreTrainedTokenizerFast
 
 MASK = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What can be sampled, and what ends a response: the policy's own end tokens, and data.stop's tokens and texts."""
+
+    tokenizer: PreTrainedTokenizerFast
+    stops: set[int]
+    texts: list[str]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Vocabulary":
+        tokenizer = load_tokenizer(settings)
+        ends = json.loads((Path(settings["policy.init_from"]) / "generation_config.json").read_text())["eos_token_id"]
+        special = [text for text in settings["data.stop"] if text in tokenizer.all_special_tokens]
+        stops = {tokenizer.eos_token_id, *ends, *tokenizer.convert_tokens_to_ids(special)}
+        return cls(tokenizer, stops, [text for text in settings["data.stop"] if text not in special])
+
+    @property
+    def known(self) -> int:
+        return len(self.tokenizer)
+
+    def ends(self, response: list[int]) -> bool:
+        """With its last token, and not before."""
+        now, before = (self.tokenizer.decode(tokens) for tokens in (response, response[:-1]))
+        return response[-1] in self.stops or any(now.count(text) > before.count(text) for text in self.texts)
 
 
 @dataclass(frozen=True)
 class Response:
     tokens: list[int]
     stopped: bool
-    """It ended with a stop token, not at the limit."""
+    """It ended by itself, not at the limit."""
 
 
 def row_key(run_seed: int, iteration: int, prompt: int, sample: int) -> int:
@@ -28,7 +56,7 @@ def row_key(run_seed: int, iteration: int, prompt: int, sample: int) -> int:
 
 @torch.no_grad()
 def respond(
-    model: torch.nn.Module, prompt: list[int], key: int, settings: Settings, group: str, stops: Sequence[int]
+    model: torch.nn.Module, prompt: list[int], key: int, settings: Settings, group: str, vocabulary: Vocabulary
 ) -> Response:
     """`group` names the settings: rollout or sampling."""
     top_k, top_p, shortest, longest = (
@@ -37,8 +65,8 @@ def respond(
     response: list[int] = []
     while len(response) < longest:
         text = [*prompt, *response, 0]  # the last token is not read
-        likely = logprobs(model, text, settings[f"{group}.temperature"])[-1].tolist()
-        banned = stops if len(response) + 1 < shortest else ()
+        likely = logprobs(model, text, settings[f"{group}.temperature"], vocabulary.known)[-1].tolist()
+        banned = vocabulary.stops if len(response) + 1 < shortest else ()
         candidates = sorted((-p, token) for token, p in enumerate(likely) if token not in banned)[:top_k]
         total = sum(math.exp(-p) for p, _ in candidates)
         before, best = 0.0, (-math.inf, -1)
@@ -49,7 +77,7 @@ def respond(
             number = (_scramble((_mix(key, len(response)) + (token + 1) * 0x9E3779B1) & MASK) + 0.5) / 2**32
             best = max(best, (-negative - math.log(-math.log1p(-number)), token))
         response.append(best[1])
-        if best[1] in stops:
+        if len(response) >= shortest and vocabulary.ends(response):
             return Response(response, True)
     return Response(response, False)
 

@@ -36,12 +36,14 @@ def sft(world: World, folder: Path) -> Settings:
 def reward_model(world: World, folder: Path) -> Settings:
     return {
         "run.dir": str(folder),
-        "run.seed": 78,
+        "run.seed": 81,
         "reward.init_from": str(world.language),
         **_optimizer("reward", lr=5e-3, betas=(0.85, 0.9), weight_decay=0.3, clip_norm=1.8),
         "data.tokenizer": str(world.tokenizer),
         "data.comparisons": str(world.data("comparisons")),
         "data.demonstrations": str(world.data("targets")),
+        "data.demonstration_columns.prompt": "{ask}",
+        "data.demonstration_columns.response": "{answer}",
         "data.validation_fraction": 0.35,
         **_limits(),
         "reward_model.epochs": 2,
@@ -56,14 +58,16 @@ def reward_model(world: World, folder: Path) -> Settings:
 def ppo(world: World, folder: Path) -> Settings:
     return {
         "run.dir": str(folder),
-        "run.seed": 79,
+        "run.seed": 82,
         "policy.init_from": str(world.policy),
         "reward.init_from": str(world.reward),
         "value.init_from": str(world.value),
-        **_optimizer("policy", lr=3e-3, betas=(0.85, 0.98), weight_decay=0.2, clip_norm=3.0),
-        **_optimizer("value", lr=2e-2, betas=(0.8, 0.9), weight_decay=0.3, clip_norm=2.0),
+        **_optimizer("policy", lr=2e-3, betas=(0.85, 0.98), weight_decay=0.2, clip_norm=5.0),
+        **_optimizer("value", lr=8e-3, betas=(0.8, 0.9), weight_decay=0.3, clip_norm=0.6),
         "data.tokenizer": str(world.tokenizer),
         "data.prompts": str(world.data("prompts")),
+        "data.columns.prompt": "{ask}",
+        "data.columns.user": "{who}",
         "data.max_prompt_tokens": 9,
         "data.max_per_user": 2,
         **_text(world),
@@ -75,28 +79,30 @@ def ppo(world: World, folder: Path) -> Settings:
         "ppo.inner_epochs": 2,
         "ppo.micro_batch_size": 2,
         "ppo.clip": 0.1,
-        "ppo.value_clip": 0.15,
+        "ppo.value_clip": 0.06,
         "ppo.gamma": 0.97,
         "ppo.lam": 0.9,
         "ppo.kl_coef": 0.05,
         "ppo.kl_control": "adaptive",
-        "ppo.kl_target": 0.3,
+        "ppo.kl_target": 0.7,
         "ppo.kl_horizon": 50,
         "ppo.ptx_coef": 3.0,
+        "ppo.ptx_gradient_ratio": 0.7,
+        "ppo.gradient_report_every": 2,
         "ppo.ptx_ratio": 2,
-        "ppo.ptx_micro_batch_size": 3,
+        "ppo.ptx_micro_batch_size": 5,
         "ppo.warmup_iterations": 2,
         "ppo.critic_warmup_iterations": 1,
         "ppo.ema_decay": 0.9,
         "ppo.missing_stop_penalty": 0.7,
         "ppo.whiten_advantages": True,  # the default; another case leaves them as they are
-        "ppo.tax_every": 2,
+        "ppo.tax_every": 3,
     }
 
 
 def _optimizer(role: str, **values: object) -> Settings:
     """Epsilon is well above the rounding of gradients, see comparing.py."""
-    return {f"{role}.optimizer.{name}": value for name, value in {"epsilon": 1e-4, **values}.items()}
+    return {f"{role}.optimizer.{name}": value for name, value in {"epsilon": 1e-3, **values}.items()}
 
 
 def _limits() -> Settings:
@@ -119,4 +125,5 @@ def _sampling(group: str, temperature: float, top_k: int, top_p: float, longest:
         f"{group}.max_response_tokens": longest,
         f"{group}.min_response_tokens": shortest,
         f"{group}.batch_size": 2,
+        "data.stop": ("<unk>", "old new", "fast"),
     }

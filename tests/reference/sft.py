@@ -7,7 +7,7 @@ import torch
 from reference import data, models
 from reference.data import Settings
 from reference.models import Adam, Weights
-from reference.sampling import respond, row_key
+from reference.sampling import Vocabulary, respond, row_key
 
 
 @dataclass
@@ -24,9 +24,8 @@ class Result:
 def run(s: Settings) -> Result:
     policy, reward = models.language_model(s["policy.init_from"]), models.scalar_model(s["reward.init_from"])
     adam = Adam(policy, s, "policy")
-    columns = {"ask": "ask", "answer": "answer"}
-    demonstrations = data.demonstrations(s["data.demonstrations"], s, **columns)
-    validation = data.demonstrations(s["data.validation"], s, **columns)
+    demonstrations = data.demonstrations(s["data.demonstrations"], s)
+    validation = data.demonstrations(s["data.validation"], s)
 
     texts_a_step = round(s["sft.batch_size"] * s["data.pretraining_mix"])
     batch_size = s["sft.batch_size"] - texts_a_step
@@ -78,10 +77,10 @@ def mean_reward(
     policy: torch.nn.Module, reward: torch.nn.Module, validation: list[data.Demonstration], s: Settings
 ) -> float:
     """Of responses to the first validation prompts (appendix C.1: the epoch is chosen by the reward model's score)."""
-    end = data.load_tokenizer(s).eos_token_id
+    vocabulary = Vocabulary.of(s)
     scores = []
     for number, demonstration in enumerate(itertools.islice(validation, s["sft.selection_samples"])):
         prompt = demonstration.tokens[: demonstration.prompt_length]
-        response = respond(policy, prompt, row_key(s["run.seed"], 0, number, 0), s, "sampling", [end])
+        response = respond(policy, prompt, row_key(s["run.seed"], 0, number, 0), s, "sampling", vocabulary)
         scores.append(models.scalars(reward, prompt + response.tokens)[-1].item())
     return sum(scores) / len(scores)

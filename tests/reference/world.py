@@ -54,11 +54,12 @@ def make_world(root: Path) -> World:
     _save(LlamaForCausalLM(_llama()), world.language)
 
     demonstrations = [{"ask": text(1, 7), "answer": text(1, 6)} for _ in range(10)]
+    demonstrations[0] = {"ask": text(8, 8), "answer": text(7, 7)}  # as long as may be
     demonstrations[3]["ask"] = text(9, 9)  # too long a prompt
     demonstrations[6]["answer"] = text(9, 9)  # too long a response
     _write(world.data("demonstrations"), demonstrations)
     _write(world.data("held_out"), [{"ask": text(2, 6), "answer": text(1, 6)} for _ in range(4)])
-    _write(world.data("targets"), [{"prompt": text(2, 6), "response": text(1, 6)} for _ in range(3)])
+    _write(world.data("targets"), [{"ask": text(2, 6), "answer": text(1, 6)} for _ in range(3)])
     _write(world.data("comparisons"), _comparisons(text))
     _write(world.data("more_comparisons"), _comparisons(text))
     users = [
@@ -75,8 +76,9 @@ def make_world(root: Path) -> World:
         "cy",
         "dee",
     ]  # ann is over the limit of two
-    prompts = [{"prompt": text(1, 7), **({} if user is None else {"user": user})} for user in users]
-    prompts[7]["prompt"] = text(9, 9)  # too long
+    prompts = [{"ask": text(1, 7), "who": user} for user in users]
+    prompts[3]["ask"] = text(8, 8)  # as long as may be
+    prompts[7]["ask"] = text(9, 9)  # too long
     _write(world.data("prompts"), prompts)
     _write(world.data("text"), [{"text": text(4, 30)} for _ in range(12)] + [{"text": "  "}, {"text": text(9, 9)}])
     return world
@@ -86,6 +88,7 @@ def _comparisons(text) -> list[dict]:
     """K = 2 to 5, ties, pairs, dialogues, and what is dropped."""
     ranks = [[0, 1], [2, 0, 1], [0, 0, 1, 2], [1, 0, 1, 0, 2], [1, 0], [0, 1, 1], [3, 1, 2, 0], [0, 2, 1, 1, 2]]
     ranked = [{"prompt": text(1, 6), "responses": [text(1, 5) for _ in row], "ranks": row} for row in ranks]
+    ranked[6]["prompt"], ranked[6]["responses"][0] = text(8, 8), text(7, 7)  # as long as may be
     ranked.insert(2, {"prompt": text(2, 2), "responses": [text(1, 3), text(1, 3)], "ranks": [1, 1]})  # all tied
     ranked.insert(4, {"prompt": text(9, 9), "responses": [text(1, 3), text(1, 3)], "ranks": [0, 1]})  # too long
     ranked[5]["responses"][1] = text(9, 9)  # one response too long, the others stay
@@ -104,7 +107,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 # transformers gives the padding's row of an embedding no gradient, although the policy may sample it: none is named.
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+_IDS = {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": None}
 
 
 def _gpt2() -> GPT2Config:
