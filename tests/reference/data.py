@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerFast
 
 Settings = dict[str, object]
@@ -23,12 +22,17 @@ class Demonstration:
     prompt_length: int
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Texts (prompt, response, end of text) and their ranks: 0 is best, equal ranks tie."""
+@dataclass
+class Ranked:
+    """A prompt and all its comparisons, of however many records."""
 
     texts: list[list[int]]
-    ranks: list[int]
+    """Prompt, response, end of text; each text once."""
+    pairs: list[tuple[int, int, int]]
+    """The better text, the worse one, and how many were ranked together."""
+    best: list[int]
+    """A best text of each record."""
+    users: set[str]
 
 
 @dataclass(frozen=True)
@@ -58,28 +62,40 @@ def demonstrations(path: object, settings: Settings) -> list[Demonstration]:
     return kept
 
 
-def rankings(path: object, settings: Settings) -> list[Ranking]:
-    """Responses over the limit are left out, and a prompt over it, or without two ranks left, altogether."""
+def rankings(path: object, settings: Settings) -> list[Ranked]:
+    """Responses over the limit are left out; records of a prompt over it, or without a preference left, altogether.
+
+    Records of one prompt are one item. Equal ranks, and a text against itself, are no preference.
+    """
     tokenizer = load_tokenizer(settings)
-    kept = []
+    items: dict[tuple[int, ...], Ranked] = {}
     for record in read_lines(path):
         responses, ranks = record.get("responses"), record.get("ranks")
         if responses is None:
             responses, ranks = [record["chosen"], record["rejected"]], [0, 1]
         prompt = _start(tokenizer, record["prompt"])
         ended = [_end(tokenizer, response) for response in responses]
-        fits = [i for i, tokens in enumerate(ended) if len(tokens) <= settings["data.max_response_tokens"]]
-        if len(prompt) <= settings["data.max_prompt_tokens"] and len({ranks[i] for i in fits}) > 1:
-            kept.append(Ranking([prompt + ended[i] for i in fits], [ranks[i] for i in fits]))
-    return kept
+        kept = [(i, x) for i, x in zip(ranks, ended, strict=True) if len(x) <= settings["data.max_response_tokens"]]
+        together = [(a, b) for (i, a), (j, b) in itertools.permutations(kept, 2) if i < j and a != b]
+        if len(prompt) > settings["data.max_prompt_tokens"] or not together:
+            continue
+        item = items.setdefault(tuple(prompt), Ranked([], [], [], set()))
+        for _, response in kept:
+            if prompt + response not in item.texts:
+                item.texts.append(prompt + response)
+        place = {tuple(text): i for i, text in enumerate(item.texts)}
+        item.pairs += [(place[tuple(prompt + a)], place[tuple(prompt + b)], len(kept)) for a, b in together]
+        item.best.append(place[tuple(prompt + min(kept, key=lambda entry: entry[0])[1])])
+        item.users |= {record["user"]} if record.get("user") else set()
+    return list(items.values())
 
 
 def prompts(settings: Settings) -> list[Prompt]:
-    """A user's first so many within the limit of tokens; no user, no limit."""
+    """A user's first so many within the limit of tokens; without a user, or with an empty one, no limit."""
     tokenizer = load_tokenizer(settings)
     kept, of_user = [], Counter()
     for number, record in enumerate(read_lines(settings["data.prompts"])):
-        tokens, user = _start(tokenizer, record["ask"]), record["who"]
+        tokens, user = _start(tokenizer, record["ask"]), record["who"] or None
         if len(tokens) > settings["data.max_prompt_tokens"]:
             continue
         of_user[user] += 1
@@ -101,10 +117,20 @@ def shuffled_batches(size: int, batch_size: int, seed: int, whole: bool = False)
             left = left[batch_size:]
 
 
-def hold_out(items: list, fraction: float, seed: int) -> tuple[list, list]:
-    """(training, validation): torch's permutation says which are held out; both keep the file's order."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[: round(len(items) * fraction)])
+def hold_out(items: list[Ranked], fraction: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
+    """(training, validation), both in the file's order: prompts with a user in common stay together.
+
+    numpy's permutation says in which order the groups are asked; one is held out if it fits into what is wanted.
+    """
+    groups: list[list[int]] = []
+    for i, item in enumerate(items):
+        related = [group for group in groups if any(items[j].users & item.users for j in group)]
+        merged = sorted([j for group in related for j in group] + [i])
+        groups = sorted([group for group in groups if group not in related] + [merged])
+    wanted, held = round(len(items) * fraction), set()
+    for place in np.random.default_rng(seed).permutation(len(groups)).tolist():
+        if len(held) + len(groups[place]) <= wanted:
+            held |= set(groups[place])
     return [x for i, x in enumerate(items) if i not in held], [x for i, x in enumerate(items) if i in held]
 
 

@@ -79,7 +79,7 @@ class Adam:
     """
 
     def __init__(self, model: torch.nn.Module, settings: Settings, role: str):
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
         self.steps = 0
         keys = ("betas", "epsilon", "weight_decay", "clip_norm")

@@ -1,17 +1,18 @@
 """The reward model (Ouyang et al. 2022, section 3.5, equation 1, and appendix C.2)."""
 
-import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from reference import data, models
-from reference.data import Ranking, Settings
+from reference.data import Ranked, Settings
 from reference.models import Adam
 from reference.sft import Result
 
 
 def run(s: Settings) -> Result:
     reward = models.scalar_model(s["reward.init_from"], head_seed=s["run.seed"])
+    reward.score.bias.requires_grad_(False)  # no comparison depends on it: it is set in the end
     adam = Adam(reward, s, "reward")
     training = data.rankings(s["data.comparisons"], s)
     if "data.validation" in s:
@@ -33,7 +34,7 @@ def run(s: Settings) -> Result:
             part, margins = comparison_loss(reward, ranking)
             (part / len(batch)).backward()
             loss += part.item() / len(batch)
-            pairs, correct = pairs + len(margins), correct + count_correct(margins)
+            pairs, correct = pairs + len(margins), correct + count_correct(margins.tolist())
         row = {
             "step": step + 1,
             "rm/loss": loss,
@@ -50,38 +51,38 @@ def run(s: Settings) -> Result:
         result.rows.append(row)
         result.read.append({"comparison": [text for ranking in batch for text in ranking.texts]})
     if s["data.demonstrations"] is None:
-        center(reward, [ranking.texts[ranking.ranks.index(min(ranking.ranks))] for ranking in training])
+        center(reward, [ranking.texts[i] for ranking in training for i in ranking.best])
     else:
         center(reward, [d.tokens for d in data.demonstrations(s["data.demonstrations"], s)])
     result.weights["reward"] = models.weights_of(reward)
     return result
 
 
-def comparison_loss(reward: torch.nn.Module, ranking: Ranking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equation 1 for one prompt: the mean over its pairs of -log sigmoid(r_better - r_worse), ties left out; the margins."""
+def comparison_loss(reward: torch.nn.Module, ranking: Ranked) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 1 for one prompt: the mean over its pairs of -log sigmoid(r_better - r_worse); the margins."""
     scores = [models.scalars(reward, text)[-1] for text in ranking.texts]
-    ranked = list(zip(scores, ranking.ranks, strict=True))
-    margins = torch.stack([a - b for (a, i), (b, j) in itertools.permutations(ranked, 2) if i < j])
+    margins = torch.stack([scores[better] - scores[worse] for better, worse, _ in ranking.pairs])
     return -torch.nn.functional.logsigmoid(margins).mean(), margins.detach()
 
 
-def count_correct(margins: torch.Tensor) -> float:
-    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins.tolist())
+def count_correct(margins: Iterable[float]) -> float:
+    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
 
 
 @torch.no_grad()
-def validate(reward: torch.nn.Module, rankings: list[Ranking]) -> dict[str, float]:
-    """Accuracy over all held-out pairs, and over those of prompts with K responses."""
-    losses, by_k = [], defaultdict(lambda: (0.0, 0))
+def validate(reward: torch.nn.Module, rankings: list[Ranked]) -> dict[str, float]:
+    """Accuracy over all held-out pairs, and over those of K responses that were ranked together."""
+    losses, by_k = [], defaultdict(list)
     for ranking in rankings:
         loss, margins = comparison_loss(reward, ranking)
         losses.append(loss.item())
-        correct, pairs = by_k[len(ranking.texts)]
-        by_k[len(ranking.texts)] = correct + count_correct(margins), pairs + len(margins)
+        for (_, _, k), margin in zip(ranking.pairs, margins.tolist(), strict=True):
+            by_k[k].append(margin)
+    every = [margin for margins in by_k.values() for margin in margins]
     return {
         "rm/validation_loss": sum(losses) / len(losses),
-        "rm/validation_accuracy": sum(c for c, _ in by_k.values()) / sum(p for _, p in by_k.values()),
-        **{f"rm/validation_accuracy_k{k}": correct / pairs for k, (correct, pairs) in by_k.items()},
+        "rm/validation_accuracy": count_correct(every) / len(every),
+        **{f"rm/validation_accuracy_k{k}": count_correct(margins) / len(margins) for k, margins in by_k.items()},
     }
 
 

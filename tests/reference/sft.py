@@ -1,7 +1,9 @@
 """Supervised fine-tuning (Ouyang et al. 2022, section 3.5 and appendix C.1), with pretraining text mixed in."""
 
 import itertools
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from reference import data, models
@@ -27,35 +29,43 @@ def run(s: Settings) -> Result:
     demonstrations = data.demonstrations(s["data.demonstrations"], s)
     validation = data.demonstrations(s["data.validation"], s)
 
-    texts_a_step = round(s["sft.batch_size"] * s["data.pretraining_mix"])
-    batch_size = s["sft.batch_size"] - texts_a_step
-    steps_an_epoch = -(-len(demonstrations) // batch_size)
-    total = s["sft.epochs"] * steps_an_epoch
-    text = data.pretraining_text(s, total * texts_a_step).train
-    batches = data.shuffled_batches(len(demonstrations), batch_size, s["run.seed"])
+    mix, batch_size = Fraction(str(s["data.pretraining_mix"])), s["sft.batch_size"]
+    total = len(_counts(mix, batch_size, len(demonstrations), s["sft.epochs"]))
+    text = iter(data.pretraining_text(s, math.floor(total * batch_size * mix)).train)
+    order = data.shuffled_batches(len(demonstrations), len(demonstrations), s["run.seed"])
+    left = next(order)  # of an epoch
 
     result, targets, best = Result([], [], {}), 0, -float("inf")
-    for step in range(total):
-        chosen = [demonstrations[i] for i in next(batches)]
-        texts = text[step * texts_a_step :][:texts_a_step]
-        batch = [(d.tokens, d.prompt_length) for d in chosen] + [(tokens, 1) for tokens in texts]
-        targets += sum(len(tokens) - first for tokens, first in batch)
-        read_tokens = len(batch) * max(len(tokens) for tokens, _ in batch)
+    for step, (texts_now, wanted) in enumerate(_counts(mix, batch_size, len(demonstrations), s["sft.epochs"])):
+        chosen, left = [demonstrations[i] for i in left[:wanted]], left[wanted:]
+        kinds = {
+            "demonstration": [(d.tokens, d.prompt_length) for d in chosen],
+            "pretraining": [(tokens, 1) for tokens in itertools.islice(text, texts_now)],
+        }
+        share = _text_share(float(mix), batch_size, texts_now)
+        losses = {}
+        for kind, weight in (("demonstration", 1 - share), ("pretraining", share)):
+            if kinds[kind]:
+                losses[kind] = models.text_loss(policy, kinds[kind], lambda part, w=weight: (w * part).backward())
+        targets += sum(len(tokens) - first for batch in kinds.values() for tokens, first in batch)
+        read_tokens = sum(len(batch) * max(len(tokens) for tokens, _ in batch) for batch in kinds.values() if batch)
         rate = models.cosine_rate(
             step, total, s["policy.optimizer.lr"], s["sft.final_lr_fraction"], s["sft.warmup_steps"]
         )
-        loss = models.text_loss(policy, batch, torch.Tensor.backward)
         row = {
             "step": step + 1,
-            "sft/loss": loss,
+            "sft/loss": (1 - share) * losses["demonstration"] + share * losses.get("pretraining", 0.0),
+            **{f"sft/{kind}_loss": loss for kind, loss in losses.items()},
+            "sft/pretraining_share": share,
             "sft/grad_norm": adam.step(rate),
             "sft/lr": rate,
-            "samples": (step + 1) * s["sft.batch_size"],
+            "samples": (step + 1) * batch_size,
             "tokens": targets,
             "skipped_updates": 0,
             **models.cost(policy, read_tokens),
         }
-        if (step + 1) % steps_an_epoch == 0:
+        if not left:
+            left = next(order)
             with torch.no_grad():
                 row["sft/validation_loss"] = models.text_loss(
                     policy, [(d.tokens, d.prompt_length) for d in validation], lambda part: None
@@ -67,9 +77,30 @@ def run(s: Settings) -> Result:
             if merit > best:
                 best, result.weights["best"] = merit, models.weights_of(policy)
         result.rows.append(row)
-        result.read.append({"demonstration": [d.tokens for d in chosen], "text": texts})
+        result.read.append(
+            {"demonstration": [d.tokens for d in chosen], "text": [tokens for tokens, _ in kinds["pretraining"]]}
+        )
     result.weights["policy"] = models.weights_of(policy)
     return result
+
+
+def _counts(mix: Fraction, batch_size: int, demonstrations: int, epochs: int) -> list[tuple[int, int]]:
+    """(texts, demonstrations) of each step: of all examples so far, `mix` are text, rounded down; an epoch's last step has
+    the demonstrations that are left."""
+    counts: list[tuple[int, int]] = []
+    for _ in range(epochs):
+        left = demonstrations
+        while left:
+            examples = len(counts) * batch_size
+            texts = math.floor((examples + batch_size) * mix) - math.floor(examples * mix)
+            counts.append((texts, min(batch_size - texts, left)))
+            left -= counts[-1][1]
+    return counts
+
+
+def _text_share(mix: float, batch_size: int, texts: int) -> float:
+    """What the mean over the text counts: the mix, and one example's share at least where only some batches have a text."""
+    return min(max(mix, 1 / batch_size), 1 - 1 / batch_size) if texts else 0.0
 
 
 @torch.no_grad()

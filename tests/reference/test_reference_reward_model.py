@@ -37,6 +37,7 @@ def assert_every_rule_was_at_work(expected, asked):
     norms = [row["rm/grad_norm"] for row in expected.rows]
     assert min(norms) < asked["reward.optimizer.clip_norm"] < max(norms), "gradients were clipped, and were not"
     rankings = data.rankings(asked["data.comparisons"], asked)
-    assert {2, 3, 4, 5} <= {len(ranking.ranks) for ranking in rankings}
-    assert any(len(set(ranking.ranks)) < len(ranking.ranks) for ranking in rankings), "ties"
+    assert {2, 3, 4, 5} <= {k for ranking in rankings for _, _, k in ranking.pairs}
+    assert any(len({k for _, _, k in ranking.pairs}) > 1 for ranking in rankings), "several records of one prompt"
+    assert any(len(ranking.texts) > asked["reward_model.max_completions"] for ranking in rankings)
     assert any(0 < row.get("rm/validation_accuracy", 0) < 1 for row in expected.rows)

@@ -9,7 +9,12 @@ EXPORTS = {"policy": Export("latest", "policy", "gpt2"), "best": Export("best", 
 CASES = {
     # Ranks, layout, and what differs from the settings.
     "one_rank": (1, (), {}),
-    "dp2_by_loss": (2, ("parallel.distributed_optimizer=true",), {"sft.select_by": "validation_loss"}),
+    # A share with room for a text in every other batch only.
+    "dp2_by_loss": (
+        2,
+        ("parallel.distributed_optimizer=true",),
+        {"sft.select_by": "validation_loss", "data.pretraining_mix": 0.1},
+    ),
 }
 
 
@@ -29,4 +34,6 @@ def assert_every_rule_was_at_work(expected, asked):
     """What the comparison rests on."""
     norms = [row["sft/grad_norm"] for row in expected.rows]
     assert min(norms) < asked["policy.optimizer.clip_norm"] < max(norms), "gradients were clipped, and were not"
-    assert len({str(text) for step in expected.read for text in step["text"]}) > 10
+    texts = [str(text) for step in expected.read for text in step["text"]]
+    assert len(set(texts)) > len(texts) / 2, "each step reads on"
+    assert len({len(step["text"]) for step in expected.read}) > 1, "not all batches have as many"

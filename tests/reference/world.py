@@ -85,7 +85,7 @@ def make_world(root: Path) -> World:
 
 
 def _comparisons(text) -> list[dict]:
-    """K = 2 to 5, ties, pairs, dialogues, and what is dropped."""
+    """K = 2 to 5, ties, pairs, several records of a prompt, users with several prompts, and what is dropped."""
     ranks = [[0, 1], [2, 0, 1], [0, 0, 1, 2], [1, 0, 1, 0, 2], [1, 0], [0, 1, 1], [3, 1, 2, 0], [0, 2, 1, 1, 2]]
     ranked = [{"prompt": text(1, 6), "responses": [text(1, 5) for _ in row], "ranks": row} for row in ranks]
     ranked[6]["prompt"], ranked[6]["responses"][0] = text(8, 8), text(7, 7)  # as long as may be
@@ -93,6 +93,11 @@ def _comparisons(text) -> list[dict]:
     ranked.insert(4, {"prompt": text(9, 9), "responses": [text(1, 3), text(1, 3)], "ranks": [0, 1]})  # too long
     ranked[5]["responses"][1] = text(9, 9)  # one response too long, the others stay
     pairs = [{"prompt": text(1, 6), "chosen": text(1, 5), "rejected": text(1, 5)} for _ in range(3)]
+    # Of a prompt that is there already: one response anew, and one compared with itself as well.
+    again = {"prompt": ranked[1]["prompt"], "chosen": text(1, 5), "rejected": ranked[1]["responses"][0]}
+    pairs += [again, {**again, "rejected": again["chosen"]}]
+    for record, user in zip(ranked, ["ann", "bob", "", "bob", "ann", "cy"], strict=False):
+        record["user"] = user
     return [*ranked, *pairs]
 
 
