@@ -48,7 +48,7 @@ def run(s: Settings) -> Result:
             if kinds[kind]:
                 losses[kind] = models.text_loss(policy, kinds[kind], lambda part, w=weight: (w * part).backward())
         targets += sum(len(tokens) - first for batch in kinds.values() for tokens, first in batch)
-        read_tokens = sum(len(batch) * max(len(tokens) for tokens, _ in batch) for batch in kinds.values() if batch)
+        read_tokens = sum(len(tokens) for batch in kinds.values() for tokens, _ in batch)
         rate = models.cosine_rate(
             step, total, s["policy.optimizer.lr"], s["sft.final_lr_fraction"], s["sft.warmup_steps"]
         )

@@ -14,6 +14,13 @@ from megatron_rlhf.config.stages import PPOConfig, RewardModelConfig, SFTConfig
 NO_FIGURE = (
     *("run", "watchdog", "parallel", "critic_parallel", "placement", "offload", "rollout.parallel"),
     *("ppo.max_logprob_gap", "data.allow_other_tokenizer"),
+    # Instead of sizes in sequences: tests/distributed and tests/trainers.
+    *(
+        "sft.micro_batch_tokens",
+        "reward_model.micro_batch_tokens",
+        "ppo.micro_batch_tokens",
+        "ppo.ptx_micro_batch_tokens",
+    ),
     # Arithmetic of lower precision, and shapes where no starting point brings one.
     *("precision", "fp8", "sampling.precision", "rollout.precision", "model", "critic_model"),
 )
