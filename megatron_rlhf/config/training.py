@@ -90,7 +90,8 @@ class SamplingConfig:
     min_response_tokens: int = 1
     """Stop tokens have no probability before this many tokens."""
     batch_size: int = 64
-    """Sequences decoded together on one data-parallel rank."""
+    """Slots: sequences decoded together in each batch, of which as many as pipeline stages are in flight on a data-parallel
+    rank. The slot of a finished sequence is taken by the next prompt."""
     precision: Precision | None = None
     """Arithmetic of sampling where precision=fp8_hybrid: bf16 (when not given) or fp8_hybrid; elsewhere the model's own."""
 

@@ -1,9 +1,6 @@
-"""Attention through torch's fused kernels, with a key/value cache that keeps one position per row."""
-
-from dataclasses import dataclass, field
+"""Attention through torch's fused kernels, and decoding from a key/value cache."""
 
 import torch
-from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -100,66 +97,6 @@ class ScaledDotProductAttention(MegatronModule):
 def kernels_refuse_groups_with_a_mask(device: torch.device) -> bool:
     """CUDA's fused kernels take groups of queries or a mask, not both: with both, torch materialises the scores in fp32."""
     return device.type == "cuda"
-
-
-@dataclass
-class KeyValueCache(BaseInferenceContext):
-    """Keys and values of the tokens so far, [b, groups, capacity, d] a layer, keys already rotated.
-
-    Rows are padded on the left, so that all write to the same slot; `position_ids_bs` holds what position each new
-    token really has, and rotary embeddings follow it.
-    """
-
-    capacity: int
-    position_ids_bs: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
-    length: int = 0
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cos_sin: tuple[Tensor, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        # The base class only keeps a configuration of Megatron-Core's engines. What the models read of a context is here.
-        self.materialize_only_last_token_logits = False  # LanguageModel sees to that
-        self.max_sequence_length = self.capacity  # sizes the rotary table
-        self.sequence_len_offset = 0
-
-    def is_static_batching(self) -> bool:
-        return True
-
-    def is_decode_only(self) -> bool:
-        return self.length > 0
-
-    def start(self, position_ids_bs: Tensor) -> None:
-        """Before each forward pass: the positions of its tokens."""
-        self.position_ids_bs, self.cos_sin = position_ids_bs, None
-
-    def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all.
-
-        Angles are fp32; what they are rounded to is the queries' type, as in Megatron-Core's pass over a whole sequence.
-        """
-        if self.cos_sin is None:
-            angles_sb1d = frequencies[:, 0, 0][self.position_ids_bs].transpose(0, 1).unsqueeze(2)
-            self.cos_sin = angles_sb1d.cos().to(dtype), angles_sb1d.sin().to(dtype)
-        return self.cos_sin
-
-    def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values at the current length; returns all of them so far, as [s, b, groups, d] views."""
-        s, b, g, d = key_sbgd.shape
-        if layer not in self.layers:
-            self.layers[layer] = (
-                key_sbgd.new_empty(b, g, self.capacity, d),
-                value_sbgd.new_empty(b, g, self.capacity, d),
-            )
-        end = self.length + s
-        assert end <= self.capacity, f"cache of {self.capacity} tokens asked to hold {end}"
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end] = key_sbgd.permute(1, 2, 0, 3)
-        values[:, :, self.length : end] = value_sbgd.permute(1, 2, 0, 3)
-        return keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these: finished responses need no more work."""
-        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
 
 
 class CachedSelfAttention(SelfAttention):

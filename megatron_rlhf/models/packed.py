@@ -59,8 +59,9 @@ class LanguageModel(PackedModel):
         self.real_vocab_size = real_vocab_size
 
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
-        if self.post_process and kwargs.get("inference_context") is not None:
-            hidden_states = hidden_states[-1:]  # decoding asks for the next token's logits alone
+        inference_context = kwargs.get("inference_context")
+        if self.post_process and inference_context is not None:  # decoding asks for the next token's logits alone
+            hidden_states = inference_context.last_hidden(hidden_states)
         output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or self.vocab_size == self.real_vocab_size:
             return output

@@ -1,7 +1,7 @@
 """The few collectives that the algorithms need, on tensors and on plain Python objects."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,9 +105,8 @@ def _from_last_stage(names: list[str], layout: ParallelLayout) -> list[str]:
     return box[0]
 
 
-def gather_rows(rows: list, layout: ParallelLayout) -> list:
-    """Python objects of all data-parallel ranks, dealt back in the order of the rows they were dealt."""
-    parts: list = [None] * layout.dp_size
-    dist.all_gather_object(parts, rows, group=layout.groups.dp)
-    longest = max(len(part) for part in parts)
-    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+def gather_over_data(value: T, layout: ParallelLayout) -> list[T]:
+    """A Python object of each data-parallel rank, in the order of ranks, on all of them."""
+    parts: list[Any] = [None] * layout.dp_size
+    dist.all_gather_object(parts, value, group=layout.groups.dp)
+    return parts

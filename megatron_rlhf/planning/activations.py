@@ -63,9 +63,6 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     elements += (5 if model.activation is Activation.swiglu else 2) * ffn
     saved = tokens * e * elements / t + 2 * norm_copies * _stream(placed, shape)
     saved += tokens * FP32 * model.num_attention_heads / t  # log-sum-exp of the attention
-    if placed.parallel.context > 1:
-        # Keys and values of the whole sequence, where GPUs repeat each group's for every head of it; and the mask.
-        saved += shape.tokens * e * 2 * attention / t + shape.length**2 / placed.parallel.context * e
     if dropout:
         saved += 2 * _stream(placed, shape) / e  # masks, a byte an element
     if model.positions is Positions.rope:
@@ -106,12 +103,11 @@ def forward_working(placed: PlacedModel, shape: Shape) -> float:
     return tokens * e * (inner / placed.parallel.tensor + 3 * model.hidden_size)
 
 
-def cache_bytes(placed: PlacedModel, stage: int, rows: int, length: int, batch_rows: int) -> float:
-    """Keys and values of `rows` sequences on one rank of a stage; dropping finished rows copies one batch of them at a time."""
+def cache_bytes(placed: PlacedModel, stage: int, rows: int, length: int) -> float:
+    """Keys and values of `rows` sequences on one rank of a stage."""
     model = placed.model
     heads = parameters.query_groups(model) * parameters.head_dim(model) / placed.parallel.tensor
-    row = 2 * placed.stage_layers(stage) * heads * length * placed.element
-    return row * (rows + min(batch_rows, rows))
+    return 2 * placed.stage_layers(stage) * heads * length * placed.element * rows
 
 
 def _stream(placed: PlacedModel, shape: Shape) -> float:

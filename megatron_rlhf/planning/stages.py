@@ -16,6 +16,7 @@ from megatron_rlhf.planning.plan import Plan, PlannedPhase, PlannedRole
 from megatron_rlhf.planning.timing import (
     Batch,
     bubble,
+    decode_passes,
     decode_seconds,
     forward_flops,
     schedule_seconds,
@@ -143,19 +144,20 @@ def _rollout_phase(
 ) -> PlannedPhase:
     episodes, sampling = config.ppo.batch_size, config.rollout
     rows = math.ceil(episodes / policy.data)
-    together = min(sampling.batch_size, rows)
+    together = min(sampling.batch_size, math.ceil(rows / policy.parallel.pipeline))
     in_flight = min(rows, together * policy.parallel.pipeline)
     length = config.data.max_prompt_tokens + sampling.max_response_tokens
     mean = workload.prompt_tokens + workload.response_tokens
 
     def memory(stage: int) -> dict[str, float]:
         return {
-            "kv cache": cache_bytes(policy, stage, in_flight, length, together),
+            "kv cache": cache_bytes(policy, stage, in_flight, length),
             "buffers": forward_working(policy, Shape(together, config.data.max_prompt_tokens)),
         }
 
-    # Some response nearly always runs to the limit, so decoding takes that many steps.
-    seconds = decode_seconds(policy, cluster, rows, together, workload.prompt_tokens, sampling.max_response_tokens)
+    limit = sampling.max_response_tokens
+    passes = decode_passes(rows, in_flight, min(workload.response_tokens, limit), limit)
+    seconds = decode_seconds(policy, cluster, rows, together, workload.prompt_tokens, passes, limit)
     return PlannedPhase(
         "rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory, part="rollout"
     )

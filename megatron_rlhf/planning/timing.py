@@ -76,10 +76,18 @@ def update_seconds(placed: PlacedModel, cluster: ClusterConfig, average: bool = 
     return communication + touched / _memory_rate(cluster)
 
 
+def decode_passes(rows: int, slots: int, response: float, limit: int) -> float:
+    """Decoding passes for `rows` sequences in `slots`, which waiting prompts refill: full until the last prompt has begun.
+
+    From then on the slots drain, and some response nearly always runs to the limit.
+    """
+    return max(rows / slots - 1, 0) * response + limit
+
+
 def decode_seconds(
-    placed: PlacedModel, cluster: ClusterConfig, rows: int, batch_rows: int, prompt: float, steps: int
+    placed: PlacedModel, cluster: ClusterConfig, rows: int, batch_rows: int, prompt: float, passes: float, limit: int
 ) -> float:
-    """Sampling `steps` tokens for `rows` sequences on each copy, as many batches in flight as there are stages.
+    """Sampling `rows` sequences of up to `limit` tokens on each copy, as many batches of slots in flight as there are stages.
 
     A token costs reading the stage's weights and the batch's keys and values, or its products where they take longer.
     """
@@ -89,12 +97,11 @@ def decode_seconds(
     split = placed.parallel.tensor * placed.parallel.context
     weights = max(placed.parameters(stage) for stage in placed.ends) * placed.element
     heads = parameters.query_groups(placed.model) * parameters.head_dim(placed.model) / placed.parallel.tensor
-    cache = batch_rows * (prompt + steps / 2) * 2 * heads * placed.most_layers * placed.element
-    products = forward_flops(placed, batch_rows, prompt + steps / 2) * _slowest_stage_share(placed) / split
+    cache = batch_rows * (prompt + limit / 2) * 2 * heads * placed.most_layers * placed.element
+    products = forward_flops(placed, batch_rows, prompt + limit / 2) * _slowest_stage_share(placed) / split
     stage_step = max((weights + cache) / _memory_rate(cluster), products / cluster.flops_per_s(placed.precision))
     stage_step += placed.most_layers * cluster.decode_layer_overhead_us * _MICROSECOND
-    waves = [min(stages, batches - start) for start in range(0, batches, stages)]
-    decoding = steps * stage_step * sum(in_flight + stages - 1 for in_flight in waves)
+    decoding = passes * stage_step * (min(stages, batches) + stages - 1)
     prefill = schedule_seconds(placed, cluster, [Batch(batches, batch_rows * prompt, prompt)], backward=False)
     return decoding + sum(prefill)
 

@@ -10,8 +10,9 @@ from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
-from megatron_rlhf.rollout.generate import StopWatch, generate
+from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys
+from megatron_rlhf.rollout.sequences import StopWatch
 from megatron_rlhf.rollout.types import Completion, Responses, Rollout
 
 Timer = Callable[[str], AbstractContextManager]
@@ -46,10 +47,23 @@ def sample_responses(
     keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
     if not policy.layout.is_member:
         return collectives.publish_object([], policy.layout)
-    mine = range(policy.layout.dp_rank, len(prompts), policy.layout.dp_size)
+    shares = deal_by_length(list(map(len, prompts)), policy.layout.dp_size)
+    mine = shares[policy.layout.dp_rank]
     texts = [prompts[i] for i in mine]
-    completions = generate(policy, texts, keys[list(mine)], config, stop_ids, stop_watch) if mine else []
-    return collectives.publish_object(collectives.gather_rows(completions, policy.layout), policy.layout)
+    sampled = generate(policy, texts, keys[mine], config, stop_ids, stop_watch) if mine else []
+    parts = collectives.gather_over_data(sampled, policy.layout)
+    completions = {i: c for share, part in zip(shares, parts, strict=True) for i, c in zip(share, part, strict=True)}
+    return collectives.publish_object([completions[i] for i in range(len(prompts))], policy.layout)
+
+
+def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices of prompts in `parts` shares of nearly the same number and sum of lengths: dealt out to and fro, longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    turn = [*range(parts), *reversed(range(parts))]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for place, i in enumerate(order):
+        shares[turn[place % len(turn)]].append(i)
+    return shares
 
 
 def collect_rollout(

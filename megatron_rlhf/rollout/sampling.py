@@ -25,15 +25,25 @@ class Sampler:
     top_p: float = 1.0
 
     def __call__(
-        self, logits_bv: Tensor, keys_b: Tensor, positions_b: Tensor, banned: Tensor | None = None
+        self,
+        logits_bv: Tensor,
+        keys_b: Tensor,
+        positions_b: Tensor,
+        banned: Tensor | None = None,
+        banned_b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [b], none of them `banned`, and their log-probabilities [b] under softmax(logits / temperature).
+        """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature).
+
+        In rows where `banned_b` is true, none of the tokens `banned` is drawn.
 
         That is the log-probability before tokens are banned and before top-k and top-p, the one that training
         recomputes. temperature 0 takes the likeliest token.
         """
         logprobs_bv = torch.log_softmax(logits_bv.float() / (self.temperature or 1.0), dim=-1)
-        candidates_bv = logprobs_bv if banned is None else logprobs_bv.index_fill(-1, banned, -torch.inf)
+        candidates_bv = logprobs_bv
+        if banned is not None and banned_b is not None:
+            without_bv = logprobs_bv.index_fill(-1, banned, -torch.inf)
+            candidates_bv = torch.where(banned_b.unsqueeze(-1), without_bv, logprobs_bv)
         if self.temperature == 0:
             tokens_b = candidates_bv.argmax(dim=-1)
         else:

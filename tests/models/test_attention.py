@@ -9,9 +9,8 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models import attention
-from megatron_rlhf.models.attention import KeyValueCache
-from megatron_rlhf.parallel.pipeline import forward_backward
-from megatron_rlhf.rollout.generate import Decoder
+from megatron_rlhf.rollout import runner
+from megatron_rlhf.rollout.generate import generate
 
 MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
 STOP = 66
@@ -47,31 +46,24 @@ def test_cuda_gets_no_groups_together_with_a_mask(world, monkeypatch):
     assert grouped == [True, False, True], "without a mask groups are fine"
 
 
-def decoded_logprobs(model, parallel, lengths, responses):
+def decoded_logprobs(model, parallel, lengths, responses, slots, static_shapes=False):
     """Log-probabilities over the vocabulary before each response token, read while decoding these very responses."""
     role = make_role(MODELS[model], parallel)
     prompts = [numbers(n).tolist() for n in lengths]
-    config = SamplingConfig(max_response_tokens=max(map(len, responses)), batch_size=8)
-    decoder = Decoder(
-        role, list(range(len(prompts))), prompts, torch.zeros(len(prompts), dtype=torch.long), config, (STOP,)
-    )
     seen = [[] for _ in prompts]
 
-    def forced(logits_bv, keys_b, positions_b, banned=None):
+    def forced(logits_bv, keys_b, positions_b, banned=None, banned_b=None):
         assert logits_bv.shape[-1] == 67, "padding is cut off"
-        rows = decoder.rows_b.tolist()
-        for row, logits in zip(rows, logits_bv, strict=True):
+        places = list(zip(keys_b.tolist(), positions_b.tolist(), strict=True))
+        for (row, step), logits in zip(places, logits_bv, strict=True):
+            assert len(seen[row]) == step
             seen[row].append(logits.log_softmax(-1))
-        tokens = torch.tensor([responses[row][decoder.step] for row in rows])
-        return tokens, torch.zeros(len(rows))
+        return torch.tensor([responses[row][step] for row, step in places]), torch.zeros(len(places))
 
-    decoder.sampler = forced
-    with role.evaluating(decoding=True):
-        while decoder.unfinished:
-            forward_backward(role.chunks, [decoder.microbatch()], role.layout, forward_only=True)
-            decoder.advance()
-    completions = decoder.completions()
-    assert [completions[i].tokens for i in range(len(prompts))] == responses, "on every stage"
+    runner.Sampler = lambda *settings: forced
+    config = SamplingConfig(max_response_tokens=max(map(len, responses)), batch_size=slots)
+    done = generate(role, prompts, torch.arange(len(prompts)), config, (STOP,), static_shapes=static_shapes)
+    assert [completion.tokens for completion in done] == responses, "on every stage"
     return [torch.stack(rows) for rows in seen] if role.layout.is_last_stage else None
 
 
@@ -86,10 +78,18 @@ def full_logprobs(model, lengths, responses):
     return result
 
 
+@pytest.fixture(autouse=True)
+def sampler():
+    """Whatever the test decodes with, others sample."""
+    original = runner.Sampler
+    yield
+    runner.Sampler = original
+
+
 RESPONSES = {
     # Prompt lengths, and how many tokens each row gets before it stops: rows leave the batch at different times.
     "one_length": ([6, 6, 6], [5, 3, 5]),
-    "left_padding": ([3, 9, 1, 6], [7, 2, 4, 7]),
+    "many_lengths": ([3, 9, 1, 6, 6], [7, 2, 4, 7, 1]),
     "single_token_prompts": ([1, 1], [4, 6]),
 }
 
@@ -102,10 +102,11 @@ def responses_of(counts):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("case", RESPONSES)
-def test_the_cache_gives_what_a_full_forward_pass_gives(case, model, world):
+@pytest.mark.parametrize(("slots", "static_shapes"), [(8, False), (2, False), (2, True)])
+def test_the_cache_gives_what_a_full_forward_pass_gives(case, model, slots, static_shapes, world):
     lengths, counts = RESPONSES[case]
     responses = responses_of(counts)
-    decoded = decoded_logprobs(model, ParallelConfig(), lengths, responses)
+    decoded = decoded_logprobs(model, ParallelConfig(), lengths, responses, slots, static_shapes)
     for row, expected in zip(decoded, full_logprobs(model, lengths, responses), strict=True):
         assert_close(row, expected, rtol=1e-5, atol=2e-5)
 
@@ -113,30 +114,11 @@ def test_the_cache_gives_what_a_full_forward_pass_gives(case, model, world):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)])
 def test_the_cache_at_a_layout(parallel, model, world):
-    lengths, counts = RESPONSES["left_padding"]
+    lengths, counts = RESPONSES["many_lengths"]
     responses = responses_of(counts)
     expected = full_logprobs(model, lengths, responses)
-    results = [r for r in run_ranks(2, decoded_logprobs, model, parallel, lengths, responses) if r is not None]
+    results = [r for r in run_ranks(2, decoded_logprobs, model, parallel, lengths, responses, 2) if r is not None]
     assert results
     for decoded in results:
         for row, reference in zip(decoded, expected, strict=True):
             assert_close(row, reference, rtol=1e-5, atol=2e-5)
-
-
-def test_a_full_cache_says_so():
-    cache = KeyValueCache(capacity=3)
-    cache.append(1, torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
-    cache.length = 2
-    with pytest.raises(AssertionError, match="cache of 3 tokens asked to hold 4"):
-        cache.append(1, torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
-
-
-def test_rows_that_are_kept_keep_their_keys():
-    cache = KeyValueCache(capacity=2)
-    keys = torch.arange(3.0).view(1, 3, 1, 1)
-    cache.append(1, keys, 10 * keys)
-    cache.keep_rows(torch.tensor([2, 0]))
-    cache.length = 1
-    keys, values = cache.append(1, torch.full((1, 2, 1, 1), 7.0), torch.full((1, 2, 1, 1), 8.0))
-    assert keys.squeeze().T.tolist() == [[2.0, 7.0], [0.0, 7.0]]
-    assert values.squeeze().T.tolist() == [[20.0, 8.0], [0.0, 8.0]]

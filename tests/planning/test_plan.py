@@ -16,7 +16,14 @@ from megatron_rlhf.planning.placement import GIB, PlacedModel
 from megatron_rlhf.planning.plan import Plan
 from megatron_rlhf.planning.search import cheapest
 from megatron_rlhf.planning.stages import STAGES, plan_stage
-from megatron_rlhf.planning.timing import Batch, bubble, decode_seconds, microbatch_seconds, schedule_seconds
+from megatron_rlhf.planning.timing import (
+    Batch,
+    bubble,
+    decode_passes,
+    decode_seconds,
+    microbatch_seconds,
+    schedule_seconds,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ClusterConfig(
@@ -140,9 +147,11 @@ def test_roles_on_ranks_of_their_own_hold_nothing_elsewhere_and_work_side_by_sid
     roles = {role.name: role for role in apart.roles}
     assert roles["policy"].placed.ranks == range(448) and roles["value"].placed.ranks == range(448, 512)
     assert roles["value"].bytes_on(0, "policy") == roles["policy"].bytes_on(448, "policy") == {}
-    # A GPU of the policy's side holds what the plan of all together counts for policy and reference.
-    both = [sum(role.bytes_on(0, "policy").values()) for made in (together, apart) for role in made.roles[:1]]
-    assert both[1] == pytest.approx(both[0], rel=0.02)  # 448 ranks instead of 512 share the optimizer's state
+    # A GPU of the policy's side holds what the plan of all together counts for the policy; what data parallelism shards is
+    # shared by 7 copies instead of 8.
+    shared, alone = (made.roles[0].bytes_on(0, "policy") for made in (together, apart))
+    for kind, held in shared.items():
+        assert alone[kind] == pytest.approx(held * (8 / 7 if kind in ("optimizer", "ema") else 1)), kind
     seconds = {phase.name: phase.seconds for phase in apart.phases}
     policy, value = seconds["policy"] + seconds["ptx"], seconds["value"]
     scoring = max(seconds["scoring by policy and reference"], seconds["scoring by reward and value"])
@@ -189,10 +198,17 @@ def test_seconds_of_a_microbatch_by_hand() -> None:
 
 def test_decoding_reads_weights_and_cache_for_every_token() -> None:
     placed = PlacedModel(MODEL, ParallelConfig(), Precision.bf16, 8)
-    seconds = decode_seconds(placed, CLUSTER, rows=1, batch_rows=64, prompt=0, steps=100)
+    seconds = decode_seconds(placed, CLUSTER, rows=1, batch_rows=64, prompt=0, passes=100, limit=100)
     weights = 2 * placed.parameters(0)
     cache = 50 * 2 * 1024 * 8 * 2  # half of the steps, keys and values, 8 layers of 1024, 2 bytes
     assert seconds == pytest.approx(100 * (weights + cache) / 500e9)
+
+
+def test_waiting_prompts_refill_the_slots_of_finished_sequences() -> None:
+    # Enough slots for all: as many passes as the longest response has tokens.
+    assert decode_passes(rows=8, slots=8, response=30.0, limit=100) == 100
+    # Four times as many rows as slots: three rounds of 30 tokens each before the last sequences begin.
+    assert decode_passes(rows=32, slots=8, response=30.0, limit=100) == 190
 
 
 def test_cheapest_layouts_fit_and_come_cheapest_first() -> None:

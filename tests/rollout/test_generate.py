@@ -7,7 +7,8 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.rollout.collect import sample_responses
+from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.rollout.collect import deal_by_length, sample_responses
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys
 
@@ -56,10 +57,12 @@ def test_some_responses_stop_and_some_do_not(on_one_rank):
         assert len({len(c.tokens) for c in done}) > 3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 9, 64])
-def test_the_batch_size_changes_nothing(batch_size, on_one_rank):
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 9, 64])
+def test_the_number_of_slots_changes_nothing(batch_size, static_shapes, on_one_rank):
     for name, expected in on_one_rank.items():
-        done = completions(name, ParallelConfig(), sampling(batch_size=batch_size))
+        config = sampling(batch_size=batch_size)
+        done = generate(make_role(MODELS[name]), prompts(), keys(), config, STOPS, static_shapes=static_shapes)
         assert texts(done) == texts(expected)
         for ours, theirs in zip(done, expected, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
@@ -194,6 +197,26 @@ def test_one_prompt_twice_gives_two_samples_and_seeds_and_iterations_differ(worl
     assert sample([0, 0], (5, 1))[0] != first
     assert sample([0, 0], (6, 0))[0] != first
     assert sample([0, 0], (5, 0)) == [first, second]
+
+
+def test_a_prompt_that_is_sampled_several_times_is_read_once(monkeypatch, world):
+    """Its samples are those that it gets alone."""
+    role, read, repeated = make_role(LLAMA_LIKE), [], [prompts()[i] for i in (1, 0, 1, 1, 0, 1)]
+    row = torch.arange(len(repeated))
+    sample_keys = row_keys(5, 0, row, torch.zeros_like(row))
+    alone = [generate(role, [p], sample_keys[i : i + 1], sampling(), STOPS)[0] for i, p in enumerate(repeated)]
+    prefill = KeyValueCache.prefill
+    monkeypatch.setattr(KeyValueCache, "prefill", lambda *a, **k: read.append(len(a[1])) or prefill(*a, **k))
+    done = generate(role, repeated, sample_keys, sampling(batch_size=6), STOPS)
+    assert texts(done) == texts(alone)
+    assert len({tuple(c.tokens) for c in done}) == 6, "each sample has random numbers of its own"
+    assert read == [2]
+
+
+def test_prompts_are_dealt_by_length():
+    assert deal_by_length([5, 1, 9, 7], 2) == [[2, 1], [3, 0]]
+    assert deal_by_length([4, 4, 4], 2) == [[0], [1, 2]]
+    assert deal_by_length([3], 3) == [[0], [], []]
 
 
 def test_virtual_stages_are_refused():

@@ -90,7 +90,7 @@ def test_a_tokenizer_with_all_rows_changes_nothing(world):
 def test_ppo_with_half_of_the_rows_unknown(recipe, tmp_path, ranks):
     """Samples, the policy's and the reference's passes and the first update agree: a ratio of 1, a KL of 0."""
     run_ranks(1, run_stage, "sft", recipe.sft(str(tmp_path / "wide"), "model.vocab_size=600", "sft.max_steps=1"))
-    settings = ["ppo.iterations=1", "ppo.max_logprob_gap=1e-3", f"parallel.tensor={ranks}"]
+    settings = ["ppo.iterations=1", "ppo.warmup_iterations=0", "ppo.max_logprob_gap=1e-3", f"parallel.tensor={ranks}"]
     ppo = recipe.ppo(str(tmp_path / "ppo"), tmp_path / "wide", recipe.root / "reward_model", *settings)
     run_ranks(ranks, run_stage, "ppo", ppo)
     (metrics,) = read_metrics(tmp_path / "ppo")

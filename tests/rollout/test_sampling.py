@@ -170,9 +170,11 @@ def test_a_banned_token_is_not_drawn_but_keeps_its_share_of_the_logprobs():
     logits = log(0.7, 0.2, 0.1).unsqueeze(0)
     banned = torch.tensor([0])
     for sampler in (Sampler(), Sampler(temperature=0), Sampler(top_k=1), Sampler(top_p=0.5)):
-        token, logprob = sampler(logits, torch.tensor([3]), torch.tensor([0]), banned)
+        token, logprob = sampler(logits, torch.tensor([3]), torch.tensor([0]), banned, torch.tensor([True]))
         assert int(token) in (1, 2)
         assert_close(logprob, logits[0, token])
     keys = row_keys(7, 0, torch.arange(20_000), torch.zeros(20_000, dtype=torch.long))
-    tokens, _ = Sampler()(logits.expand(20_000, -1), keys, torch.zeros_like(keys), banned)
-    assert chi_square(tokens, [0, 2 / 3, 1 / 3]) < 10.8
+    too_early = torch.arange(20_000) < 10_000
+    tokens, _ = Sampler()(logits.expand(20_000, -1), keys, torch.zeros_like(keys), banned, too_early)
+    assert chi_square(tokens[:10_000], [0, 2 / 3, 1 / 3]) < 10.8
+    assert chi_square(tokens[10_000:], [0.7, 0.2, 0.1]) < 13.8

@@ -1,6 +1,7 @@
 """Sampling with our key/value cache against `transformers`' generate."""
 
 import argparse
+import statistics
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from megatron_rlhf.rollout.sampling import row_keys
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Shape and sizes."""
     parser.add_argument("--arch", choices=("gpt2", "llama"), default="gpt2")
+    parser.add_argument(
+        "--varied",
+        action="store_true",
+        help="four times as many prompts as slots, of 8 to --prompt tokens; responses stop with probability 1/64 a token",
+    )
     sizes(parser, layers=4, hidden=256, heads=4, vocab=1024, batch=16, prompt=64, response=128, rounds=5, threads=1)
 
 
@@ -30,34 +36,55 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     layout.seed(0)
     ours = Role.build("policy", shape(options), layout, Precision.fp32).frozen()
     theirs = peer(options).eval()
-    prompts = torch.randint(2, options.vocab, (options.batch, options.prompt))
-    keys = row_keys(0, 0, torch.arange(options.batch), torch.zeros(options.batch, dtype=torch.long))
+    generator = torch.Generator().manual_seed(1)
+    count = 4 * options.batch if options.varied else options.batch
+    lengths = [options.prompt] * count
+    if options.varied:
+        lengths = torch.randint(8, options.prompt + 1, (count,), generator=generator).tolist()
+    # One token in 64 stops a response; random weights give them all about the same probability.
+    stops = list(range(options.vocab // 64)) if options.varied else [0]
+    prompts = [torch.randint(len(stops), options.vocab, (n,), generator=generator).tolist() for n in lengths]
+    keys = row_keys(0, 0, torch.arange(count), torch.zeros(count, dtype=torch.long))
+    minimum = 1 if options.varied else options.response
     sampling = SamplingConfig(
-        max_response_tokens=options.response, min_response_tokens=options.response, batch_size=options.batch
+        max_response_tokens=options.response, min_response_tokens=minimum, batch_size=options.batch
     )
+    tokens: dict[str, list[int]] = {"megatron_rlhf": [], "transformers": []}
 
     def run_ours() -> None:
-        completions = generate(ours, prompts.tolist(), keys, sampling, [0])
-        assert all(len(completion.tokens) == options.response for completion in completions)
+        completions = generate(ours, prompts, keys, sampling, stops)
+        tokens["megatron_rlhf"].append(sum(len(completion.tokens) for completion in completions))
 
     def run_theirs() -> None:
-        with torch.no_grad():
-            output = theirs.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=options.response,
-                max_new_tokens=options.response,
-                pad_token_id=0,
-                eos_token_id=0,
-            )
-        assert output.shape[1] == options.prompt + options.response
+        done = 0
+        for start in range(0, count, options.batch):
+            batch = prompts[start : start + options.batch]
+            width = max(map(len, batch))
+            padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+            attends = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            with torch.no_grad():
+                output = theirs.generate(
+                    padded,
+                    attention_mask=attends,
+                    do_sample=True,
+                    top_k=0,
+                    min_new_tokens=minimum,
+                    max_new_tokens=options.response,
+                    pad_token_id=0,
+                    eos_token_id=stops,
+                )
+            ends = torch.isin(output[:, width:], torch.tensor(stops))
+            stopped = torch.where(ends.any(1), ends.int().argmax(1) + 1, output.shape[1] - width)
+            done += int(stopped.sum())
+        tokens["transformers"].append(done)
 
-    tokens = options.batch * options.response
     seconds = alternate({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds)
+    # Each round has sampled its own number of tokens: the time that it would have taken for the usual one.
+    usual = statistics.mean(tokens["megatron_rlhf"])
+    for name, values in seconds.items():
+        seconds[name] = [value * usual / count for value, count in zip(values, tokens[name][1:], strict=True)]
     runtime.shutdown()
-    return report(seconds, tokens, "tokens/s")
+    return report(seconds, usual, "tokens/s")
 
 
 def shape(options: argparse.Namespace) -> ModelConfig:

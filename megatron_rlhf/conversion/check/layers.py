@@ -24,7 +24,7 @@ from megatron_rlhf.conversion.hf.folder import CONFIG, read_json
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.hf.weights import Described, Weights
 from megatron_rlhf.conversion.whole_tensors import Place, TensorSource
-from megatron_rlhf.models.attention import KeyValueCache
+from megatron_rlhf.models.cache import KeyValueCache
 from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -91,8 +91,8 @@ def _our_arguments(batch: Batch) -> dict[str, Any]:
     if not batch.left:
         return {"position_ids": batch.positions_bs, "attention_mask": None}
     width = batch.tokens_bs.shape[1]
-    cache = KeyValueCache(width)
-    cache.position_ids_bs = batch.positions_bs
+    cache = KeyValueCache(slots=0, capacity=width)
+    cache.prefill(batch.positions_bs)
     causal = torch.ones(width, width, dtype=torch.bool, device=batch.real_bs.device).tril()
     itself = torch.eye(width, dtype=torch.bool, device=batch.real_bs.device)  # a softmax over nothing is NaN
     visible_bss = causal & batch.real_bs.unsqueeze(1) | itself

@@ -1,0 +1,106 @@
+"""Keys and values of the sequences that are being decoded."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from torch import Tensor
+
+
+@dataclass
+class KeyValueCache(BaseInferenceContext):
+    """Each sequence has a slot: [slots, groups, capacity, d] a layer, keys already rotated. A token's place is its position.
+
+    Before each forward pass, `prefill` or `decode` tells what its rows are.
+    """
+
+    slots: int
+    capacity: int
+    """Tokens of the longest sequence that a slot can take."""
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The base class only keeps a configuration of Megatron-Core's engines. What the models read of a context is here.
+        self.materialize_only_last_token_logits = False  # LanguageModel sees to that
+        self.max_sequence_length = self.capacity  # sizes the rotary table
+        self.sequence_len_offset = 0
+        self._cos_sin: tuple[Tensor, Tensor] | None = None
+        self._decodes = False
+
+    def prefill(
+        self, positions_bs: Tensor, last_b: Tensor | None = None, rows: Tensor | None = None, first: int = 0
+    ) -> None:
+        """The next pass reads whole prompts, which attend to themselves alone.
+
+        Args:
+            positions_bs: of the tokens.
+            last_b: column of each row's last real token, whose logits are wanted; the last column by default.
+            rows: rows of the pass to keep, in slots `first`, `first + 1`, ...; a row may go into several slots.
+        """
+        self._positions_bs, self._cos_sin, self._decodes = positions_bs, None, False
+        self._last_b, self._rows = last_b, rows
+        self._into = slice(first, first + (0 if rows is None else len(rows)))
+        assert self._into.stop <= self.slots, f"cache of {self.slots} slots asked to fill slot {self._into.stop - 1}"
+
+    def decode(self, lengths_b: Tensor, longest: int, aligned: bool) -> None:
+        """The next pass reads one token each of the sequences in the first slots.
+
+        Args:
+            lengths_b: tokens that each slot holds.
+            longest: keys to attend to, the new one left out; no length is greater.
+            aligned: all lengths are `longest`.
+        """
+        assert longest < self.capacity, f"cache of {self.capacity} tokens asked to hold {longest + 1}"
+        self._positions_bs, self._cos_sin, self._decodes = lengths_b.unsqueeze(-1), None, True
+        self._lengths_b, self._longest, self._aligned = lengths_b, longest, aligned
+        self._row_indices = torch.arange(len(lengths_b), device=lengths_b.device)
+
+    def is_static_batching(self) -> bool:
+        return True
+
+    def is_decode_only(self) -> bool:
+        return self._decodes
+
+    def last_hidden(self, hidden_sbh: Tensor) -> Tensor:
+        """Hidden states of the tokens whose logits are wanted: [1, b, h]."""
+        if self._decodes or self._last_b is None:
+            return hidden_sbh[-1:]
+        return hidden_sbh[self._last_b, torch.arange(hidden_sbh.shape[1], device=hidden_sbh.device)].unsqueeze(0)
+
+    def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all.
+
+        Angles are fp32; what they are rounded to is the queries' type, as in Megatron-Core's pass over a whole sequence.
+        """
+        if self._cos_sin is None:
+            angles_sb1d = frequencies[:, 0, 0][self._positions_bs].transpose(0, 1).unsqueeze(2)
+            self._cos_sin = angles_sb1d.cos().to(dtype), angles_sb1d.sin().to(dtype)
+        return self._cos_sin
+
+    def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; returns those to attend to, as [s, b, groups, d] views."""
+        _, b, g, d = key_sbgd.shape
+        if layer not in self.layers:
+            self.layers[layer] = (  # zeros: what a mask hides must be finite
+                key_sbgd.new_zeros(self.slots, g, self.capacity, d),
+                value_sbgd.new_zeros(self.slots, g, self.capacity, d),
+            )
+        stored = self.layers[layer]
+        if not self._decodes:
+            if self._rows is not None:
+                for cache, new_sbgd in zip(stored, (key_sbgd, value_sbgd), strict=True):
+                    cache[self._into, :, : len(new_sbgd)] = new_sbgd.permute(1, 2, 0, 3)[self._rows]
+            return key_sbgd, value_sbgd
+        for cache, new_sbgd in zip(stored, (key_sbgd, value_sbgd), strict=True):
+            if self._aligned:
+                cache[:b, :, self._longest] = new_sbgd[0]
+            else:
+                cache[self._row_indices, :, self._lengths_b] = new_sbgd[0]
+        keys, values = (cache[:b, :, : self._longest + 1].permute(2, 0, 1, 3) for cache in stored)
+        return keys, values
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Sequences into other slots; no slot is both a source and a target."""
+        for stored in self.layers.values():
+            for cache in stored:
+                cache[targets] = cache[sources]

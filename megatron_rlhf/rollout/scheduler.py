@@ -1,0 +1,51 @@
+"""Which sequences work next: slots that finished sequences leave are taken by waiting prompts."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from megatron_rlhf.rollout.sequences import SampledSequence
+
+REFILL_SHARE = 8
+"""New prompts are read when one in so many slots is free: a pass for every single one would cost as much as it gains."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward pass that yields one token for each of its sequences, which are in consecutive slots."""
+
+    sequences: list[SampledSequence]
+    first_slot: int
+    prefill: bool
+    """The pass reads their prompts; otherwise their last tokens."""
+
+
+@dataclass
+class Scheduler:
+    """One batch of slots. Its sequences are always in the first ones, so that no pass works on an empty slot."""
+
+    waiting: deque[SampledSequence]
+    """Prompts that no batch has begun; several batches may share them."""
+    slots: int
+    active: list[SampledSequence] = field(default_factory=list)
+    """In slots 0, 1, ..."""
+
+    def next(self) -> Step | None:
+        """The next pass; None when there is nothing left to do."""
+        free = self.slots - len(self.active)
+        enough = min(len(self.waiting), max(self.slots // REFILL_SHARE, 1))
+        if self.waiting and (not self.active or free >= enough):
+            new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+            self.active += new
+            return Step(new, len(self.active) - len(new), prefill=True)
+        return Step(list(self.active), 0, prefill=False) if self.active else None
+
+    def drop_finished(self) -> tuple[list[int], list[int]]:
+        """Free the slots of finished sequences: (sources, targets) of the moves that close the gaps."""
+        finished = [sequence.is_finished for sequence in self.active]
+        left = len(self.active) - sum(finished)
+        targets = [slot for slot in range(left) if finished[slot]]
+        sources = [slot for slot in range(left, len(finished)) if not finished[slot]]
+        for source, target in zip(sources, targets, strict=True):
+            self.active[target] = self.active[source]
+        del self.active[left:]
+        return sources, targets

@@ -1,0 +1,43 @@
+"""A response that is being sampled."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_rlhf.rollout.types import Completion
+
+StopWatch = Callable[[int], bool]
+"""Reads a response token by token; True when it is to end with this one."""
+
+
+@dataclass
+class SampledSequence:
+    """A prompt and what was sampled after it so far."""
+
+    index: int
+    """Its place among the prompts that were asked for."""
+    prompt: Sequence[int]
+    key: int
+    """Its random numbers (`sampling.row_keys`)."""
+    watch: StopWatch | None = None
+    """What ends it besides the stop tokens."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    is_finished: bool = False
+    """It has stopped, or is as long as a response may be."""
+
+    @property
+    def position(self) -> int:
+        """Of the token sampled last."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def append(self, token: int, logprob: float, stop_ids: frozenset[int], minimum: int, limit: int) -> None:
+        """Take in the next token, which may end the response: between `minimum` and `limit` tokens."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        text_is_complete = self.watch is not None and self.watch(token)
+        self.stopped = token in stop_ids or (text_is_complete and len(self.tokens) >= minimum)
+        self.is_finished = self.stopped or len(self.tokens) >= limit
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.logprobs, self.stopped)
