@@ -59,3 +59,9 @@ def plan_resharding(source: torch.nn.Module, target: torch.nn.Module) -> Any:
     """Who sends which part of which weight to whom. Collective over the world. Its old name is deprecated since 0.17."""
     build = getattr(resharding, "build_local_reshard_plan", None) or resharding.build_centralized_reshard_plan
     return build(source, target)
+
+
+def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
+    """Those of an optimizer's gradients that count for a norm on this rank. 0.19 dropped `main` from the name."""
+    get = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+    return get()

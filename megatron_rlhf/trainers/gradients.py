@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel import collectives, compat
 from megatron_rlhf.parallel.offload import storage_of
 from megatron_rlhf.trainers.optimizer import reduce_gradients
 
@@ -66,7 +66,7 @@ class KeptGradient:
         totals = torch.zeros(3, dtype=torch.float64, device=collectives.device())
         for part in optimizer.chained_optimizers:
             sums = torch.zeros_like(totals)
-            for whole in part.get_main_grads_for_grad_norm():
+            for whole in compat.gradients_for_norm(part):
                 kept = self._kept(whole)
                 for w, k in zip(whole.flatten().split(_AT_ONCE), kept.flatten().split(_AT_ONCE), strict=True):
                     first = k.double() / scale
