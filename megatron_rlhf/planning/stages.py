@@ -144,7 +144,7 @@ def _rollout_phase(
 ) -> PlannedPhase:
     episodes, sampling = config.ppo.batch_size, config.rollout
     rows = math.ceil(episodes / policy.data)
-    together = min(sampling.batch_size, math.ceil(rows / policy.parallel.pipeline))
+    together = min(sampling.batch_size, rows)
     in_flight = min(rows, together * policy.parallel.pipeline)
     length = config.data.max_prompt_tokens + sampling.max_response_tokens
     mean = workload.prompt_tokens + workload.response_tokens

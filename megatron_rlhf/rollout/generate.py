@@ -42,7 +42,7 @@ def generate(
     # Prompts of like length are read together, so little is spent on padding, and equal ones are neighbours.
     waiting = deque(sorted(sequences, key=lambda sequence: (len(sequence.prompt), tuple(sequence.prompt))))
     batches, limit = role.layout.config.pipeline, config.max_response_tokens
-    slots = min(config.batch_size, -(-len(sequences) // batches))
+    slots = min(config.batch_size, len(sequences))
     capacity = max(map(len, prompts)) + limit
     static = torch.cuda.is_available() if static_shapes is None else static_shapes
     schedulers = [Scheduler(waiting, slots) for _ in range(batches)]
