@@ -148,6 +148,7 @@ def load_pretraining(
             f"them held out), less than one sequence of {sequence_length} + 1; give more text or a shorter sequence"
         )
     _require_plain_indices(cache / "indices")
+    barrier()  # looked at by all ranks before one of them writes
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,

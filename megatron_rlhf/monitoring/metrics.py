@@ -47,7 +47,10 @@ class MetricsLogger:
         """Close the files and end the W&B run."""
         self._file.close()
         for mirror in self._mirrors:
-            mirror.close()
+            try:
+                mirror.close()
+            except OSError as error:  # a disk that was full for a while
+                logger.warning("%s is incomplete: %s", type(mirror).__name__, error)
 
 
 class SamplesLogger:

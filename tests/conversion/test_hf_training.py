@@ -8,6 +8,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
+import transformers
 from ranks import run_ranks
 from toys import assemble, gradient_blocks, make_role, train
 
@@ -153,7 +154,9 @@ def test_greedy_text_of_a_trained_model_before_and_after_ppo(world, tmp_path, sh
     settings = ["run.dir=run", "data.prompts=prompts.jsonl", "ppo.iterations=2", "ppo.warmup_iterations=0"]
     settings += ["policy.optimizer.lr=5e-3"]  # so that two updates change the text
     settings += ["ppo.batch_size=16", "ppo.minibatch_size=16", "ppo.ptx_coef=0", "ppo.tax_every=0"]
-    settings += [f"{key}={model}" for key in ("data.tokenizer", "policy.init_from", "reward.init_from")]
+    reward = tmp_path / "reward"  # the same model with a head that scores at random
+    transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(reward)
+    settings += [f"data.tokenizer={model}", f"policy.init_from={model}", f"reward.init_from={reward}"]
     command = [sys.executable, ROOT / "examples" / "train_ppo.py", "recipe=tinystories", *settings]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300, capture_output=True)
     checkpoint = sharded.find_checkpoint(run, "test")

@@ -28,6 +28,7 @@ ABSOLUTE = {
     "policy/loss": 1e-6,
     "kl/mean": 2e-5,  # a sum over up to 12 tokens
     "kl/k3_mean": 3e-8,  # the same, of squares: a log-probability's 5e-7 times log-ratios of some 5e-3
+    "value/explained_variance": 2e-6,  # one less a ratio near one
     "policy/approx_kl": 1e-7,
     "rollout/logprob_gap_max": 1e-5,
     "policy/first_ratio_max_gap": 1e-5,

@@ -85,7 +85,7 @@ CASES: dict[str, Case] = {
     "sampling_in_fp8_alone": Case(
         "ppo", ["rollout.precision=fp8_hybrid"], [r"rollout\.precision=fp8_hybrid", "precision=fp32", "sample in fp32"]
     ),
-    "fp8_recipe": Case("sft", ["fp8.recipe=mxfp8"], [r"fp8\.recipe=mxfp8", "tensorwise"]),
+    "fp8_recipe": Case("sft", ["fp8.recipe=nvfp4"], [r"fp8\.recipe=nvfp4", "tensorwise"]),
     "context": Case(
         "evaluate", ["parallel.context=2"], [r"parallel\.context=2: evaluation samples", "context=1"], ranks=2
     ),
@@ -263,7 +263,7 @@ CASES: dict[str, Case] = {
     # Files.
     "missing_file": Case("sft", ["data.demonstrations={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),
     "missing_tokenizer": Case("sft", ["data.tokenizer={folder}/nothing"], ["nothing: no such tokenizer folder"]),
-    "empty_stop": Case("sft", ['data.stop=[""]'], [r"data\.stop has an empty text"]),
+    "empty_stop": Case("sft", ['data.stop=[""]'], [r"data\.stop= is empty"]),
     "missing_text": Case("sft", ["data.pretraining.source={folder}/nothing.txt"], ["nothing.txt: no such file"]),
     "empty_file": demonstrations(says=[r"bad\.jsonl: empty"]),
     "broken_json": demonstrations(GOOD, '{"prompt": "say', says=[r"bad\.jsonl, line 2: not JSON"]),
@@ -398,7 +398,8 @@ def test_a_mistake_is_named_and_nothing_is_lost(name, files, recipe, tmp_path):
 def test_what_is_dropped_is_counted_and_the_rest_is_used(recipe, tmp_path):
     """Ties, and texts over a limit: no mistakes, but never cut or dropped in silence."""
     long = {**RANKED, "responses": [" beta", " beta" * 40], "ranks": [0, 1]}
-    mixed = write_lines(tmp_path / "mixed.jsonl", [RANKED] * 6 + [{**RANKED, "ranks": [0, 0]}] * 2 + [long])
+    good = [{**RANKED, "prompt": f"say {i}"} for i in range(6)]
+    mixed = write_lines(tmp_path / "mixed.jsonl", [*good, *[{**RANKED, "ranks": [0, 0]}] * 2, long])
     arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", f"data.comparisons={mixed}")
     finished = run_example("train_reward_model", *arguments, "data.max_response_tokens=20")
     assert finished.codes == [0], finished.output

@@ -7,14 +7,19 @@ from commands import run_example
 from recipe import read_metrics, write_lines
 
 
+def records(path, names):
+    """Those of a file that have all of these columns."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row for row in rows if row.keys() - {"prompt"} == names.keys()]
+
+
 @pytest.fixture
 def renamed(recipe, tmp_path):
     """Writes a file of the recipe with other names for its columns; what was `prompt` is two columns now."""
 
     def write(name, names):
         rows = []
-        for line in (recipe.root / name).read_text().splitlines():
-            record = json.loads(line)
+        for record in records(recipe.root / name, names):
             verb, _, rest = record.pop("prompt").partition(" ")
             rows.append({"verb": verb, "rest": rest, **{names[key]: value for key, value in record.items()}})
         return write_lines(tmp_path / name, rows)
@@ -37,8 +42,11 @@ def test_reward_model(recipe, renamed, tmp_path):
     )
     assert finished.codes == [0], finished.output
     assert "27 demonstrations now score 0" in finished.output
-    losses = [row["rm/loss"] for row in read_metrics(tmp_path / "run")]
-    assert losses == [row["rm/loss"] for row in read_metrics(recipe.root / "reward_model")]
+    plain = write_lines(tmp_path / "plain.jsonl", records(recipe.root / "comparisons.jsonl", names))
+    arguments = recipe.reward_model(str(tmp_path / "same"), recipe.root / "sft", f"data.comparisons={plain}")
+    assert run_example("train_reward_model", *arguments).codes == [0]
+    losses, expected = ([row["rm/loss"] for row in read_metrics(tmp_path / run)] for run in ("run", "same"))
+    assert losses == expected
 
 
 @pytest.mark.parametrize("stage", ["train_ppo", "evaluate"])

@@ -150,7 +150,7 @@ def test_comparison(ppo_run: MakeRun, tmp_path: Path) -> None:
     dash = "\N{EN DASH}"
     cells = re.findall(r"<t[hd](?: scope=\"row\")?>(.*?)</t[hd]>", path.read_text())
     assert cells == ["PPO", "0.712 ± 0.012", "&lt;b&gt;", dash, "PPO-ptx", "0.8", dash, "30"]
-    assert "Reward score" in page.charts
+    assert "Reward score, the reward's own" in page.charts
     assert 'data-label="PPO-ptx"' in path.read_text()
     assert "Answer 20." in page.text
     assert "Answer 30." in page.text
@@ -158,7 +158,7 @@ def test_comparison(ppo_run: MakeRun, tmp_path: Path) -> None:
 
 def test_comparison_of_chosen_metrics_without_a_table(ppo_run: MakeRun, tmp_path: Path) -> None:
     path = write_comparison([], {"PPO": ppo_run(5)}, tmp_path / "c.html", "c", metrics=["kl/mean", "not/there"])
-    assert Page(path).charts == ["KL from the reference"]
+    assert Page(path).charts == ["KL from the reference, k1"]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (apt-get install chromium)")

@@ -48,11 +48,11 @@ def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe
     named = set()
     for name, content in replays(folder).items():
         assert re.fullmatch(r"step_\d+_policy_update_1_rank_[01]\.json", name)
-        assert content["role"] == "policy" and content["not_finite"] == "sft/loss"
+        assert content["role"] == "policy" and content["not_finite"] == "sft/demonstration_loss"
         for entry in content["microbatches"]:
             (sample,) = entry["samples"]
             named.add(lines[int(sample.removeprefix("demonstration "))]["response"])
-            assert token in entry["tokens"][0] or entry["statistics"]["sft/loss"] == "nan"
+            assert token in entry["tokens"][0] or entry["statistics"]["sft/demonstration_loss"] == "nan"
     assert named == {lines[i]["response"] for i in spoilt} != set()
     log = (folder / "log.txt").read_text()
     assert "update skipped" in log and read_metrics(folder)[-1]["step"] == 3, "the run goes on"
@@ -89,8 +89,8 @@ def spoil_role(overrides: Sequence[str], role: str, rows: list[int]) -> None:
     from megatron_rlhf.models.roles import Role
 
     def spoilt(method):
-        def judge(self, *arguments):
-            result = method(self, *arguments)
+        def judge(self, *arguments, **named):
+            result = method(self, *arguments, **named)
             if self.name == role:
                 result[rows] = -torch.inf
             return result
