@@ -1,8 +1,12 @@
-"""examples/tinystories: where one story ends and the next begins."""
+"""examples/tinystories: where one story ends and the next begins, and the study of gamma in its short form."""
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 from commands import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "tinystories"))
@@ -58,3 +62,19 @@ def test_the_models_own_text(shared_data, tmp_path):
     assert (rows[:, 0] == tokenizer.bos_id).all()
     assert not (rows == tokenizer.eos_id).any()
     assert tokenizer.decode(rows[0].tolist()).strip().startswith(split_stories(text)[0])
+
+
+@pytest.mark.slow
+def test_the_study_in_its_short_form(shared_data, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "tinystories" / "gamma_study.py")]
+    names = ["base", "gamma_0", "gamma_27.8", "kl_0.1", "auto_1"]
+    paths = [str(shared_data / "tinystories_260k"), str(shared_data / "tinystories.txt"), str(tmp_path)]
+    for _again in (False, True):  # the second time everything is there already
+        subprocess.run([*command, *paths, "short", *names], check=True, timeout=300, capture_output=True)
+        rows = {row["run"]: row for row in json.loads((tmp_path / "gamma.json").read_text())}
+        assert list(rows) == names
+        assert (tmp_path / "gamma.png").read_bytes().startswith(b"\x89PNG")
+    assert rows["base"]["held-out loss"] == pytest.approx(1.35, abs=0.15)  # the entropy of its own samples
+    assert rows["gamma_27.8"]["text's gradient over PPO's"] > 0 == rows["gamma_0"]["text's gradient over PPO's"]
+    assert rows["auto_1"]["gamma at the end"] not in (1.0, 27.8)
+    assert Path(tmp_path / "auto_1" / "report.html").is_file()
