@@ -22,6 +22,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     base = next((row for row in rows if row["family"] == "base"), None)
+    # Without text and at the KL coefficient of the runs with text: where both families begin.
+    rows = [*rows, *({**row, "family": "KL", "at": "0.05"} for row in rows if row["run"] == "gamma_0")]
     for index, reward in enumerate(REWARDS, start=1):
         axes = figure.add_subplot(1, 2, index)
         for colour, (family, label) in zip(COLOURS, FAMILIES.items(), strict=False):
@@ -38,7 +40,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         if base is not None:
             place = (base["held-out loss"], base[reward][0])
             axes.plot(*place, marker="*", markersize=11, color=INK)
-            axes.annotate("base model", place, (8, -3), textcoords="offset points", fontsize=8, color=INK)
+            axes.annotate("base model", place, (8, 7), textcoords="offset points", fontsize=8, color=INK)
         axes.set_xlabel("loss on held-out text, nats a token", fontsize=9, color=INK)
         axes.set_ylabel(reward, fontsize=9, color=INK)
         axes.tick_params(labelsize=8, labelcolor=INK, length=0)
