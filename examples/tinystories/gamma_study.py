@@ -36,7 +36,7 @@ from megatron_rlhf.rollout.collect import sample_responses
 
 STREAMS, STREAM_TOKENS, TOGETHER = 1536, 510, 256
 TEXT = ["data.pretraining.sequence_length=127", "data.pretraining.held_out_samples=128"]
-SHORT = ["ppo.iterations=2", "ppo.ptx_ratio=1", "ppo.gradient_report_every=1"]
+SHORT = ["ppo.iterations=2", "ppo.warmup_iterations=1", "ppo.ptx_ratio=1", "ppo.gradient_report_every=1"]
 SETTINGS = [
     "ppo.iterations=24",
     "ppo.batch_size=32",
