@@ -61,7 +61,10 @@ def _run(stage: str, arguments: Sequence[str], folder: Path, exports: dict[str, 
     from megatron_rlhf.conversion import convert
     from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
     from megatron_rlhf.runs.guards import Guard
+    from megatron_rlhf.trainers import reward_model, sft
 
+    # Far fewer than these are at hand: several parts of a pass over all of them, too, have to add up.
+    sft.VALIDATION_BATCH, reward_model.VALIDATION_COMPLETIONS = 3, 2
     read: list[dict[str, list[list[int]]]] = []
     begin, name = Guard.begin, Guard.name
 
