@@ -1,1 +1,1 @@
-"""The mathematics of RLHF: functions on tensors and floats, one concept a file. They know no models and no ranks."""
+"""The mathematics of RLHF: functions on tensors and floats, one concept per file. They know nothing of models or ranks."""

@@ -14,7 +14,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         A_t     = delta_t + gamma lam A_{t+1}
         R_t     = A_t + V_t
 
-    t + 1 is the next real token: masked positions are skipped over, wherever they stand. After the last real token the
+    t + 1 is the next real token: masked positions are skipped, wherever they are. After the last real token the
     episode is over, so V and A are 0 there. A response that was cut off for length counts as ended too.
 
     Args:
@@ -37,7 +37,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = delta + gamma * lam * next_advantage
-        # A masked position hands on what it was handed.
+        # A masked position passes its input on unchanged.
         next_value = torch.where(real[:, t], values[:, t], next_value)
         next_advantage = torch.where(real[:, t], advantages[:, t], next_advantage)
     advantages = zero_masked(advantages, real)

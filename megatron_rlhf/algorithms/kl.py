@@ -1,4 +1,4 @@
-"""How far the policy has moved from its reference, and what a nat of that costs."""
+"""How far the policy has moved from its reference, and what a nat of that distance costs."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> T
       [b, t]; nothing is masked here.
 
     Raises:
-      ValueError: the estimator is none of the four.
+      ValueError: the estimator is not one of the four.
     """
     assert_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if estimator not in _ESTIMATORS:
@@ -60,15 +60,15 @@ class FixedKLController:
 
 
 class AdaptiveKLController:
-    """Steers the KL coefficient so that the measured KL comes to a target.
+    """Steers the KL coefficient so that the measured KL approaches a target.
 
         coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)
 
     After Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
 
     Attributes:
-      coef: the coefficient now.
-      target: wanted KL, in the unit of the measured one (usually nats a sequence).
+      coef: the current coefficient.
+      target: wanted KL, in the unit of the measured one (usually nats per sequence).
       horizon: sequences over which the coefficient changes by as much as the (clipped) relative error.
     """
 
@@ -81,12 +81,12 @@ class AdaptiveKLController:
 
     def update(self, kl: float | Tensor, n: int) -> None:
         """Takes in the mean KL of `n` new sequences."""
-        # In this order of arguments a NaN reaches the coefficient, where it is seen; in the other it would become 0.2.
+        # With the arguments in this order a NaN reaches the coefficient and is noticed; in the other it would become 0.2.
         error = max(min(float(kl) / self.target - 1, 0.2), -0.2)
         self.coef *= 1 + error * n / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        """Returns what a resumed run must know."""
+        """Returns what a resumed run needs."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

@@ -3,15 +3,15 @@
 Normalisation. A number should be a mean over the whole batch, but a rank sees one microbatch at a time, and a mean of
 means is wrong as soon as lengths differ. So every loss takes a `normalizer`:
 
-- None: the loss and the statistics are means over what is given.
+- None: the loss and the statistics are means over the given tensors.
 - a number, the count over all microbatches and ranks: they are sums divided by that number, so that adding them up over
   microbatches and ranks gives the mean over the whole batch. What counts is real tokens, and for `ranking_loss` prompts
-  (`count_ranked_prompts`). It must not be 0.
+  (`count_ranked_prompts`). The normalizer must not be 0.
 
-To combine the statistics of several microbatches, then, take the maximum of those ending in `_max_gap` and add up all
+To combine the statistics of several microbatches, take the maximum of those ending in `_max_gap` and add up all
 others, counts included. Only `accuracy` is always the microbatch's own; the whole batch's is correct_pairs / pairs.
 
-Masked positions have no influence (see masking.py). Over nothing at all, a loss is 0 with gradient 0.
+Masked positions have no influence (see masking.py). With nothing to average over, a loss is 0 with gradient 0.
 
 Shapes: b = batch, t = response position, n = completion, q = strict pair of completions.
 """
@@ -44,7 +44,7 @@ def policy_loss(
         loss  = mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
 
     Args:
-      logprobs: [b, t] log-probability of the sampled token, now. The only input that gets a gradient.
+      logprobs: [b, t] current log-probability of the sampled token. The only input that gets a gradient.
       old_logprobs: [b, t] the same when it was sampled.
       advantages: [b, t]
       mask: [b, t] 1 = real token.
@@ -53,7 +53,7 @@ def policy_loss(
 
     Returns:
       loss, and: ratio_mean; ratio_max_gap, the largest |ratio - 1|, which is 0 on the first update after a rollout;
-      clip_fraction, of tokens without gradient for the clip; approx_kl, KL(pi_old || pi) by k3.
+      clip_fraction, the fraction of tokens that have no gradient because of the clip; approx_kl, KL(pi_old || pi) by k3.
     """
     assert_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     logprobs = zero_masked(logprobs, mask)
@@ -89,7 +89,7 @@ def value_loss(
         loss   = mean of 1/2 max((V - R)^2, (V_clip - R)^2)
 
     Args:
-      values: [b, t] the value function, now. The only input that gets a gradient.
+      values: [b, t] the current value function. The only input that gets a gradient.
       old_values: [b, t] the same at the rollout.
       returns: [b, t] as `gae` gives them.
       mask: [b, t] 1 = real token.
@@ -97,7 +97,7 @@ def value_loss(
       normalizer: see the module's docstring.
 
     Returns:
-      loss, and: clip_fraction, of tokens without gradient for the clip; value_mean; return_mean.
+      loss, and: clip_fraction, the fraction of tokens that have no gradient because of the clip; value_mean; return_mean.
     """
     assert_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     values = zero_masked(values, mask)
@@ -119,7 +119,7 @@ def value_loss(
 
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Returns the share of the returns' variance that the values foretell.
+    """Returns the share of the returns' variance that the values explain.
 
         1 - var(R - V) / var(R)
 
@@ -161,13 +161,13 @@ def ranking_loss(
     """K-wise comparison loss of the reward model: `comparison_loss` of all strict pairs of each prompt's completions.
 
     Args:
-      scores: [n] one a completion. Completions of several prompts lie one after the other, in any order.
+      scores: [n] one per completion. Completions of several prompts follow one another in any order.
       ranks: [n] 0 = best, equal = tie. Compared within a prompt only.
       prompt_index: [n] an integer that names the prompt each completion answers.
       normalizer: see the module's docstring. No prompt may be split over microbatches.
 
     Returns:
-      loss, and the statistics of `comparison_loss` and tied_prompts, without a strict pair.
+      loss, the statistics of `comparison_loss`, and tied_prompts, the number of prompts without a strict pair.
     """
     assert_same_shape(scores=scores, ranks=ranks)
     better_q, worse_q = _strict_pairs(ranks, prompt_index)
@@ -182,7 +182,7 @@ def comparison_loss(
 
         loss = mean over prompts of the mean over its pairs of -log sigmoid(s_better - s_worse)
 
-    All comparisons of a prompt together weigh as one example, however many there are.
+    All comparisons of a prompt together count as one example, however many there are.
 
     Args:
       margin: [q] the better completion's score minus the worse one's.
@@ -191,7 +191,7 @@ def comparison_loss(
 
     Returns:
       loss, and the counts: pairs; correct_pairs, whose better completion scores higher (equal scores count half); prompts.
-      And accuracy = correct_pairs / pairs, 0 over no pair.
+      Also accuracy = correct_pairs / pairs, 0 if there are no pairs.
     """
     assert_same_shape(margin=margin, prompt_index=prompt_index)
     ids, prompt_q = prompt_index.unique(return_inverse=True)

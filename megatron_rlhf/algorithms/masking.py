@@ -1,7 +1,7 @@
 """Statistics over the real tokens of a padded batch.
 
-A mask may be bool, int or float: nonzero marks a real token. What stands at a masked position has no influence on
-values or gradients, be it NaN or inf. That is why masking selects (`torch.where`) and never multiplies: 0 * NaN is NaN.
+A mask may be bool, int or float: nonzero marks a real token. What is at a masked position has no influence on values or
+gradients, even NaN or inf. That is why masking selects (`torch.where`) and never multiplies: 0 * NaN is NaN.
 
 Tensors are [b, t] = batch, response position, unless said otherwise.
 """
@@ -19,7 +19,7 @@ def assert_same_shape(**tensors: Tensor) -> None:
 
 
 def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns `values` with 0 at the masked positions, through which no gradient flows.
+    """Returns `values` with 0 at the masked positions, with no gradient flowing through them.
 
     Mask the inputs of a formula, not its result: 0 times the NaN inside it would still be a NaN gradient.
     """
@@ -37,7 +37,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None 
 
         mean = sum_i m_i x_i / sum_i m_i
 
-    The mean over no token is 0, with gradient 0: an empty row adds nothing.
+    The mean over zero tokens is 0, with gradient 0: an empty row adds nothing.
 
     Args:
       values: any shape.
@@ -52,7 +52,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
         var = sum_i m_i (x_i - mean)^2 / (n - 1),    n = sum_i m_i
 
-    A single token has variance 0, and so has none at all.
+    The variance of one token, or of none, is 0.
 
     Args:
       values: any shape.
@@ -67,7 +67,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """Scales the real tokens to variance 1 and shifts them to mean 0.
 
-        y_i = (x_i - mean) / sqrt(var + eps)    [+ mean, where the mean is to stay]
+        y_i = (x_i - mean) / sqrt(var + eps)    [+ mean, if the mean is kept]
 
     The variance is the unbiased one. As OpenAI's lm-human-preferences does to advantages, but over real tokens only.
 

@@ -1,4 +1,4 @@
-"""From one score a response to one reward a token."""
+"""From one score per response to one reward per token."""
 
 from torch import Tensor
 

@@ -11,7 +11,7 @@ def cosine_lr(step: int, total: int, peak: float, final_fraction: float = 0.1, w
         then:           peak f
 
     After Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without restarts; InstructGPT's f is 0.1. With a warmup,
-    step 0 has rate 0: the optimizer takes its first moments in and moves nothing.
+    step 0 has rate 0: the optimizer updates its moments for the first time and leaves the weights unchanged.
 
     Args:
       step: updates made so far.
@@ -29,7 +29,7 @@ def cosine_lr(step: int, total: int, peak: float, final_fraction: float = 0.1, w
 
 
 def constant_lr(step: int, peak: float, warmup: int, start_fraction: float = 0.1) -> float:
-    """The peak throughout, after a linear warmup from a fraction of it.
+    """Constant at the peak, after a linear warmup from a fraction of it.
 
         step < warmup:  peak (f + (1 - f) step / warmup)
         then:           peak

@@ -1,1 +1,2 @@
-"""Typed configuration: every field has a type, a default where one is safe, and a docstring. Imports nothing of ours."""
+"""Typed configuration: every field has a type, a default where one is safe, and a docstring. Imports no other part of
+this package."""

@@ -1,4 +1,4 @@
-"""How much passes forward at once: keys in pairs, so many sequences or so many tokens."""
+"""How much one forward pass takes: pairs of keys, a number of sequences or a number of tokens."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from megatron_rlhf.config.errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """How much passes forward at once: a number of sequences, each padded to the longest of them, or a number of tokens,
+    """How much one forward pass takes: a number of sequences, each padded to the longest of them, or a number of tokens,
     packed without padding."""
 
     sequences: int | None = None
@@ -40,6 +40,6 @@ def check_micro_batch(group: str, sequences: int | None, tokens: int | None, pre
 
 
 def require_room(key: str, tokens: int | None, longest: int, what: str) -> None:
-    """A budget in tokens has room for the longest of what passes forward whole."""
+    """A budget in tokens must have room for the longest item that is passed forward whole."""
     if tokens is not None and tokens < longest:
         raise UserError(f"{key}={tokens} is smaller than {what} of {longest} tokens; give at least {longest}")

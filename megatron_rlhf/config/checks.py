@@ -1,6 +1,6 @@
-"""Contradictions between keys, found before any model is built; messages name key, value and what would be right.
+"""Contradictions between keys, found before any model is built; messages name the key, its value and a fix.
 
-Each number by itself: ranges.py.
+Checks of single numbers: ranges.py.
 """
 
 from megatron_rlhf.config.budgets import check_micro_batch
@@ -20,7 +20,7 @@ from megatron_rlhf.config.training import SamplingConfig
 def check_precision(
     precision: Precision, recipe: Fp8Recipe, transformer_engine: bool, gpu: bool, capability: tuple[int, int]
 ) -> None:
-    """fp8 is Transformer Engine's, on GPUs that have it; fp16 wants a GPU's kernels."""
+    """fp8 needs Transformer Engine and a GPU that supports it; fp16 needs GPU kernels."""
     if precision is Precision.fp8_hybrid and not transformer_engine:
         raise UserError(
             "precision=fp8_hybrid needs Transformer Engine and a GPU, and it cannot be imported here: use NVIDIA's PyTorch "
@@ -39,7 +39,7 @@ def check_precision(
 
 
 def check_fp8(config: BaseConfig) -> None:
-    """Where sampling may be in fp8."""
+    """When sampling may be in fp8."""
     copied = isinstance(config, PPOConfig) and config.rollout.parallel.of(config.parallel) is not None
     if isinstance(config, PPOConfig) and copied and config.rollout.precision is Precision.fp8_hybrid:
         raise UserError("rollout.precision=fp8_hybrid: a copy of the policy at rollout.parallel samples in bf16")
@@ -57,7 +57,7 @@ def check_fp8(config: BaseConfig) -> None:
 
 
 def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Recipe, key: str) -> None:
-    """Matrices and sequences in multiples of what fp8 products take."""
+    """Sizes of matrices and sequences must be multiples of what fp8 products need."""
     groups = model.num_query_groups or model.num_attention_heads
     head = model.head_dim or model.hidden_size // model.num_attention_heads
     split = {
@@ -78,7 +78,7 @@ def check_fp8_shape(model: ModelConfig, parallel: ParallelConfig, recipe: Fp8Rec
 
 
 def check_one_token(parallel: ParallelConfig, because: str) -> None:
-    """Decoding goes token by token, through plain stages, and a context has nothing to share out."""
+    """Decoding goes token by token through non-interleaved stages, and leaves context parallelism nothing to split."""
     if parallel.virtual_stages > 1:
         raise UserError(
             f"parallel.virtual_stages={parallel.virtual_stages}: {because} decodes through plain stages; use 1"
@@ -107,7 +107,7 @@ def check_sft(config: SFTConfig) -> None:
     check_micro_batch("sft", sft.micro_batch_size, sft.micro_batch_tokens)
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
-    if config.reward.init_from is not None:  # it judges samples of every epoch, whether it chooses or not
+    if config.reward.init_from is not None:  # it scores samples of every epoch, selecting or not
         judging = f"reward.init_from={config.reward.init_from}"
         if data.pretraining_mix == 1:
             raise UserError(
@@ -140,7 +140,7 @@ def check_ppo(config: PPOConfig) -> None:
         raise UserError(
             f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} is longer than the run's {ppo.iterations} iterations"
         )
-    if learning := ppo.iterations - ppo.critic_warmup_iterations:  # none: the value model learns alone
+    if learning := ppo.iterations - ppo.critic_warmup_iterations:  # zero: only the value model learns
         check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
@@ -171,7 +171,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_sampling(sampling: SamplingConfig, key: str) -> None:
-    """Limits that make sense together."""
+    """Limits must be consistent."""
     if sampling.min_response_tokens > sampling.max_response_tokens:
         raise UserError(
             f"{key}.min_response_tokens={sampling.min_response_tokens} must be at most "
@@ -197,7 +197,7 @@ def check_fits_context(prompt_tokens: int, response_tokens: int, model: ModelCon
 
 
 def check_response_fits(longest: int, which: str, response: int, model: ModelConfig, whose: str) -> None:
-    """A response after the longest prompt must fit the context of who answers, and of who judges."""
+    """A response after the longest prompt must fit the context of the models that answer and that judge."""
     if longest + response > model.max_sequence_length:
         raise UserError(
             f"sampling.max_response_tokens={response} after {which} ({longest} tokens) is more than the {whose}'s context of "

@@ -1,4 +1,4 @@
-"""The machines that a plan is made for, and how much text there is: what no training configuration says."""
+"""The machines that a plan is made for, and how much text there is: what training configurations do not contain."""
 
 from dataclasses import dataclass, field, replace
 
@@ -7,14 +7,14 @@ from megatron_rlhf.config.model import Precision
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """Nodes of equal GPUs, and the rates that the planner reckons with."""
+    """Nodes of equal GPUs, and the rates that the planner assumes."""
 
     name: str
     """What the GPUs are, for the report."""
     nodes: int | None = None
-    """Nodes of the job; without it, those that the recipe's layout is made for, else 1."""
+    """Nodes of the job; when not given, those that the recipe's layout is made for, else 1."""
     gpus_per_node: int = 8
-    """GPUs (on a CPU cluster: ranks) of a node, one rank each."""
+    """GPUs (on a CPU cluster: ranks) per node, one rank each."""
     memory_gib: float
     """Memory of one GPU as the driver reports it, in GiB."""
     reserved_gib: float = 6.0
@@ -24,9 +24,9 @@ class ClusterConfig:
     fp32_tflops: float
     """Peak fp32 TFLOP/s of a GPU."""
     fp8_tflops: float | None = None
-    """Peak dense fp8 TFLOP/s; none where the GPU has no fp8."""
+    """Peak dense fp8 TFLOP/s; null if the GPU has no fp8."""
     matmul_efficiency: float = 0.55
-    """Share of the peak that a layer's forward and backward reach, communication and pipeline bubble apart."""
+    """Share of the peak that a layer's forward and backward reach, not counting communication and the pipeline bubble."""
     memory_gb_per_s: float
     """Bandwidth of a GPU's memory."""
     memory_efficiency: float = 0.7
@@ -36,14 +36,14 @@ class ClusterConfig:
     network_gb_per_s: float
     """Bandwidth between nodes, for each GPU and direction."""
     decode_layer_overhead_us: float = 250.0
-    """Of one layer for one decoded token: a dozen kernels launched one by one (there are no CUDA graphs) and two small sums
-    over tensor-parallel ranks. An estimate."""
+    """Time of one layer for one decoded token: a dozen kernels launched one by one (there are no CUDA graphs) and two
+    small all-reduces over tensor-parallel ranks. An estimate."""
     price_per_gpu_hour: float = 0.0
-    """Money for a GPU and hour, in dollars; prices differ a lot, so set your own."""
+    """Price of one GPU hour in dollars; prices differ a lot, so set your own."""
 
     @property
     def gpus(self) -> int:
-        """GPUs, and so ranks, of the whole job."""
+        """GPUs, and therefore ranks, of the whole job."""
         return (self.nodes or 1) * self.gpus_per_node
 
     def flops_per_s(self, precision: Precision) -> float:
@@ -54,16 +54,16 @@ class ClusterConfig:
 
 @dataclass(kw_only=True)
 class WorkloadConfig:
-    """How many examples and how long. Counts are InstructGPT's; the mean lengths are ours."""
+    """How many examples and how long. Counts are InstructGPT's; the mean lengths are this project's assumptions."""
 
     demonstrations: int = 13_000
     """Prompts with a demonstration (SFT)."""
     rankings: int = 33_000
     """Prompts with ranked completions (reward model)."""
     completions: float = 6.5
-    """Mean number of completions that are ranked for a prompt; the paper has 4 to 9."""
+    """Mean number of completions ranked per prompt; the paper has 4 to 9."""
     max_completions: int = 9
-    """Most completions of a prompt: they share a microbatch, so they decide its memory."""
+    """Largest number of completions of one prompt: they share a microbatch, so they decide its memory."""
     prompt_tokens: int = 400
     """Mean length of a prompt."""
     response_tokens: int = 300
@@ -72,7 +72,7 @@ class WorkloadConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """`tools/plan.py`: the keys besides those of the stage that is planned."""
+    """`tools/plan.py`: the keys in addition to those of the planned stage."""
 
     cluster: ClusterConfig
     """Machines and rates."""

@@ -26,17 +26,17 @@ def _template() -> Any:
 
 
 class Templates:
-    """How to make the columns that are read out of a record's own."""
+    """How to make the columns that are read from the columns that a record has."""
 
     def given(self) -> dict[str, str] | None:
-        """The templates that were given, `written_out`; None if none was."""
+        """The templates that were given, `written_out`; None if there are none."""
         pairs = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
         return {name: written_out(text) for name, text in pairs.items() if text is not None} or None
 
 
 @dataclass(kw_only=True)
 class DemonstrationColumns(Templates):
-    """How to make a prompt and a response out of a record's own columns."""
+    """How to make a prompt and a response from a record's own columns."""
 
     prompt: str | None = _template()
     """A format template, e.g. "{instruction}\\n{input}\\n"; not given: the column `prompt`."""
@@ -46,7 +46,8 @@ class DemonstrationColumns(Templates):
 
 @dataclass(kw_only=True)
 class ComparisonColumns(Templates):
-    """How to make a ranking out of a record's own columns. A template that is one column takes it as it is, lists too."""
+    """How to make a ranking from a record's own columns. A template that is just one column keeps its value as it is,
+    lists included."""
 
     prompt: str | None = _template()
     """A format template, e.g. "{question}"; not given: the column `prompt`."""
@@ -62,12 +63,12 @@ class ComparisonColumns(Templates):
 
 @dataclass(kw_only=True)
 class PromptColumns(Templates):
-    """How to make a prompt out of a record's own columns."""
+    """How to make a prompt from a record's own columns."""
 
     prompt: str | None = _template()
     """A format template, e.g. "{instruction}\\n"; not given: the column `prompt`."""
     user: str | None = _template()
-    """Whose prompt it is, e.g. "{annotator}"; not given: the column `user`, where there is one."""
+    """Who wrote the prompt, e.g. "{annotator}"; not given: the column `user`, if there is one."""
 
 
 def written_out(text: str) -> str:
@@ -84,11 +85,11 @@ class TokenizerConfig:
     """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`; not given: the one that came with
     the model that the run starts from."""
     allow_other_tokenizer: bool = False
-    """Go on although a model was trained with another tokenizer, for those who know that the ids agree."""
+    """Continue although a model was trained with another tokenizer; only if you know that the ids agree."""
     stop: list[str] = field(default_factory=list)
-    """More that ends a sampled response, beside the end tokens of the tokenizer's folder (all that generation_config.json
-    and config.json name): special tokens by their text, which checkpoints keep as end tokens, and strings, however they are
-    cut into tokens: `data.stop=["<|eot|>","\\nUser:"]`, where a written \\n means a new line."""
+    """What else ends a sampled response, in addition to the end tokens of the tokenizer's folder (all that
+    generation_config.json and config.json name): special tokens by their text, which checkpoints save as end tokens, and
+    strings, however they are split into tokens: `data.stop=["<|eot|>","\\nUser:"]`, where a written \\n means a new line."""
 
 
 @dataclass(kw_only=True)
@@ -98,7 +99,7 @@ class DemonstrationDataConfig(TokenizerConfig):
     demonstrations: str | None = None
     """JSON lines (or any `datasets` name) with `prompt` and `response`."""
     validation: str | None = None
-    """The same for validation; without it, none is measured."""
+    """The same for validation; when not given, no validation loss is measured."""
     columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
     """Where records have other column names."""
     max_prompt_tokens: int = 1024
@@ -108,10 +109,11 @@ class DemonstrationDataConfig(TokenizerConfig):
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text mixed in when pretraining_mix > 0."""
     pretraining_mix: float = 0.0
-    """Share of the examples that is pretraining text, and what its mean loss a token counts: the loss is mix x (mean over
-    text) + (1 - mix) x (mean over response tokens), however long texts are. 0.1 for PPO's initialisation run (the paper prints
-    the 10%, not how they are weighed); 1 trains a language model on text alone. Where a batch has no room for its share of
-    a text, such as 0.1 of 4, some batches have one and it counts as one example there: the same over the batches."""
+    """Share of the examples that is pretraining text, and the weight of its mean loss per token: the loss is mix x (mean over
+    text) + (1 - mix) x (mean over response tokens), however long texts are. 0.1 for PPO's initialisation run (the paper gives
+    the 10%, not how they are weighted); 1 trains a language model on text alone. Where a batch is too small for that
+    share, such as 0.1 of 4, only some batches contain a text, and it counts as one example there: on average over the
+    batches, the share is the same."""
 
 
 @dataclass(kw_only=True)
@@ -122,12 +124,12 @@ class ComparisonDataConfig(TokenizerConfig):
     """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`, and
     optionally `user`. All records of a prompt are one example."""
     validation: str | None = None
-    """The same, held out; without it `validation_fraction` of the comparisons is."""
+    """The same, held out for validation; when not given, `validation_fraction` of the comparisons is held out."""
     validation_fraction: float = 0.1
-    """Share of the prompts held out when no validation file is given, with all their comparisons and, where records name a
-    user, all prompts of theirs; 0 for none. InstructGPT does not print its share."""
+    """Share of the prompts held out when no validation file is given, with all their comparisons and, where records
+    name a user, all prompts of that user; 0 for none. InstructGPT does not state its share."""
     demonstrations: str | None = None
-    """Demonstrations whose mean score the closing bias makes 0; without them the best-ranked responses serve."""
+    """Demonstrations whose mean score the final bias sets to 0; when not given, the best-ranked responses are used."""
     columns: ComparisonColumns = field(default_factory=ComparisonColumns)
     """Where comparisons have other column names."""
     demonstration_columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
@@ -139,7 +141,7 @@ class ComparisonDataConfig(TokenizerConfig):
 
 
 class PromptPart(Enum):
-    """A part of the prompts; no user is in two."""
+    """A part of the prompts; no user is in more than one part."""
 
     all = "all"
     train = "train"
@@ -160,12 +162,12 @@ class PromptDataConfig(TokenizerConfig):
     max_per_user: int | None = 200
     """At most this many prompts of one user (InstructGPT, section 3.2); those without a user have no limit."""
     deduplicate_prefix_tokens: int | None = None
-    """Of prompts that agree in their first so many tokens (shorter ones: in all), only the first is kept. InstructGPT did it,
-    and does not print the length."""
+    """Of prompts that agree in their first N tokens (shorter ones: in all tokens), only the first is kept. InstructGPT
+    did this, but does not state N."""
     part: PromptPart = PromptPart.all
-    """Only this part of the prompts: train for PPO and test for an evaluation of what they cannot have taught it. The split
-    is by user (InstructGPT, section 3.2), or by prompt where there is none, and the same in every run."""
+    """Only this part of the prompts: train for PPO and test for an evaluation on prompts that it was not trained on.
+    The split is by user (InstructGPT, section 3.2), or by prompt where there is none, and the same in every run."""
     part_shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    """Shares of the users in train, validation and test, relative to their sum; InstructGPT does not print its own."""
+    """Shares of the users in train, validation and test, relative to their sum; InstructGPT does not state its shares."""
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text for the pretraining gradients."""

@@ -20,7 +20,7 @@ class Key:
     doc: str
     """The string under the field."""
     types: tuple[Any, ...]
-    """What its value may be; NoneType among them where the key may be null."""
+    """Types its value may have; includes NoneType if the key may be null."""
 
     @property
     def optional(self) -> bool:
@@ -28,7 +28,7 @@ class Key:
 
     @property
     def holds_text(self) -> bool:
-        return str in self.types and float not in self.types  # a number, or a word in its place
+        return str in self.types and float not in self.types  # a number, or a word instead of it
 
     @property
     def holds_texts(self) -> bool:

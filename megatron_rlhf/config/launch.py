@@ -1,4 +1,4 @@
-"""Who this process is among all, by what python, torchrun or srun left in the environment."""
+"""This process's rank among all, from what python, torchrun or srun left in the environment."""
 
 import os
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from megatron_rlhf.config.errors import UserError
 
-# Slurm numbers the steps that are no srun's (interactive shell, batch script, extern) from here up.
+# Slurm numbers steps that srun did not start (interactive shell, batch script, extern) from here up.
 FIRST_RESERVED_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among all."""
+    """This process's place among all."""
 
     rank: int
     world_size: int
@@ -42,7 +42,8 @@ def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _is_srun_step(environment: Mapping[str, str]) -> bool:
-    """A shell inside an allocation has SLURM_NTASKS too, but only the tasks of an srun are numbered in a step of its."""
+    """A shell inside an allocation has SLURM_NTASKS too, but only the tasks of an srun are numbered within a step of
+    their own."""
     step = environment.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in environment and step.isdecimal() and int(step) < FIRST_RESERVED_STEP
 

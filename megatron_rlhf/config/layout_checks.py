@@ -1,4 +1,5 @@
-"""Layouts against the ranks of a job and the shapes of models, before any is built; messages name key, value and what fits."""
+"""Layouts against the ranks of a job and the shapes of models, before any is built; messages name the key, its value
+and what fits."""
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions
@@ -6,7 +7,7 @@ from megatron_rlhf.config.placement import PlacementConfig, PlacementKind
 
 
 def check_placement(placement: PlacementConfig, world_size: int) -> None:
-    """Two sides that share nothing leave at least one rank to each."""
+    """Two sides that share no ranks must each have at least one."""
     if placement.kind is PlacementKind.disaggregated and not 0 < placement.critic_ranks < world_size:
         raise UserError(
             f"placement.critic_ranks={placement.critic_ranks}: placement=disaggregated splits the {world_size} ranks of this "
@@ -98,7 +99,7 @@ def _check_stages(layers: int, parallel: ParallelConfig, key: str) -> None:
 
 
 def check_experts(parallel: ParallelConfig, key: str) -> None:
-    """Experts are a mixture's; the models here have one MLP a layer."""
+    """Only mixture-of-experts models have experts; the models here have one MLP per layer."""
     if parallel.expert > 1:
         raise UserError(
             f"{key}.expert={parallel.expert} would spread the experts of a mixture over ranks, and models here have none; set "

@@ -5,14 +5,14 @@ from enum import Enum
 
 
 class Positions(Enum):
-    """How a model knows the order of its tokens."""
+    """How a model encodes the order of its tokens."""
 
     learned = "learned"
     rope = "rope"
 
 
 class RopeScaling(Enum):
-    """How rotary positions are stretched beyond the length that a model was first trained at."""
+    """How rotary positions are stretched beyond the length that a model was first trained with."""
 
     none = "none"
     linear = "linear"
@@ -53,7 +53,7 @@ class Precision(Enum):
 
 
 class Fp8Recipe(Enum):
-    """How Transformer Engine finds the scales that carry numbers into fp8's range."""
+    """How Transformer Engine finds the scales that bring numbers into fp8's range."""
 
     delayed = "delayed"
     tensorwise = "tensorwise"
@@ -67,7 +67,8 @@ class Fp8Recipe(Enum):
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Compute capability of the first GPUs that have it: Ada; Hopper; for scales in the matrix unit itself, Blackwell."""
+        """Compute capability of the first GPUs that support it: Ada; Hopper; Blackwell, whose matrix units apply the
+        scales themselves."""
         return {Fp8Recipe.blockwise: (9, 0), Fp8Recipe.mxfp8: (10, 0)}.get(self, (8, 9))
 
 
@@ -94,7 +95,7 @@ class ModelConfig:
     positions: Positions = Positions.learned
     """learned: an embedding per position (GPT-2, GPT-3); rope: rotary (Llama)."""
     position_offset: int = 0
-    """Rows of the position embedding before that of the first token (OPT: 2)."""
+    """Rows of the position embedding that come before the first token's (OPT: 2)."""
     rope_base: float = 10000.0
     """Base period of rotary positions."""
     rope_fraction: float = 1.0
@@ -118,7 +119,7 @@ class ModelConfig:
     linear_bias: bool = True
     """Biases in attention and MLP projections."""
     qkv_bias: bool = False
-    """A bias on query, key and value alone, where linear_bias is off (Qwen2)."""
+    """A bias on query, key and value only, when linear_bias is off (Qwen2)."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen3)."""
     parallel_residual: bool = False
@@ -147,7 +148,7 @@ class ParallelConfig:
     virtual_stages: int = 1
     """Model chunks on each pipeline rank (interleaved schedule, smaller bubble); pipeline x this must divide the layers."""
     last_stage_layers: int | None = None
-    """Layers on the last pipeline stage, where all stages cannot have the same number; the other stages share the rest."""
+    """Layers on the last pipeline stage, for when not all stages can have the same number; the other stages share the rest."""
     context: int = 1
     """Ranks that share each sequence: activations of long ones are split, attention gathers keys and values."""
     expert: int = 1
@@ -161,7 +162,8 @@ class ParallelConfig:
 
     @property
     def token_multiple(self) -> int:
-        """Sequences are padded to a multiple of this: two pieces for each rank of a context, split once more by sequence."""
+        """Sequences are padded to a multiple of this: two pieces for each context-parallel rank, split once more by
+        sequence parallelism."""
         return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
 
     @property
@@ -171,11 +173,11 @@ class ParallelConfig:
 
 
 NO_SHAPE = ("init_std", "vocab_multiple")
-"""Fields that matter to how weights are made and laid out, not to which model they are."""
+"""Fields that affect how weights are initialised and laid out, not which model it is."""
 
 
 def without_implied(model: ModelConfig) -> ModelConfig:
-    """The same shape, None wherever that says the same: equal shapes are then equal objects."""
+    """The same shape, with None wherever None means the same: equal shapes are then equal objects."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     return replace(
         model,

@@ -19,9 +19,9 @@ class PlacementConfig:
 
     kind: PlacementKind = PlacementKind.colocated
     """colocated: every rank holds its part of all four roles; disaggregated: the last ranks hold reward and value model,
-    which score and learn while the others go on."""
+    which score and learn while the others continue."""
     critic_ranks: int = 0
-    """disaggregated: ranks, the last of the job, that hold reward and value model; the others hold policy and reference."""
+    """disaggregated: how many ranks, the last of the job, hold reward and value model; the others hold policy and reference."""
 
     def ranks(self, world_size: int) -> tuple[range, range]:
         """Ranks of the policy's side, and of the critic's."""
@@ -33,21 +33,21 @@ class PlacementConfig:
 
 @dataclass(kw_only=True)
 class GenerationLayoutConfig:
-    """Layout of a second copy of the policy, for sampling alone; keys that are not given are those of `parallel`."""
+    """Layout of a second copy of the policy, for sampling only; keys that are not given are taken from `parallel`."""
 
     tensor: int | None = None
     """Ranks that split each matrix while sampling."""
     pipeline: int | None = None
-    """Stages while sampling; 1 spares a token its way through the stages."""
+    """Pipeline stages while sampling; with 1, tokens do not have to pass through several stages."""
     last_stage_layers: int | None = None
-    """Layers on the last stage, where they do not divide."""
+    """Layers on the last stage, if they cannot be divided evenly over the stages."""
 
     def of(self, training: ParallelConfig) -> ParallelConfig | None:
-        """The layout to sample at; None where it is the training layout itself, and no copy is needed."""
+        """The layout to sample at; None if it is the training layout itself, so no copy is needed."""
         tensor = training.tensor if self.tensor is None else self.tensor
         pipeline = training.pipeline if self.pipeline is None else self.pipeline
         if (tensor, pipeline, 1) == (training.tensor, training.pipeline, training.context):
-            return None  # one token cannot be shared out over a context
+            return None  # one token cannot be split over context-parallel ranks
         last = self.last_stage_layers
         if last is None and pipeline == training.pipeline:
             last = training.last_stage_layers

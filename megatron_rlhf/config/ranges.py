@@ -1,4 +1,4 @@
-"""Which numbers each key takes: what is beyond them is refused before anything is built."""
+"""Which numbers each key accepts: others are refused before anything is built."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -121,12 +121,12 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
 
 
 def range_of(schema: type, name: str) -> Range:
-    """The numbers that a field of a schema takes; a schema has its parents' ranges."""
+    """The numbers that a field of a schema accepts; a schema inherits its parents' ranges."""
     return next((RANGES[base][name] for base in schema.__mro__ if name in RANGES.get(base, {})), NOT_NEGATIVE)
 
 
 def check_ranges(config: Any) -> None:
-    """Raise UserError for the first number outside its range, and for a text that is empty."""
+    """Raise UserError for the first number outside its range, and for an empty text."""
     for path, value, allowed in _values(config):
         if isinstance(value, str):
             if not value:

@@ -1,4 +1,4 @@
-"""One schema a stage: fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper prints them."""
+"""One schema per stage: fine-tuning, reward model, PPO, evaluation. Defaults are InstructGPT's where the paper states them."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -28,7 +28,7 @@ class BaseConfig:
     run: RunConfig
     """Run folder, seed, checkpoints."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    """What is done about ranks that hang or die."""
+    """What to do about ranks that hang or die."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the model being trained (PPO: of policy and reference)."""
     precision: Precision = Precision.fp32
@@ -36,15 +36,15 @@ class BaseConfig:
     fp8: Fp8Config = field(default_factory=Fp8Config)
     """Scales and safeguards of precision=fp8_hybrid."""
     model: ModelConfig | None = None
-    """Shape for training from scratch; left out when `init_from` brings one, and must agree with it when both are given."""
+    """Shape for training from scratch; not needed when `init_from` has one, and must agree with it when both are given."""
 
     trained_roles: ClassVar[tuple[str, ...]] = ()
 
     def precision_of(self, role: str) -> Precision:
-        """A role's own arithmetic. fp8 is for roles that train: scales of a frozen model would never be found.
+        """A role's own precision. fp8 is for roles that train: the scales of a frozen model would never be determined.
 
-        The delayed recipe reduces the scales of all models of a process at the end of every forward pass, which deadlocks
-        where two models lie differently over pipeline stages: there the policy has it for itself.
+        The delayed recipe reduces the scales of all models of a process at the end of every forward pass, which
+        deadlocks if two models are split differently over pipeline stages: then only the policy uses it.
         """
         if self.precision is not Precision.fp8_hybrid:
             return self.precision
@@ -61,12 +61,12 @@ class SFTAlgorithmConfig:
     max_steps: int | None = None
     """Updates, instead of epochs; needed when pretraining_mix = 1."""
     batch_size: int = 32
-    """Sequences an update, over all ranks."""
+    """Sequences per update, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences a forward pass, those of like length together; 4 if neither this nor micro_batch_tokens is given. Both change
+    """Sequences per forward pass, grouped by length; 4 if neither this nor micro_batch_tokens is given. Both change
     speed, memory and what dropout draws, but no other number."""
     micro_batch_tokens: int | None = None
-    """Instead of micro_batch_size: tokens a forward pass, packed without padding."""
+    """Instead of micro_batch_size: tokens per forward pass, packed without padding."""
     dropout: float = 0.2
     """Residual dropout, which acts on embeddings as well, as in GPT-2."""
     final_lr_fraction: float = 0.1
@@ -108,15 +108,15 @@ class RewardAlgorithmConfig:
     epochs: int = 1
     """Passes over the comparisons; more overfits."""
     batch_size: int = 64
-    """Prompts an update, each with all its completions, whether ranked in one record or in several."""
+    """Prompts per update, each with all its completions, whether ranked in one record or in several."""
     micro_batch_size: int | None = None
-    """Prompts a forward pass, each with all its completions, which read it once; 1 if neither this nor micro_batch_tokens is
-    given. Both change speed and memory, never the numbers."""
+    """Prompts per forward pass, each with all its completions, which share one pass over the prompt; 1 if neither this
+    nor micro_batch_tokens is given. Both change speed and memory, never the numbers."""
     micro_batch_tokens: int | None = None
-    """Instead of micro_batch_size: tokens a forward pass, a prompt counted once for all its completions."""
+    """Instead of micro_batch_size: tokens per forward pass, a prompt counted once for all its completions."""
     max_completions: int = 16
-    """Completions of one prompt in a forward pass. One with more (many records), or with more than micro_batch_tokens, is
-    scored first, then trained in parts: one more forward pass, the same numbers."""
+    """Completions of one prompt in a forward pass. One with more (many records), or with more than micro_batch_tokens,
+    is scored first, then trained in parts: this costs one more forward pass and gives the same numbers."""
     final_lr_fraction: float = 0.1
     """Cosine decay to this share of the peak."""
     warmup_steps: int = 0
@@ -148,7 +148,8 @@ class RolloutConfig(SamplingConfig):
     """How responses are sampled, and at what layout."""
 
     parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
-    """Given: the policy's weights move to a second copy at this layout, every iteration, by Megatron-Core's resharding."""
+    """If given, the policy's weights are copied every iteration to a second copy at this layout, by Megatron-Core's
+    resharding."""
 
 
 @dataclass(kw_only=True)
@@ -158,16 +159,16 @@ class PPOAlgorithmConfig:
     iterations: int = 500
     """Rollouts; with batch_size 512 the paper's 256k episodes."""
     batch_size: int = 512
-    """Episodes an iteration."""
+    """Episodes per iteration."""
     minibatch_size: int = 64
-    """Episodes an update; must divide batch_size."""
+    """Episodes per update; must divide batch_size."""
     inner_epochs: int = 1
     """Passes over each rollout."""
     micro_batch_size: int | None = None
-    """Sequences a forward pass, those of like length together; 4 if neither this nor micro_batch_tokens is given. Both change
+    """Sequences per forward pass, grouped by length; 4 if neither this nor micro_batch_tokens is given. Both change
     speed and memory, never the numbers."""
     micro_batch_tokens: int | None = None
-    """Instead of micro_batch_size: tokens a forward pass, packed without padding."""
+    """Instead of micro_batch_size: tokens per forward pass, packed without padding."""
     clip: float = 0.2
     """Policy ratio clipped to 1 +- this."""
     value_clip: float = 0.2
@@ -175,7 +176,7 @@ class PPOAlgorithmConfig:
     gamma: float = 1.0
     """Discount; the paper uses none."""
     lam: float = 0.95
-    """GAE's lambda; the paper does not print it, 0.95 is the convention."""
+    """GAE's lambda; the paper does not state it, 0.95 is the convention."""
     kl_coef: float = 0.02
     """Weight of the per-token KL penalty against the reference."""
     kl_control: KLControl = KLControl.fixed
@@ -185,36 +186,36 @@ class PPOAlgorithmConfig:
     kl_horizon: int = 10000
     """Episodes over which adaptive control reacts."""
     ptx_coef: float | int | str = 27.8
-    """The paper's gamma: pretraining gradients count this much; 0 is plain PPO; auto: what ptx_gradient_ratio asks for. What
-    its unit is, and what to look at first: docs/gamma.md."""
+    """The paper's gamma: the weight of pretraining gradients; 0 is plain PPO; auto: set to reach ptx_gradient_ratio.
+    Its unit, and what to look at first: docs/gamma.md."""
     ptx_gradient_ratio: float = 1.0
     """With ptx_coef=auto: the norm of the text's gradient, gamma included, over that of PPO's, to which gamma is steered."""
     ptx_ratio: int = 8
     """Pretraining examples for each episode."""
     ptx_micro_batch_size: int | None = None
-    """Pretraining sequences a forward pass; 4 if neither this nor ptx_micro_batch_tokens is given."""
+    """Pretraining sequences per forward pass; 4 if neither this nor ptx_micro_batch_tokens is given."""
     ptx_micro_batch_tokens: int | None = None
-    """Instead of ptx_micro_batch_size: tokens of pretraining text a forward pass."""
+    """Instead of ptx_micro_batch_size: tokens of pretraining text per forward pass."""
     warmup_iterations: int = 10
-    """The policy's learning rate rises from one tenth of its peak over these, its first ones."""
+    """The policy's learning rate rises from one tenth of its peak over this many iterations, its first ones."""
     critic_warmup_iterations: int = 0
     """First iterations in which only the value model learns; the policy's warmup and adaptive KL control begin after them."""
     ema_decay: float = 0.992
     """Decay of the exponential moving average of the policy's weights, per update; 0 keeps none."""
     missing_stop_penalty: float = 1.0
-    """Taken off the score of a response that never stopped, in the reward model's units (log-odds); without it a policy
-    learns to talk on. `reward/score_mean` is the score without it, `reward/total_mean` with it. The paper does not print how
-    it treats them."""
+    """Subtracted from the score of a response that never stopped, in the reward model's units (log-odds); without it a
+    policy learns to ramble on. `reward/score_mean` is the score without it, `reward/total_mean` with it. The paper does
+    not state how it treats such responses."""
     whiten_advantages: bool = True
-    """Advantages to mean 0 and variance 1 over the whole rollout."""
+    """Normalise advantages to mean 0 and variance 1 over the whole rollout."""
     gradient_report_every: int = 10
-    """Iterations between reports of PPO's and the text's gradient (norms and cosine, of the iteration's first update); 0 for
-    never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
+    """Iterations between reports on the gradients of PPO and of the text (norms and cosine, at the iteration's first
+    update); 0 for never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
     tax_every: int = 10
     """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
     max_logprob_gap: float | None = None
-    """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more: that is a bug. Not
-    given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding does."""
+    """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more than this: that
+    would be a bug. Not given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding causes."""
 
     @property
     def micro_batch(self) -> Budget:
@@ -226,17 +227,17 @@ class PPOAlgorithmConfig:
 
     @property
     def steers_text(self) -> bool:
-        """The run finds gamma itself."""
+        """The run determines gamma itself."""
         return self.ptx_coef == "auto"
 
     @property
     def mixes_text(self) -> bool:
-        """There are pretraining gradients beside PPO's."""
+        """There are pretraining gradients in addition to PPO's."""
         return self.steers_text or float(self.ptx_coef) > 0
 
     @property
     def reports_gradients(self) -> bool:
-        """Now and then the two are told apart."""
+        """The two gradients are measured separately at some iterations."""
         return self.mixes_text and (self.steers_text or self.gradient_report_every > 0)
 
 
@@ -261,7 +262,7 @@ class PPOConfig(BaseConfig):
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Which ranks hold which roles."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
-    """What rests in host memory while it is not used."""
+    """What is kept in host memory while it is not used."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are sampled."""
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
@@ -279,7 +280,7 @@ class EvaluateAlgorithmConfig:
     few_shot: str | None = None
     """A text file put before every prompt (the paper's few-shot baseline)."""
     output: str = "evaluation.jsonl"
-    """File in run.dir that gets one line a response; replaces that of an earlier evaluation, and nothing else."""
+    """File in run.dir that gets one line per response; it replaces that of an earlier evaluation, and nothing else."""
 
 
 @dataclass(kw_only=True)

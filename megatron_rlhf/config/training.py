@@ -8,24 +8,24 @@ from megatron_rlhf.config.model import Fp8Recipe, Precision
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where a run leaves its files, and how it goes on after an interruption."""
+    """Where a run writes its files, and how it continues after an interruption."""
 
     dir: str
     """Folder of this run: config.yaml, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/, report.html, log.txt."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in `dir`, at this layout or another; docs/crashes.md says what may change."""
+    """Continue from the newest complete checkpoint in `dir`, at this layout or another; docs/crashes.md says what may change."""
     auto_resume: bool = False
-    """The same where `dir` holds one, a new run where it does not: for jobs that are stopped and queued again."""
+    """Resume if `dir` has a checkpoint, else start a new run: for jobs that are stopped and queued again."""
     seed: int = 1234
     """Seeds initial weights, dropout, data order and sampling."""
     save_every: int = 100
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     keep_last: int = 2
-    """Checkpoints kept, and of SFT's epochs as many beside the best; older ones are deleted. 0 keeps all."""
+    """Checkpoints to keep, and the same number of SFT's epochs in addition to the best; older ones are deleted. 0 keeps all."""
     keep_every: int = 0
-    """Of the older ones, keep those of every n-th step all the same (such as 1000); 0: none."""
+    """Of the older ones, still keep those of every n-th step (such as 1000); 0: none."""
     async_save: bool = False
-    """Write checkpoints while the next steps run; costs host memory for a copy of each rank's part."""
+    """Write checkpoints while the next steps run; needs host memory for a copy of each rank's part."""
     stop_at_step: int | None = None
     """Save and stop at this step although the schedule is longer (to continue later with resume)."""
     wandb_project: str | None = None
@@ -36,11 +36,11 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class WatchdogConfig:
-    """Ends a job in which a rank has died, hangs, or waits for something that the others do not do."""
+    """Ends a job in which a rank has died, hangs, or waits for something that the other ranks do not do."""
 
     timeout_s: float = 1800.0
-    """The job ends within this many seconds, and says which rank was at fault; 0 switches it off. It has to be longer than
-    one rank may keep the others waiting, such as for a slow file system."""
+    """The job ends within this many seconds, and says which rank was at fault; 0 switches it off. Must be longer than
+    one rank may legitimately keep the others waiting, such as for a slow file system."""
 
 
 @dataclass(kw_only=True)
@@ -52,11 +52,11 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment (InstructGPT, appendix C)."""
     epsilon: float = 1e-8
-    """Added to the square root of the second moment; InstructGPT does not print its value."""
+    """Added to the square root of the second moment; InstructGPT does not state its value."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on matrices, none on biases and norms; InstructGPT does not print its value."""
+    """Decoupled weight decay on matrices, none on biases and norms; InstructGPT does not state its value."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them. InstructGPT does not print its value."""
+    """Gradients are scaled down to this global norm; 0 turns this off. InstructGPT does not state its value."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +64,7 @@ class RoleConfig:
     """A model that is only read: the reward model of PPO."""
 
     init_from: str | None = None
-    """A checkpoint of ours (step folder or run folder) or a Hugging Face folder, of a model that is what the role is."""
+    """A checkpoint of this project (step folder or run folder) or a Hugging Face folder, of a model of the role's kind."""
 
 
 @dataclass(kw_only=True)
@@ -82,31 +82,33 @@ class SamplingConfig:
     temperature: float = 1.0
     """Logits are divided by this, when sampling and in every log-probability; 0 is greedy (evaluation only)."""
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0: among all."""
+    """Sample among this many most likely tokens; 0: among all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this much probability."""
+    """Sample among the most likely tokens that together have this much probability."""
     max_response_tokens: int = 1024
     """Longest response; InstructGPT's limit is 1k tokens."""
     min_response_tokens: int = 1
-    """Stop tokens have no probability before this many tokens."""
+    """Stop tokens are not sampled before this many tokens."""
     batch_size: int = 64
-    """Slots: sequences decoded together in each batch, of which as many as pipeline stages are in flight on a data-parallel
-    rank. The slot of a finished sequence is taken by the next prompt."""
+    """Slots: sequences decoded together in each batch; each data-parallel rank has as many batches in flight as there
+    are pipeline stages. The slot of a finished sequence is taken by the next prompt."""
     precision: Precision | None = None
-    """Arithmetic of sampling where precision=fp8_hybrid: bf16 (when not given) or fp8_hybrid; elsewhere the model's own."""
+    """Precision of sampling with precision=fp8_hybrid: bf16 (when not given) or fp8_hybrid; otherwise the model's own."""
 
 
 @dataclass(kw_only=True)
 class Fp8Config:
-    """`precision=fp8_hybrid`: the layers of models that train compute in fp8, heads and frozen models never do."""
+    """`precision=fp8_hybrid`: the layers of models that train compute in fp8; heads and frozen models never do."""
 
     recipe: Fp8Recipe = Fp8Recipe.tensorwise
-    """tensorwise: a tensor's scale from its own largest number; delayed: from those of its past (in PPO the value model then
-    stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper); mxfp8: for each 32 numbers (Blackwell)."""
+    """tensorwise: a tensor's scale comes from its own largest number; delayed: from its past largest numbers (in PPO
+    the value model then stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper); mxfp8: for each
+    block of 32 (Blackwell)."""
     gate_every: int = 50
     """Steps between comparisons of the policy's log-probabilities in fp8 with those in bf16; 0 for never."""
     gate_max_gap: float = 0.05
-    """Largest mean difference of a token's log-probability, in nats; beyond it the policy goes on in bf16 for good."""
+    """Largest mean difference of a token's log-probability, in nats; beyond it the policy switches to bf16 for the rest
+    of the run."""
     gate_samples: int = 8
     """Texts that are compared, always the same: the first prompts of PPO, the first examples of fine-tuning."""
 
@@ -127,11 +129,11 @@ class KLControl(Enum):
 
 @dataclass(kw_only=True)
 class OffloadConfig:
-    """What rests in host memory while it is not used: room on the GPU, paid with copies."""
+    """What is kept in host memory while it is not used: saves GPU memory at the cost of copies."""
 
     reference: bool = False
-    """The reference's weights, but for the pass that judges a rollout."""
+    """The reference's weights, except during the pass over a rollout."""
     reward: bool = False
-    """The reward model's weights, but for the pass that scores a rollout."""
+    """The reward model's weights, except during the pass that scores a rollout."""
     optimizer: bool = False
-    """Master weights and moments of policy and value model, but for their updates."""
+    """Master weights and moments of policy and value model, except during their updates."""

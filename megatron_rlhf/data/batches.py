@@ -1,4 +1,4 @@
-"""The order in which examples are seen: shuffled anew each epoch, the same on every rank, and exact after a resume."""
+"""The order in which examples are seen: reshuffled each epoch, the same on every rank, and exact after a resume."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -14,8 +14,8 @@ class ShuffledBatches(Iterator[list[int]]):
     """An endless iterator of global batches: lists of indices into a sequence of `size` examples.
 
     The order of epoch e is a permutation seeded by (seed, e), or 0, 1, 2, ... without `shuffle`. An epoch's last batch
-    may be smaller; with `whole` it is filled up from the next epoch, so that every batch has `batch_size` indices. Either
-    way nothing is left out: after e epochs, each index has come e times.
+    may be smaller; with `whole` it is filled up from the next epoch, so that every batch has `batch_size` indices.
+    Either way nothing is left out: after e epochs, each index has occurred e times.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool = True, whole: bool = False):
@@ -52,11 +52,11 @@ class ShuffledBatches(Iterator[list[int]]):
         return taken
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint needs to go on with the next batch: integers only."""
+        """What a checkpoint needs to continue with the next batch: integers only."""
         return {"size": self.size, "seed": self.seed, "epoch": self.epoch, "seen": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken. A new batch size may be set, other data or another seed may not.
+        """Continues from where `state` was taken. A new batch size may be set, other data or another seed may not.
 
         Raises:
             UserError: The state is of other data or another seed, whose order cannot be continued.

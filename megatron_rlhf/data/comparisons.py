@@ -29,19 +29,19 @@ class Comparison:
     """Each distinct response and the token that ends it, at which the score of prompt + response is read."""
 
     pairs: npt.NDArray[np.int64]
-    """[q, 3], a row a strict preference: indices of the better and of the worse response, and how many responses were
-    ranked together. At least one row."""
+    """[q, 3], one row per strict preference: indices of the better and of the worse response, and how many responses
+    were ranked together. At least one row."""
 
     best: tuple[int, ...]
     """Index of the best response of each record."""
 
     users: frozenset[str] = frozenset()
-    """Who gave the prompt, where records say so."""
+    """Who wrote the prompt, if records say so."""
 
     @classmethod
     def of(cls, prompt_tokens: Tokens, rankings: Iterable[Ranked], users: Iterable[str] = ()) -> "Comparison":
-        """Of one prompt's rankings. A response that several of them name is there once; responses are compared with those
-        that they were ranked with, and never with themselves."""
+        """Made from one prompt's rankings. A response that occurs in several of them is kept once; responses are
+        compared with those that they were ranked with, and never with themselves."""
         places: dict[bytes, int] = {}
         distinct: list[Tokens] = []
         pairs: list[tuple[int, int, int]] = []
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, once, and all responses."""
+        """Tokens of the prompt, counted once, and of all responses."""
         return len(self.prompt_tokens) + sum(map(len, self.responses_tokens))
 
 
@@ -89,9 +89,9 @@ def load_comparisons(
     """Reads records of any of three formats; `source`, `columns` and the limits as in `load_demonstrations`.
 
     {"prompt", "responses": [...], "ranks": [...]} with rank 0 = best and equal = tie; {"prompt", "chosen", "rejected"};
-    or hh-rlhf's {"chosen", "rejected"}, two dialogues that part after a "\\n\\nAssistant:".
+    or hh-rlhf's {"chosen", "rejected"}, two dialogues that diverge after a "\\n\\nAssistant:".
 
-    Records of the same prompt become one item. A column `user` (optional) says who gave the prompt.
+    Records of the same prompt become one item. A column `user` (optional) says who wrote the prompt.
 
     Dropped and counted: records as `prompt_too_long`; single responses as `response_too_long` or `total_too_long`, and the
     record as `too_few_responses` if no strict pair is left; records in which all tie as `all_tied`, those whose responses

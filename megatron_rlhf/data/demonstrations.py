@@ -34,7 +34,7 @@ def load_demonstrations(
 
     Args:
         max_prompt_tokens: The prompt's limit, beginning of text included.
-        max_response_tokens: The response's limit, its end included, as it is when sampling.
+        max_response_tokens: The response's limit, its end included, as when sampling.
         max_length: The limit of both together: the model's context.
 
     What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`.

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
-    """The record's prompt; it may be empty only where the tokenizer begins a text with a token of its own."""
+    """The record's prompt; it may be empty only if the tokenizer begins a text with a token of its own."""
     prompt = record.text("prompt")
     if not prompt and not tokenizer.start_ids:
         raise record.mistake(
@@ -22,18 +22,19 @@ def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
 
 
 def read_user(record: Record) -> str | None:
-    """Who the record's prompt is from; None where the column is missing, null or blank (as in CSV files)."""
+    """Who wrote the record's prompt; None where the column is missing, null or blank (as in CSV files)."""
     return record.text("user").strip() or None if "user" in record else None
 
 
 class Examples(Generic[Item]):
-    """The items of a source in its order, and how many of its parts were dropped for which reason.
+    """The items of a source in their order, and how many of its parts were dropped for which reason.
 
     Nothing is ever cut to fit: a text that ends early teaches the model to end early.
     """
 
     def __init__(self, source: str, items: list[Item], dropped: Mapping[str, int], records: int | None = None):
-        """`records`: how many the items were made of, where several may make one. Raises `UserError` if no item is left."""
+        """`records`: how many records the items were made from, if several may make one. Raises `UserError` if no item
+        is left."""
         self.source = source
         self.items = items
         self.records = len(items) if records is None else records

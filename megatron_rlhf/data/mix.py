@@ -1,4 +1,4 @@
-"""How much of each batch is demonstrations and how much pretraining text, and what each counts."""
+"""How much of each batch is demonstrations and how much pretraining text, and their weights in the loss."""
 
 import math
 from dataclasses import dataclass
@@ -7,20 +7,21 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Mix:
-    """Batches of `batch_size` examples of which `share` is text: exactly so over the batches, where not in each of them."""
+    """Batches of `batch_size` examples of which `share` is text: exactly so on average over the batches, if not in each
+    of them."""
 
     batch_size: int
     share: float
 
     def texts(self, step: int) -> int:
-        """Texts in the batch of a step; the others are demonstrations. What one batch lacks of a text, a later one gets."""
+        """Texts in the batch of a step; the others are demonstrations. Fractions of a text carry over to later batches."""
         return self.texts_before(step + 1) - self.texts_before(step)
 
     def weight(self, demonstrations: int, texts: int) -> float:
-        """What the mean over a batch's text counts in its loss; the mean over its demonstrations counts the rest.
+        """Weight of the mean over a batch's text in its loss; the mean over its demonstrations gets the rest.
 
-        It is `share` wherever every batch has room for both kinds. Where one kind comes in some of the batches only, it
-        counts as one example of the batch there, which comes to the same over the batches.
+        It is `share` if every batch has room for both kinds. If one kind is in only some of the batches, it counts as
+        one example of those batches, which comes to the same on average.
         """
         if not texts or not demonstrations:
             return float(texts > 0)
@@ -28,7 +29,7 @@ class Mix:
         return min(max(self.share, least), 1 - least)
 
     def steps(self, demonstrations: int, epochs: int) -> int:
-        """Steps of so many passes over all demonstrations; the last batch of a pass may have fewer."""
+        """Steps of this many passes over all demonstrations; the last batch of a pass may have fewer."""
         step = 0
         for _ in range(epochs):
             left = demonstrations
@@ -38,5 +39,5 @@ class Mix:
         return step
 
     def texts_before(self, step: int) -> int:
-        """Texts in all batches before that of a step."""
+        """Texts in all batches before a step's."""
         return math.floor(step * self.batch_size * Fraction(str(self.share)))

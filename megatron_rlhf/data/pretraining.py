@@ -19,24 +19,24 @@ from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.text_files import Progress
 from megatron_rlhf.data.tokenizer import Tokenizer
 
-with warnings.catch_warnings():  # data needs none of the accelerators that Megatron misses aloud when first imported
+with warnings.catch_warnings():  # data needs none of the accelerators whose absence Megatron warns about
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 PROBE_TOKENS = 2**20
-"""So many tokens at the head of a foreign token file are checked against the tokenizer."""
+"""This many tokens at the start of a token file made elsewhere are checked against the tokenizer."""
 
 
 class TokenSequences:
-    """Shuffled sequences of text, documents packed one after the other, each closed by the end of text."""
+    """Shuffled sequences of text, documents packed one after the other, each ended by the end-of-text token."""
 
     def __init__(self, dataset: GPTDataset):
         self._dataset = dataset
 
     def __len__(self) -> int:
-        """At least the number of sequences asked for."""
+        """At least the requested number of sequences."""
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -47,17 +47,17 @@ class TokenSequences:
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """Training and held-out sequences of one corpus, which share no document."""
+    """Training and held-out sequences of one corpus, which have no document in common."""
 
     train: TokenSequences
     held_out: TokenSequences | None
     describes: Mapping[str, int | str]
-    """What tells this text from another one, by the same tokenizer."""
+    """What distinguishes this text from another one, for the same tokenizer."""
 
 
 @dataclass(frozen=True)
 class CorpusSize:
-    """What a tokenised corpus holds."""
+    """What a tokenised corpus contains."""
 
     documents: int
     tokens: int
@@ -73,8 +73,8 @@ def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator
 
 
 def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_prefix: str | Path) -> CorpusSize:
-    """Tokenises texts into Megatron's `.bin` and `.idx`: a document a text, begun as the tokenizer begins a
-    text, and closed by the end of text.
+    """Tokenises texts into Megatron's `.bin` and `.idx`: one document per text, begun as the tokenizer begins a text,
+    and ended by the end-of-text token.
 
     A third file, `.meta.json`, names the tokenizer, so that `load_pretraining` can refuse another one. The files appear
     under their names only when complete. Memory use does not grow with the corpus.
@@ -98,7 +98,7 @@ def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_pre
         builder.finalize(f"{unfinished}.idx")
         about = {"tokenizer": tokenizer.fingerprint, "documents": size.documents, "tokens": size.tokens}
         Path(f"{unfinished}.meta.json").write_text(json.dumps(about))
-        for suffix in (".meta.json", ".bin", ".idx"):  # .idx last: with it the corpus counts as there
+        for suffix in (".meta.json", ".bin", ".idx"):  # .idx last: once it exists, the corpus counts as complete
             os.replace(unfinished + suffix, f"{prefix}{suffix}")
     finally:
         builder.data_file.close()
@@ -123,13 +123,13 @@ def load_pretraining(
     Args:
         source: The prefix of `.bin` and `.idx` files, or text (see `read_texts`), which is tokenised into `cache_dir`
             the first time and found there later.
-        samples: Training sequences the run will ask for; a small corpus is repeated, each epoch in another order.
-        seed: Of the order of documents and of sequences.
+        samples: Training sequences the run will ask for; a small corpus is repeated, each epoch in a different order.
+        seed: Seed for the order of documents and of sequences.
         cache_dir: For tokenised text and Megatron's indices; all ranks must see the same folder.
         held_out_fraction: The share of tokens, in whole documents from the corpus's end, never trained on; if positive,
             at least one sequence. With 0 there is no held-out part.
         is_builder: True on global rank 0 alone: it writes, the others wait at `barrier` and read.
-        barrier: Waits for all ranks. Not needed with one.
+        barrier: Waits for all ranks. Not needed with one rank.
 
     Raises:
         UserError: A mistake in the source, a corpus smaller than a sequence, tokens of another tokenizer, or a
@@ -153,7 +153,7 @@ def load_pretraining(
         random_seed=seed,
         sequence_length=sequence_length,
         blend=([str(prefix)], None),
-        split=f"{len(lengths) - held_out},{held_out},0",  # counts of documents, as Megatron takes any proportion
+        split=f"{len(lengths) - held_out},{held_out},0",  # counts of documents: Megatron accepts any proportions
         path_to_cache=str(cache / "indices"),
         tokenizer=_TokenizerStandIn(tokenizer, prefix),
         reset_position_ids=False,
@@ -166,7 +166,7 @@ def load_pretraining(
 
 
 def _require_plain_indices(folder: Path) -> None:
-    """Megatron reads the indices that it finds in its cache as pickles, where they are no plain arrays."""
+    """Megatron reads indices that it finds in its cache as pickles if they are not plain arrays."""
     for path in sorted(folder.glob("*.npy")):
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)
@@ -182,12 +182,12 @@ def _describe(lengths: npt.NDArray[np.int32]) -> dict[str, int | str]:
 
 
 class _TokenizerStandIn:
-    """What GPTDataset needs of a tokenizer. It names no padding: Megatron would take those tokens out of the text."""
+    """What GPTDataset needs of a tokenizer. It names no padding token: Megatron would remove those tokens from the text."""
 
     def __init__(self, tokenizer: Tokenizer, prefix: Path):
         self.vocab_size = tokenizer.vocab_size
         self.eod = tokenizer.eos_id
-        # Part of the name of the cached indices, so that they are made anew when the token files are.
+        # Part of the name of the cached indices, so that they are rebuilt when the token files are.
         self.unique_identifiers = {"corpus": _stamp(Path(f"{prefix}.idx")) + _stamp(Path(f"{prefix}.bin"))}
 
 
@@ -210,13 +210,13 @@ def _writable_folder(folder: str | Path) -> Path:
 def _tokenise_once(
     source: str | Path, tokenizer: Tokenizer, cache: Path, is_builder: bool, barrier: Callable[[], None]
 ) -> Path:
-    """The prefix of the source's token files, which the builder makes if they are not there."""
+    """The prefix of the source's token files, which the builder makes if they do not exist."""
     prefix = _tokenised_prefix(source, tokenizer, cache)
     try:
         if is_builder and not IndexedDataset.exists(str(prefix)):
             build_indexed_dataset(read_texts(source), tokenizer, prefix)
     finally:
-        barrier()  # also when the builder fails: the others must not wait for a rank that is gone
+        barrier()  # also when the builder fails: the others must not wait for a rank that has exited
     if not IndexedDataset.exists(str(prefix)):
         raise UserError(
             f"{source}: not tokenised into {cache}; rank 0's log says why, or this rank sees another folder"
@@ -225,7 +225,7 @@ def _tokenise_once(
 
 
 def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> Path:
-    """Where the source's token files are, or are to be. The cache's names change with the text and the tokenizer."""
+    """Where the source's token files are, or will be. Names in the cache change with the text and the tokenizer."""
     path = Path(source).expanduser()
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if IndexedDataset.exists(str(prefix)):
@@ -237,7 +237,7 @@ def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> 
 
 
 def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
-    """Tokens of each document, after making sure, as far as can be told, that they are this tokenizer's."""
+    """Tokens of each document, after checking, as far as possible, that they are this tokenizer's."""
     advice = "make it anew with tools/prepare_data.py pretraining and this run's tokenizer"
     about = Path(f"{prefix}.meta.json")
     try:
@@ -248,7 +248,7 @@ def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int3
         raise UserError(f"{prefix}: was made with another tokenizer than this run's; {advice}")
     try:
         corpus = IndexedDataset(str(prefix))
-        lengths = corpus.sequence_lengths.copy()  # the original lies in a file that is unmapped with `corpus`
+        lengths = corpus.sequence_lengths.copy()  # the original is in a file that is unmapped with `corpus`
         head = max(1, int(np.searchsorted(np.cumsum(lengths), PROBE_TOKENS)))
         largest = max((int(ids.max()) for ids in corpus[:head] if len(ids)), default=0)
     except (AssertionError, ValueError, OSError) as error:
@@ -259,7 +259,7 @@ def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int3
 
 
 def _held_out_documents(lengths: npt.NDArray[np.int32], fraction: float, sequence_length: int) -> int:
-    """How many documents at the end hold the fraction of all tokens, and one sequence at least."""
+    """How many documents at the end hold the fraction of all tokens, and at least one sequence."""
     if not fraction:
         return 0
     from_end = np.cumsum(lengths[::-1], dtype=np.int64)

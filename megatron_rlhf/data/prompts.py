@@ -1,4 +1,4 @@
-"""Prompts for PPO, and the paper's hygiene for them: a limit a user, near-duplicates removed (splits by user: splits.py)."""
+"""Prompts for PPO, and the paper's filters for them: a limit per user, near-duplicates removed (splits by user: splits.py)."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Prompt:
     text: str
     user: str | None
     tokens: Tokens
-    """Beginning of text, where the tokenizer puts one, and text, [t]."""
+    """Beginning of text, if the tokenizer adds one, and text, [t]."""
 
 
 def load_prompts(
@@ -33,9 +33,10 @@ def load_prompts(
 
     Args:
         max_prompt_tokens: A longer prompt is dropped, and counted as `prompt_too_long`.
-        max_per_user: Only a user's first so many are kept (the paper: 200), the others counted as `over_user_limit`.
-        deduplicate_prefix_tokens: Of prompts that agree in their first so many tokens (shorter ones: in all), only the
-            first is kept, the others counted as `duplicate`.
+        max_per_user: Only this many of a user's prompts are kept, the first ones (the paper: 200), the others counted
+            as `over_user_limit`.
+        deduplicate_prefix_tokens: Of prompts that agree in this many first tokens (shorter ones: in all tokens), only
+            the first is kept, the others counted as `duplicate`.
 
     Raises:
         UserError: A mistake in the source, an empty prompt (with its line), or nothing left.

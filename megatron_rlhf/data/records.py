@@ -1,4 +1,4 @@
-"""One way to read records, whatever they are kept in: a file, a `datasets` folder, a name on the Hugging Face hub."""
+"""One way to read records, wherever they are stored: a file, a `datasets` folder, a name on the Hugging Face hub."""
 
 import difflib
 import string
@@ -20,7 +20,7 @@ FORMATS = ".jsonl, .json, .csv, .txt (each also .gz) or .parquet"
 
 @dataclass(frozen=True)
 class Record:
-    """One record and where it stands, so that whoever finds a mistake in it can say where."""
+    """One record and where it was read, so that whatever finds a mistake in it can say where."""
 
     where: str
     """File and line, such as `sft.jsonl, line 12`, or dataset and row where there are no lines."""
@@ -45,7 +45,7 @@ class Record:
         )
 
     def _cure(self, column: str) -> str:
-        """How to make a column of the others, where there is a key for it."""
+        """How to make a column from the others, if there is a key for it."""
         texts = [name for name, value in self.fields.items() if isinstance(value, str)] or ["NAME"]
         if column not in MADE_BY_TEMPLATES:
             return ""
@@ -82,7 +82,7 @@ class Record:
 def read_records(
     source: str | Path, columns: Mapping[str, str] | None = None, progress: Progress | None = None
 ) -> Iterator[Record]:
-    """Reads records one by one, in a fixed order, the same on every rank and without a network for what lies on disk.
+    """Reads records one by one, in a fixed order, the same on every rank and without network access for what is on disk.
 
     Args:
         source: A file (.jsonl, .json, .csv, .txt, each also .gz, or .parquet), a folder that `datasets` can load or has
@@ -90,11 +90,11 @@ def read_records(
             split, `name#validation`; without one it is `train`.
         columns: Columns to make from others, each a format template: `{"prompt": "{instruction}\\n{input}\\n",
             "response": "{output}"}`. A template that is one field, such as `{output}`, keeps that field's type. Among
-            several fields a null is empty, unless all are. The other columns stay.
+            several fields a null becomes empty text, unless all are null. The other columns stay.
         progress: Called with the bytes read from disk, for text files only.
 
     Raises:
-        UserError: Nothing there, nothing in it, or a mistake in it, with file and line. Raised while iterating.
+        UserError: A source that does not exist, is empty, or has a mistake in it, with file and line. Raised while iterating.
     """
     templates = {name: _Template(name, template) for name, template in (columns or {}).items()}
     empty = True
@@ -129,8 +129,8 @@ class _Template:
                 return record.fields[name] if null else record.value(name)
         names = [name for _, name in self.parts if name is not None]
         if not any(name in record for name in names):
-            return record.value(names[0])  # a mistake: nothing is there to fill in
-        # Null is empty in a column that only some records fill, as Alpaca's `input`.
+            return record.value(names[0])  # a mistake: there is nothing to fill in
+        # Null means empty in a column that only some records fill, such as Alpaca's `input`.
         texts = {name: record.text(name) if record.fields.get(name, "") is not None else "" for name in names}
         return "".join(literal + texts.get(name or "", "") for literal, name in self.parts)
 

@@ -1,4 +1,4 @@
-"""Which tokens begin and end a text: what the tokenizer's folder says of them, file by file."""
+"""Which tokens begin and end a text: what the tokenizer's folder says about them, file by file."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ _NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
 def start_of_text(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer's own post-processor puts before a text, whichever text that is."""
-    for text in backend.get_vocab():  # the first will do that is not taken apart into nothing
+    """What the tokenizer's own post-processor puts before every text."""
+    for text in backend.get_vocab():  # the first one that is not tokenised into nothing
         encoding = backend.encode(text, add_special_tokens=True)
         places = [place for place, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
         if places:
@@ -45,7 +45,7 @@ def end_tokens(folder: Path | None) -> list[int]:
 
 
 def name_end_of_text(hf: PreTrainedTokenizerFast, ends: Iterable[int]) -> None:
-    """Set the tokenizer's `eos_token` where its own files leave it open: from `ends`, else a usual name.
+    """Set the tokenizer's `eos_token` if its own files do not set it: from `ends`, else a usual name.
 
     Raises:
         UserError: The tokenizer has no such token.
@@ -63,14 +63,14 @@ def name_end_of_text(hf: PreTrainedTokenizerFast, ends: Iterable[int]) -> None:
 
 
 def end_of_response(hf: PreTrainedTokenizerFast) -> int:
-    """The token that the chat template puts behind an answer; the end of text where there is none."""
+    """The token that the chat template puts after an answer; the end of text if there is no template."""
     if hf.chat_template is None:
         return hf.eos_token_id
     question, answer = "Is it a question?", "It is an answer."
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
         text = str(hf.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:  # a template is a program: it may want what we do not give
+    except (TemplateError, TypeError, ValueError) as error:  # templates are programs: one may need more than it gets
         log.warning("%s: its chat template cannot be used (%s): %s ends", hf.name_or_path, error, hf.eos_token)
         return hf.eos_token_id
     behind = hf.backend_tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False).ids

@@ -1,4 +1,4 @@
-"""What is trained on and what is held out: nothing that belongs together is on both sides."""
+"""What is trained on and what is held out: items that belong together are on the same side."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -59,7 +59,7 @@ def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: i
 
 
 def _together(owners: Sequence[Iterable[Hashable]]) -> list[list[int]]:
-    """Groups of indices that share an owner, directly or through others."""
+    """Groups of indices that share an owner, directly or via others."""
     leaders: dict[Hashable, Hashable] = {}
 
     def find(member: Hashable) -> Hashable:

@@ -9,7 +9,7 @@ from tokenizers import decoders
 class StopWatch:
     """Reads one response token by token, as text, and says where it ends: at the token that completes one of the texts.
 
-    A character that several tokens make up is read when the last of them is there.
+    A character that consists of several tokens is read once the last of them has come.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, texts: Sequence[str]):
@@ -26,5 +26,5 @@ class StopWatch:
 
 
 def _ending(text: str, length: int) -> str:
-    """What of a text can be the beginning of a match of this length that is not yet complete."""
+    """The end of a text that can be the beginning of a match of this length that is not yet complete."""
     return text[-(length - 1) :] if length > 1 else ""

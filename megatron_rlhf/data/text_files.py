@@ -1,7 +1,7 @@
 """Text files to (line, record) pairs: .jsonl, .json, .csv and .txt, each also as .gz.
 
 These are parsed here and not by `datasets`, because its reader guesses types (a column of dates turns into timestamps,
-the rank "1" into 1, a missing field into None) and its errors name no line.
+the rank "1" into 1, a missing field into None) and its errors do not name the line.
 """
 
 import csv
@@ -17,7 +17,7 @@ from megatron_rlhf.config.errors import UserError
 END_OF_DOCUMENT = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 4096
 
-csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a long document
 
 Progress = Callable[[int], object]
 """Called with the number of bytes on disk read since the last call."""
@@ -31,11 +31,11 @@ def is_text_file(path: Path) -> bool:
 def iterate_text_file(path: Path, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line, record): the line, counted from 1, on which each record starts.
 
-    A .jsonl file holds one object a line; a .json file an array of objects, or the same as .jsonl; a .csv file has a
+    A .jsonl file holds one object per line; a .json file an array of objects, or the same as .jsonl; a .csv file has a
     header; a .txt file gives records {"text": document}, see `split_documents`.
 
     Raises:
-        UserError: Naming the file and, where one is to blame, the line.
+        UserError: Names the file and, if the mistake is in one line, the line.
     """
     return _READERS[_format(path)](path, progress)
 
@@ -43,9 +43,9 @@ def iterate_text_file(path: Path, progress: Progress | None = None) -> Iterator[
 def split_documents(lines: Iterable[tuple[int, str]], marked: bool) -> Iterator[tuple[int, str]]:
     """Yields (first line, text) of each document of a plain text.
 
-    With `marked`, a line that is just `<|endoftext|>` ends a document. Otherwise nothing in the text tells a new
-    document from a new paragraph, so paragraphs flow together until a blank line comes after 4,096 characters or more:
-    the model sees paragraphs follow each other, and there are documents enough to hold some out.
+    With `marked`, a line that is just `<|endoftext|>` ends a document. Otherwise nothing in the text distinguishes a
+    new document from a new paragraph, so paragraphs are joined until a blank line comes after 4,096 characters or more:
+    the model sees paragraphs follow each other, and there are enough documents to hold some out.
     """
     document: list[str] = []
     first, characters = 0, 0
@@ -55,7 +55,7 @@ def split_documents(lines: Iterable[tuple[int, str]], marked: bool) -> Iterator[
             if document:
                 yield first, "".join(document).strip("\r\n")
             document, characters = [], 0
-        elif document or not blank:  # blank lines ahead of a document are no part of it
+        elif document or not blank:  # blank lines before a document are not part of it
             first = first if document else number
             document.append(line)
             characters += len(line)
@@ -100,7 +100,7 @@ def _json_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, di
                 raise UserError(
                     f"{path}, line {number}: not JSON: {error.msg}, column {error.colno}, near {excerpt!r}"
                 ) from error
-            except (ValueError, RecursionError) as error:  # a number, or brackets, without end
+            except (ValueError, RecursionError) as error:  # an endless number, or endless brackets
                 raise UserError(f"{path}, line {number}: not JSON that can be read: {error}") from error
             yield _object(path, number, value)
 
@@ -110,7 +110,7 @@ def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tupl
     if not first.startswith("["):
         yield from _json_lines(path, progress)
         return
-    # The array is decoded element by element: only so is the line of each known.
+    # The array is decoded element by element: that is the only way to know the line of each.
     text = "".join(line for _, line in _read_lines(path, progress))
     decode = json.JSONDecoder().raw_decode
     position, line, counted = _skip_space(text, text.index("[") + 1), 1, 0

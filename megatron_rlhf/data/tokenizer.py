@@ -1,4 +1,4 @@
-"""Text to token ids and back, by any fast Hugging Face tokenizer or one trained on the user's own text."""
+"""Text to token ids and back, with any fast Hugging Face tokenizer or one trained on the user's own text."""
 
 import hashlib
 import itertools
@@ -42,20 +42,20 @@ FILES = (
 )
 """What a Hugging Face tokenizer may consist of."""
 TEMPLATES = "additional_chat_templates"
-"""A folder beside them: a model may have several."""
+"""A folder next to them: a model may have several templates."""
 
 
 class Tokenizer:
-    """A thin wrapper around a fast Hugging Face tokenizer (`.hf`) that adds no token but where it is asked to.
+    """A thin wrapper around a fast Hugging Face tokenizer (`.hf`) that adds tokens only when asked to.
 
     A prompt and its response are encoded one by one and joined, so that the border between them is a border between
-    tokens. Tokenizers of Llama's kind put a space in front of every text; `continuation=True` leaves it out, for text
-    that goes on where other text stopped. So a response decodes to itself, leading space or not, with every tokenizer.
-    Special tokens written out in a text are read as those tokens, as Hugging Face does.
+    tokens. Tokenizers like Llama's put a space in front of every text; `continuation=True` leaves it out, for text that
+    continues other text. So a response decodes to itself, leading space or not, with every tokenizer. Special tokens
+    written out in a text are read as those tokens, as Hugging Face does.
     """
 
     def __init__(self, hf: PreTrainedTokenizerFast, folder: Path | None = None):
-        """`folder`: where it was loaded from. Raises `UserError` if no end-of-text token is to be found."""
+        """`folder`: where it was loaded from. Raises `UserError` if no end-of-text token can be found."""
         ends = special_tokens.end_tokens(folder)
         special_tokens.name_end_of_text(hf, ends)
         vocabulary = hf.get_vocab()
@@ -68,17 +68,17 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Largest id + 1: the rows that the model's embedding must have."""
         self.known_ids: tuple[int, ...] = tuple(sorted(set(vocabulary.values())))
-        """Ids that stand for a token: a model may have more rows, and a vocabulary may have holes."""
+        """Ids that stand for a token: a model may have more rows, and a vocabulary may have gaps."""
         self.start_ids: tuple[int, ...] = special_tokens.start_of_text(self._whole)
-        """What the tokenizer itself puts before a text; empty where it puts nothing."""
+        """What the tokenizer itself puts before a text; empty if it adds nothing."""
         self.eos_id: int = hf.eos_token_id
         """Ends a document."""
         self.end_id: int = special_tokens.end_of_response(hf)
-        """Ends a response: the chat template's end of an answer where there is a template."""
+        """Ends a response: the chat template's end of an answer, if there is a template."""
         self.stop_ids: tuple[int, ...] = ()
         """The tokens that end a sampled response: every one that the folder names as an end, and `end_id`."""
         self.stop_texts: tuple[str, ...] = ()
-        """Texts that end a sampled response as well, however they are cut into tokens."""
+        """Texts that also end a sampled response, however they are split into tokens."""
         self._add_stop_ids([self.eos_id, self.end_id, *ends])
         self.bos_id: int | None = hf.bos_token_id
         """The beginning of text that the folder names, whether or not texts begin with it (`start_ids`)."""
@@ -89,15 +89,15 @@ class Tokenizer:
             if padding is not None and padding not in stops
             else next(id for id in self.known_ids if id not in stops)
         )
-        """Never an end. Without a padding token, an ordinary one: lengths tell padding, not ids."""
+        """Never an end token. Without a padding token, an ordinary one: padding is known from lengths, not ids."""
 
     def _add_stop_ids(self, ids: Iterable[int]) -> None:
-        """Ids that are none of this tokenizer's are left out: a model may name what its tokenizer lacks."""
+        """Ids that this tokenizer does not have are left out: a model may name tokens that its tokenizer lacks."""
         known = (id for id in (*self.stop_ids, *ids) if 0 <= id < self.vocab_size)
         self.stop_ids = tuple(dict.fromkeys(known))
 
     def stop_also_at(self, texts: Iterable[str]) -> None:
-        """More that ends a response: special tokens, by their text, and strings."""
+        """What else ends a response: special tokens, by their text, and strings."""
         special = self.hf.added_tokens_encoder
         for text in texts:
             if not text:
@@ -108,7 +108,7 @@ class Tokenizer:
                 self.stop_texts += (text,)
 
     def stop_watch(self) -> StopWatch | None:
-        """For one response; None where no text ends it."""
+        """For one response; None if there are no such texts."""
         return StopWatch(self._continuation, self.stop_texts) if self.stop_texts else None
 
     def encode(self, text: str, bos: bool = False, continuation: bool = False) -> list[int]:
@@ -134,13 +134,13 @@ class Tokenizer:
         return backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
 
     def take_stops(self, folder: Path) -> None:
-        """The end tokens that another folder names, a model's with this tokenizer, count as well."""
+        """Adds the end tokens that another folder names, that of a model with this tokenizer."""
         self._add_stop_ids(special_tokens.end_tokens(folder))
 
     def save(self, path: str | Path) -> None:
         """Writes a Hugging Face tokenizer folder that has all end tokens in its generation settings.
 
-        Files that say all there is to say are copied, so that whoever could read them still can.
+        Files that are complete as they are are copied, so that whatever could read them still can.
         """
         target = Path(path)
         settings = {}
@@ -160,7 +160,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of all that decides the ids of a text, its beginning and its end."""
+        """A short hash of everything that determines the ids of a text, its beginning and its end."""
         definition = json.loads(self._whole.to_str())
         parts = [definition[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
         decides = [*parts, self.start_ids, self.eos_id, self.end_id]
@@ -171,12 +171,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a Hugging Face tokenizer folder.
 
     Raises:
-        UserError: There is no such folder, or no fast tokenizer in it.
+        UserError: The folder does not exist, or has no fast tokenizer in it.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{path}: no such tokenizer folder")
-    # A tokenizer.json leaves nothing to guess; AutoTokenizer would go by the model type in a config.json beside it.
+    # A tokenizer.json is unambiguous; AutoTokenizer would use the model type of a config.json next to it.
     loader: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
     try:
         hf = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -192,7 +192,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _warn_of_contradiction(tokenizer: Tokenizer, settings: Path) -> None:
-    # transformers goes by tokenizer.json where there is one, and so does whatever serves the model.
+    # transformers uses tokenizer.json if there is one, and so does whatever serves the model.
     says = special_tokens.read_object(settings).get("add_bos_token") if settings.is_file() else None
     if says is not None and bool(says) != bool(tokenizer.start_ids):
         does = "begins" if tokenizer.start_ids else "does not begin"
@@ -211,7 +211,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
     `vocab_size` tokens.
 
     Raises:
-        UserError: `vocab_size` leaves no room for a merge.
+        UserError: `vocab_size` leaves no room for any merge.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 3
@@ -241,7 +241,7 @@ def require_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int, key: str) -> N
 
 
 def _without_leading_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, less the parts that put a space before a text and take it away when decoding."""
+    """The same tokenizer without the parts that put a space before a text and remove it when decoding."""
 
     def strip(part: Any) -> Any:
         if isinstance(part, list):

@@ -1,4 +1,4 @@
-"""Attention through torch's fused kernels, and decoding from a key/value cache."""
+"""Attention with torch's fused kernels, and decoding from a key/value cache."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -46,8 +46,8 @@ class ScaledDotProductAttention(MegatronModule):
         """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d].
 
         Without a mask ([b, 1, q, k], True = attend) it is causal; a single query is the newest token and sees all keys.
-        Under context parallelism each rank's queries see the keys of all ranks that come before them. A packed row's segments
-        say themselves who sees whom.
+        Under context parallelism each rank's queries see the keys of all ranks that come before them. In a packed row,
+        the segments determine who sees whom.
         """
         if packed_seq_params is not None:
             assert attention_mask is None and query_sbnd.shape[1] == 1, "a packed row is one row, and causal"
@@ -78,7 +78,7 @@ class ScaledDotProductAttention(MegatronModule):
         return context_bnsd.permute(2, 0, 1, 3)
 
     def _by_segment(self, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, segments: Segments) -> Tensor:
-        """One block of queries after the other: nothing is computed across sequences."""
+        """One block of queries after another: nothing is computed across sequences."""
         pieces = [(0, len(query_s1nd))]
         if self.context.size() > 1:
             key_s1gd = context.gather(key_s1gd, 0, self.context, sum_gradients=True)
@@ -100,7 +100,7 @@ def kernels_refuse_groups_with_a_mask(device: torch.device) -> bool:
 
 
 class CachedSelfAttention(SelfAttention):
-    """SelfAttention that decodes from a `KeyValueCache`: each key is rotated once, not again for every token."""
+    """SelfAttention that decodes from a `KeyValueCache`: each key is rotated once, not for every new token."""
 
     def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:

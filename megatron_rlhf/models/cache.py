@@ -9,19 +9,19 @@ from torch import Tensor
 
 @dataclass
 class KeyValueCache(BaseInferenceContext):
-    """Each sequence has a slot: [slots, groups, capacity, d] a layer, keys already rotated. A token's place is its position.
+    """Each sequence has a slot: [slots, groups, capacity, d] per layer, keys already rotated. A token's place is its position.
 
-    Before each forward pass, `prefill` or `decode` tells what its rows are.
+    Before each forward pass, `prefill` or `decode` says what its rows are.
     """
 
     slots: int
     capacity: int
-    """Tokens of the longest sequence that a slot can take."""
+    """Length of the longest sequence that a slot can hold, in tokens."""
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # The base class only keeps a configuration of Megatron-Core's engines. What the models read of a context is here.
-        self.materialize_only_last_token_logits = False  # LanguageModel sees to that
+        # The base class only keeps a configuration of Megatron-Core's engines. What the models read from a context is here.
+        self.materialize_only_last_token_logits = False  # LanguageModel does that
         self.max_sequence_length = self.capacity  # sizes the rotary table
         self.sequence_len_offset = 0
         self._cos_sin: tuple[Tensor, Tensor] | None = None
@@ -30,7 +30,7 @@ class KeyValueCache(BaseInferenceContext):
     def prefill(
         self, positions_bs: Tensor, last_b: Tensor | None = None, rows: Tensor | None = None, first: int = 0
     ) -> None:
-        """The next pass reads whole prompts, which attend to themselves alone.
+        """The next pass reads whole prompts, which attend only to themselves.
 
         Args:
             positions_bs: of the tokens.
@@ -47,7 +47,7 @@ class KeyValueCache(BaseInferenceContext):
 
         Args:
             lengths_b: tokens that each slot holds.
-            longest: keys to attend to, the new one left out; no length is greater.
+            longest: keys to attend to, not counting the new one; no length is greater.
             aligned: all lengths are `longest`.
         """
         assert longest < self.capacity, f"cache of {self.capacity} tokens asked to hold {longest + 1}"
@@ -68,9 +68,9 @@ class KeyValueCache(BaseInferenceContext):
         return hidden_sbh[self._last_b, torch.arange(hidden_sbh.shape[1], device=hidden_sbh.device)].unsqueeze(0)
 
     def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all.
+        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all layers.
 
-        Angles are fp32; what they are rounded to is the queries' type, as in Megatron-Core's pass over a whole sequence.
+        Angles are fp32; the results are rounded to the queries' type, as in Megatron-Core's pass over a whole sequence.
         """
         if self._cos_sin is None:
             angles_sb1d = frequencies[:, 0, 0][self._positions_bs].transpose(0, 1).unsqueeze(2)
@@ -81,7 +81,7 @@ class KeyValueCache(BaseInferenceContext):
         """Store new keys and values; returns those to attend to, as [s, b, groups, d] views."""
         _, b, g, d = key_sbgd.shape
         if layer not in self.layers:
-            self.layers[layer] = (  # zeros: what a mask hides must be finite
+            self.layers[layer] = (  # zeros: masked entries must be finite
                 key_sbgd.new_zeros(self.slots, g, self.capacity, d),
                 value_sbgd.new_zeros(self.slots, g, self.capacity, d),
             )
@@ -100,7 +100,7 @@ class KeyValueCache(BaseInferenceContext):
         return keys, values
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Sequences into other slots; no slot is both a source and a target."""
+        """Moves sequences to other slots; no slot is both a source and a target."""
         for stored in self.layers.values():
             for cache in stored:
                 cache[targets] = cache[sources]

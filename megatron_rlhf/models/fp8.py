@@ -1,7 +1,7 @@
-"""fp8 of a live model: switched off and on again, and made to serve decoding.
+"""fp8 of a live model: switching it off and on again, and adapting it to decoding.
 
 Megatron-Core asks `config.fp8` at every forward pass whether to enter Transformer Engine's fp8 context, which alone makes
-the layers' matrix products fp8: the weights themselves stay in bf16. So one field switches, for all parts of a chunk.
+the layers' matrix products fp8: the weights themselves stay in bf16. So one field switches all parts of a chunk.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ def is_on(modules: Sequence[GPTModel]) -> bool:
 
 
 def switch(modules: Sequence[GPTModel], on: bool) -> None:
-    """From the next forward pass on; not between a forward and its backward pass."""
+    """Takes effect with the next forward pass; not to be called between a forward and its backward pass."""
     for module in modules:
         module.config.fp8 = FP8_FORMAT if on else None
 
 
 @contextlib.contextmanager
 def switched(modules: Sequence[GPTModel], on: bool) -> Iterator[None]:
-    """The same for a while."""
+    """The same, within a `with` block."""
     before = is_on(modules)
     switch(modules, on)
     try:
@@ -53,9 +53,9 @@ def decoding(chunks: Sequence[torch.nn.Module], multiple: int) -> Iterator[None]
     Only inside `torch.no_grad()`, and without sequence parallelism.
 
     Args:
-        chunks: as they are given to the schedules.
-        multiple: zeros are put after the tokens that enter a linear layer up to a multiple of this, and taken off what
-            leaves it.
+        chunks: as passed to the schedules.
+        multiple: tokens that enter a linear layer are padded with zeros to a multiple of this; the padding is removed
+            from the output.
     """
     layers = [layer for chunk in chunks for layer in chunk.modules() if hasattr(layer, _CASTS_WEIGHTS)]
     padding = _TokenPadding(multiple)
@@ -63,7 +63,7 @@ def decoding(chunks: Sequence[torch.nn.Module], multiple: int) -> Iterator[None]
     hooks += [layer.register_forward_hook(padding.take_off) for layer in layers]
     for layer in layers:
         setattr(layer, _CASTS_WEIGHTS, True)
-    for chunk in chunks:  # the schedules' own order to cast again finds no layer
+    for chunk in chunks:  # so that the schedules find no layer to make cast again
         chunk.modules_with_is_first_microbatch = []  # type: ignore[assignment]
     try:
         yield

@@ -62,7 +62,7 @@ def transformer_config(
         init_method_std=model.init_std,
         hidden_dropout=dropout,
         attention_dropout=0.0,
-        bias_activation_fusion=False,  # its kernels are compiled, and know only some of the activations
+        bias_activation_fusion=False,  # its kernels are compiled, and support only some of the activations
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -74,10 +74,11 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_stages,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        # Microbatches of several lengths in one schedule; Megatron-Core ties that to this dispatcher, experts or not.
+        # Microbatches of several lengths in one schedule; Megatron-Core requires this dispatcher for that, even without
+        # experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Two virtual stages on two ranks have the same neighbour on both sides: batched messages would be mixed up.
+        # With virtual stages on two ranks, both neighbours of a rank are the same: batched messages would be mixed up.
         overlap_p2p_comm=layout.virtual_stages is not None,
         batch_p2p_comm=layout.virtual_stages is None,
         calculate_per_token_loss=True,  # data parallelism sums gradients: losses are normalised by global counts
@@ -86,14 +87,14 @@ def transformer_config(
         **(_fp8_settings(fp8_recipe) if precision is Precision.fp8_hybrid else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # The interleaved schedule frees what it is still sending. CUDA's streams put that in order; gloo reads freed memory.
+        # The interleaved schedule frees what it is still sending. CUDA's streams order that; gloo would read freed memory.
         deallocate_pipeline_outputs=layout.virtual_stages is None or torch.cuda.is_available(),
         **recompute,
     )
 
 
 def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
-    """The layers' matrix products alone: attention's scores, embeddings and heads stay out of fp8."""
+    """Only the layers' matrix products: attention's scores, embeddings and heads do not use fp8."""
     return {
         "fp8": FP8_FORMAT,
         "fp8_recipe": recipe.value,
@@ -101,7 +102,7 @@ def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
         # the largest covers both.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
-        # Data-parallel ranks may have different numbers of microbatches, so they cannot meet after each for a common scale.
+        # Data-parallel ranks may have different numbers of microbatches, so they cannot agree on a scale after each one.
         "tp_only_amax_red": True,
     }
 
@@ -150,7 +151,7 @@ def build_chunks(
 
 
 def _adapt_positions(chunk: GPTModel, model: ModelConfig) -> None:
-    """What Megatron-Core's positions lack: rows before the first position, and every number of Llama 3.1's scaling."""
+    """What Megatron-Core's positions lack: rows before the first position, and all parameters of Llama 3.1's scaling."""
     if model.position_offset and chunk.pre_process:
         chunk.embedding.position_embeddings.register_forward_pre_hook(
             lambda module, arguments: (arguments[0] + model.position_offset,)

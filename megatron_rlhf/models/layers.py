@@ -23,7 +23,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 def block_spec(
     model: ModelConfig, config: TransformerConfig, layout: ParallelLayout, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one chunk, and the norm after the last of all."""
+    """The layers of one chunk, and the norm after the model's last layer."""
     layer = ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
         submodules=_layer_submodules(model),
@@ -50,7 +50,7 @@ def _layer_submodules(model: ModelConfig) -> TransformerLayerSubmodules:
         qk_norm = IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
-        core_attention=ScaledDotProductAttention,  # one everywhere, with a key/value cache that training does not use
+        core_attention=ScaledDotProductAttention,  # the same everywhere, with a cache that training does not use
         linear_proj=row,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
@@ -78,10 +78,10 @@ def _final_norm() -> type:
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer feeds the first sum to the MLP."""
+    """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer passes the first sum to the MLP."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [s, b, h] through one layer; other arguments as of TransformerLayer."""
+        """Hidden states [s, b, h] through one layer; other arguments as in TransformerLayer."""
         attended, context = self._forward_attention(hidden_states, **kwargs)
         return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_states)), attended), context
 
@@ -89,7 +89,7 @@ class ParallelResidualLayer(TransformerLayer):
 class SequenceParallelNorm:
     """torch's LayerNorm or RMSNorm whose gradients Megatron-Core sums over tensor-parallel ranks under sequence parallelism.
 
-    Megatron-Core's own wrapper refuses sequence parallelism, though all it takes is a mark on the parameters.
+    Megatron-Core's own wrapper refuses sequence parallelism, though all that is needed is a flag on the parameters.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):

@@ -1,7 +1,7 @@
-"""Megatron-Core's parallel linear layers with the plain product where there is no gradient to take care of.
+"""Megatron-Core's parallel linear layers with the plain product when no gradient is needed.
 
-Their own product, and the copy and sum over tensor-parallel ranks around it, are autograd functions that arrange for
-gradients. When a token is decoded they cost as much as a small product itself.
+Their own product, and the copy and sum over tensor-parallel ranks around it, are autograd functions. When a token is
+decoded, their overhead is as large as a small product itself.
 """
 
 import torch

@@ -41,7 +41,7 @@ class TokenBatch:
 
     @functools.cached_property
     def sequences(self) -> Sequences:
-        """Up to their last target, with the tokens wanted that predict targets; two tokens at least."""
+        """Each up to its last target, at least two tokens; wanted are the tokens that predict targets."""
         places = torch.arange(self.target_bs.shape[1])
         lengths = torch.where(self.target_bs, places, 1).amax(dim=1) + 1
         wanted = torch.zeros_like(self.target_bs)
@@ -80,7 +80,7 @@ def language_model_microbatches(
 def local_rows(sequences: Sequences, role: Role, size: Budget | int) -> list[tuple[list[int], bool]]:
     """Rows of a global batch in this data-parallel rank's microbatches; ranks outside the layout have none.
 
-    The flag is False where a rank has nothing to do and passes the shortest forward, uncounted: a schedule needs a microbatch.
+    The flag is False if a rank has no rows and runs the shortest one, uncounted, because a schedule needs a microbatch.
     """
     if not role.layout.is_member:
         return []

@@ -12,10 +12,10 @@ from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 
 class PackedModel(GPTModel):
-    """GPTModel that reads packed rows, and whose output layer sees only the tokens that are asked for.
+    """GPTModel that reads packed rows, and whose output layer sees only the requested tokens.
 
-    Their places in [b, s], flattened, come as `loss_mask`: Megatron-Core hands that on to `_postprocess`, and has no use for
-    it where there are no labels. The output is then [1, places, ...].
+    Their places in [b, s], flattened, come as `loss_mask`: Megatron-Core passes that to `_postprocess`, and does not
+    use it when there are no labels. The output is then [1, places, ...].
     """
 
     gradient_is_partial: ClassVar[bool]
@@ -60,7 +60,7 @@ class LanguageModel(PackedModel):
 
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         inference_context = kwargs.get("inference_context")
-        if self.post_process and inference_context is not None:  # decoding asks for the next token's logits alone
+        if self.post_process and inference_context is not None:  # decoding needs only the next token's logits
             hidden_states = inference_context.last_hidden(hidden_states)
         output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or self.vocab_size == self.real_vocab_size:

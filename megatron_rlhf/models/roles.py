@@ -1,4 +1,4 @@
-"""Policy, reference, reward and value model: one class for a model in its layout, read or trained."""
+"""Policy, reference, reward and value model: one class for a model in its layout, frozen or trained."""
 
 import contextlib
 import functools
@@ -32,9 +32,9 @@ class Role:
     chunks: Sequence[torch.nn.Module]
     scalar: bool
     resting: HostMemory | None = None
-    """Frozen weights that are in host memory but for the passes that read them."""
+    """Frozen weights that are in host memory except during the passes that read them."""
     unknown_v: Tensor | None = None
-    """bool over the padded vocabulary: rows of the embedding that are no token of the tokenizer's. None: all are."""
+    """bool over the padded vocabulary: rows of the embedding that are not tokens of the tokenizer. None: all rows are tokens."""
 
     @classmethod
     def build(
@@ -52,11 +52,11 @@ class Role:
         return cls(name, model, layout, chunks, scalar)
 
     def know_only(self, tokens: Sequence[int]) -> None:
-        """These are all the tokens that there are: whatever else has a row in the embedding is never sampled.
+        """Declares these the only tokens: other rows of the embedding are never sampled.
 
-        The distribution of responses is over these, when they are sampled and in every pass that is compared with that
-        (`respond`). The loss of text stays over all rows, as in pretraining and in transformers: it teaches the model that
-        the others do not occur.
+        The distribution of responses is over these, when they are sampled and in every pass that is compared with
+        sampling (`respond`). The loss on text stays over all rows, as in pretraining and in transformers: it teaches
+        the model that the others do not occur.
         """
         rows = self.model.padded_vocab_size(self.layout.config.tensor)
         unknown_v = torch.ones(rows, dtype=torch.bool)
@@ -68,13 +68,13 @@ class Role:
         return without(logits, self.unknown_v, self.layout.groups.tp)
 
     def reset_head(self, seed: int) -> None:
-        """New weights for the scalar head, which depend on the seed and on nothing else."""
+        """New weights for the scalar head, which depend only on the seed."""
         for chunk in self.modules:
             if chunk.post_process:
                 chunk.output_layer.reset(seed)
 
     def freeze_head_bias(self) -> None:
-        """The scalar head's bias stays as it is; before an optimizer is made."""
+        """Freezes the scalar head's bias; to be called before an optimizer is made."""
         for chunk in self.modules:
             if chunk.post_process:
                 chunk.output_layer.bias.requires_grad_(False)
@@ -91,7 +91,7 @@ class Role:
         return self
 
     def offload(self) -> None:
-        """From now on the frozen weights are in host memory but for the passes that read them."""
+        """From now on the frozen weights are in host memory except during the passes that read them."""
         self.resting = HostMemory(
             lambda: [parameter for chunk in self.chunks for parameter in chunk.parameters()], constant=True
         )
@@ -104,8 +104,8 @@ class Role:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Weights of the whole model; tied embeddings and weights that ranks repeat count once, rows that pad the vocabulary
-        not at all. Collective over the world."""
+        """Weights of the whole model; tied embeddings and weights replicated over ranks count once, rows that pad the
+        vocabulary not at all. Collective over the world."""
         return collectives.publish_object(self._count_parameters() if self.layout.is_member else 0, self.layout)
 
     def _count_parameters(self) -> int:
@@ -127,13 +127,13 @@ class Role:
 
     @contextlib.contextmanager
     def without_fp8(self) -> Iterator[None]:
-        """Layers in bf16 for a while."""
+        """Layers in bf16 within a `with` block."""
         with fp8.switched(self.modules, on=False):
             yield
 
     @contextlib.contextmanager
     def decoding(self, in_fp8: bool = False) -> Iterator[None]:
-        """`evaluating` for many passes of one token each: fp8 only where it is asked for, and the model trains in it."""
+        """`evaluating` for many passes of one token each: fp8 only if requested and the model trains in it."""
         with contextlib.ExitStack() as stack:
             if self.in_fp8 and in_fp8:
                 stack.enter_context(fp8.decoding(self.chunks, fp8.token_multiple(self.modules)))
@@ -162,8 +162,8 @@ class Role:
                 chunk.train(mode)
 
     def values(self, sequences: Sequences | Tensor, micro_batch_size: Budget | int) -> Tensor:
-        """The scalar head at every token that is wanted, [b, s] fp32; zeros elsewhere. The whole batch on every rank of the
-        layout."""
+        """The scalar head's output at every wanted token, [b, s] fp32; zeros elsewhere. The whole batch on every rank
+        of the layout."""
         assert self.scalar, f"{self.name} has no scalar head"
         return self._read(as_sequences(sequences), lambda output_n1, targets_n: output_n1.squeeze(-1), micro_batch_size)
 
@@ -174,7 +174,7 @@ class Role:
         temperature: float = 1.0,
         as_response: bool = False,
     ) -> Tensor:
-        """Log-probability of the token after each that is wanted, [b, s - 1] fp32; zeros elsewhere. The whole batch on every
+        """Log-probability of the token after each wanted one, [b, s - 1] fp32; zeros elsewhere. The whole batch on every
         rank of the layout. The last token is only predicted, never read. `as_response`: over the tokens that can be sampled,
         not all rows of the embedding."""
 
@@ -195,7 +195,8 @@ class Role:
         micro_batch_size: Budget | int,
         inputs_until: int | None = None,
     ) -> Tensor:
-        """One number an input token: `read(output_n, next_n)` of the model's output for some tokens, and the tokens after them.
+        """One number per input token: `read(output_n, next_n)` of the model's output for some tokens, and the tokens
+        after them.
 
         Each data-parallel rank passes its sequences forward, `read` runs on the last stage, and all get the whole batch.
         """

@@ -1,4 +1,4 @@
-"""A linear map from the last hidden state to one number a token: the reward, or the value."""
+"""A linear map from the last hidden state to one number per token: the reward, or the value."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,9 +33,9 @@ class ScalarHead(MegatronModule):
     def forward(
         self, hidden_sbh: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """The signature of the output layer it stands for; both optional arguments belong to an unembedding."""
+        """Has the signature of the output layer it replaces; both optional arguments belong to an unembedding."""
         if self.sequence_parallel:
-            # Each rank back-propagates the same whole gradient, so each takes its slice of it: no sum.
+            # Each rank back-propagates the same full gradient, so each takes its slice of it: no sum.
             hidden_sbh = gather_from_sequence_parallel_region(
                 hidden_sbh, tensor_parallel_output_grad=False, group=self.tp_group
             )

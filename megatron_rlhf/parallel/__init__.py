@@ -1,4 +1,4 @@
-"""Layouts, process groups and pipeline schedules. Importing it lets `megatron.core` run where there is no CUDA."""
+"""Layouts, process groups and pipeline schedules. Importing it lets `megatron.core` run without CUDA."""
 
 from megatron_rlhf.parallel import accelerators, adam, cpu
 

@@ -8,19 +8,19 @@ import warnings
 import torch
 
 _OPTIONAL = {"Transformer Engine": "transformer_engine.pytorch", "Apex": "apex", "flash-attn": "flash_attn"}
-# What Megatron-Core uses as soon as it can be imported, GPU or not.
+# What Megatron-Core uses whenever it can be imported, GPU or not.
 _NEED_A_GPU = """
     transformer_engine transformer_engine_torch apex amp_C flash_attn flash_attn_3 flashinfer mamba_ssm causal_conv1d
     grouped_gemm
 """.split()
-# 0.19's loggers that say the same at every build or load: that GPTModel is deprecated (it is frozen, and stays), that
-# gradient buffers lay themselves out, and that checkpoints have a `common.pt`, which 0.16.1 needs.
+# 0.19's loggers that repeat a message at every build or load: that GPTModel is deprecated (it is frozen, and stays),
+# how gradient buffers are laid out, and that checkpoints have a `common.pt`, which 0.16.1 needs.
 _REPEATING = (
     "models.gpt.gpt_model",
     "distributed.distributed_data_parallel",
     "dist_checkpointing.strategies.common",
 )
-# Beginnings of warnings of what Megatron-Core does itself, whatever we ask of it.
+# Beginnings of warnings about what Megatron-Core does itself, however it is called.
 _ABOUT_ITSELF = (
     "full scope is deprecated",
     "MimoModelConfig is experimental",
@@ -31,7 +31,7 @@ _broken: dict[str, str] = {}
 
 
 def import_megatron_quietly() -> None:
-    """Import what asks for accelerators, without its warnings of missing ones, on every rank and once a module.
+    """Import what uses accelerators, without its warnings about missing ones, which come on every rank and once per module.
 
     Accelerators that cannot work are hidden from it: all of them where there is no GPU (NVIDIA's container on a login node),
     and those whose import fails with anything but the ImportError that Megatron-Core expects.
@@ -65,13 +65,13 @@ class _Once(logging.Filter):
 
 
 def hide_broken() -> None:
-    """Import the accelerators; one that fails in its own code (no compiled part, no such driver) is as good as missing."""
+    """Import the accelerators; one that fails in its own code (no compiled part, no such driver) counts as missing."""
     for name, module in _OPTIONAL.items():
         try:
             importlib.import_module(module)
         except ImportError:
             continue
-        except Exception as error:  # RuntimeError, AssertionError, OSError have been seen; the log says what it was
+        except Exception as error:  # RuntimeError, AssertionError, OSError have been seen; the log says which
             _broken[name] = f"{type(error).__name__}: {error}"
             _hide(module.partition(".")[0])
 
@@ -101,7 +101,7 @@ def _is_importable(module: str) -> bool:
 
 
 def _hide(package: str) -> None:
-    """From now on importing it raises ModuleNotFoundError; also what is imported already."""
+    """From now on importing it raises ModuleNotFoundError, even if it is already imported."""
     inside = [name for name in sys.modules if name.startswith(f"{package}.")]
     for name in (package, *inside):
         sys.modules[name] = None  # type: ignore[assignment]

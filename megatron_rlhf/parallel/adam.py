@@ -1,4 +1,4 @@
-"""Adam for machines without Transformer Engine and Apex, GPUs or not, whose state can be saved and resharded."""
+"""Adam for machines without Transformer Engine and Apex, with or without GPUs, whose state can be saved and resharded."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def use_where_torch_would_serve() -> None:
-    """Tell Megatron-Core that `AdamWithGroupStep` is its fused Adam, where it would fall back to torch's.
+    """Tell Megatron-Core that `AdamWithGroupStep` is its fused Adam, for when it would fall back to torch's.
 
     The distributed optimizer's fully reshardable checkpoints read `step` from the parameter group, where the fused
     Adams of Apex and Transformer Engine keep it; torch's keeps it with each parameter.
@@ -37,11 +37,11 @@ class AdamWithGroupStep(torch.optim.AdamW):
             group["decoupled_weight_decay"] = adam_w_mode
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Adam's own looks for a `step` with every parameter.
+        # Adam's own method looks for a `step` in every parameter's state.
         torch.optim.Optimizer.__setstate__(self, state)
 
     def step(self, closure=None):
-        """One update; the per-parameter `step` that torch's kernels want lives only for its duration."""
+        """One update; the per-parameter `step` that torch's kernels need exists only during it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]

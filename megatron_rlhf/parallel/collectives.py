@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -34,12 +34,12 @@ def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:
 def reduce_statistics(statistics: Sequence[Mapping[str, Tensor]], layout: ParallelLayout) -> dict[str, float]:
     """Statistics of all microbatches on all data-parallel ranks: names ending in `_max` or `_max_gap` by maximum, others by sum.
 
-    Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result. A data-parallel rank
-    without work brings zeros under the same names: ranks that differ in names would wait for each other for ever.
+    Microbatch statistics live on the last pipeline stage; every rank of the layout gets the result. A data-parallel
+    rank without work contributes zeros under the same names: ranks that differ in names would deadlock.
     """
     merged: dict[str, float] = {}
     named = [(name, value) for entry in statistics for name, value in entry.items()]
-    # One transfer for all: on a GPU each float() of its own would wait for everything before it.
+    # One transfer for all: on a GPU each separate float() would wait for everything before it.
     numbers = torch.stack([value.detach().double() for _, value in named]).tolist() if named else []
     for (name, _), number in zip(named, numbers, strict=True):
         if name.endswith(("_max", "_max_gap")):
@@ -74,7 +74,7 @@ def share_rows(rows: Tensor, layout: ParallelLayout) -> Tensor:
 
 
 def largest(figures: Mapping[str, float]) -> dict[str, float]:
-    """Each figure's largest value over the ranks of the world; a rank may lack some."""
+    """Each number's largest value over the ranks of the world; a rank may lack some."""
     parts: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, dict(figures))
     names = {name: None for part in parts for name in part}
@@ -82,7 +82,7 @@ def largest(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def publish(tensor: Tensor, layout: ParallelLayout) -> Tensor:
-    """What all ranks of a layout hold, to ranks outside it as well, in place. Every rank of the world calls it."""
+    """Sends what all ranks of a layout hold to ranks outside it, in place. Every rank of the world calls it."""
     if not layout.spans_world:
         dist.broadcast(tensor, src=layout.ranks.start)
     return tensor

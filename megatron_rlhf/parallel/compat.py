@@ -1,7 +1,7 @@
 """What differs between the two versions of Megatron-Core that are supported: 0.16.1 (below Python 3.12) and 0.19 (from there).
 
-Everything else in the package is written so that both versions take it. Each entry says what changed and when; what a
-version has is asked of the version itself, never of its number.
+Everything else in the package works with both versions. Each entry says what changed and when; features are detected
+directly, never by version number.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-# 0.19 can shard weights once more and gather them when they are used ("GTP weight rematerialisation"). It is off here: the
-# groups that shard have one rank, as that of experts ("ep") has, and those that span them are the ones without it.
+# 0.19 can shard weights further and gather them when they are used ("GTP weight rematerialisation"). It is off here: the groups
+# that shard have one rank, like that of experts ("ep"), and the groups that span them are the ones without it.
 _FIELDS = {
     "gtp_remat": "ep",
     "expt_gtp_remat": "ep",
@@ -42,9 +42,9 @@ def _of_parallel_state(names: dict[str, str]) -> dict[str, str]:
 
 _known_fields = {field.name for field in dataclasses.fields(ProcessGroupCollection)}
 GROUP_FIELDS = {name: group for name, group in _FIELDS.items() if name in _known_fields}
-"""Field of ProcessGroupCollection that 0.16.1 lacks -> name of our group; empty on 0.16.1."""
+"""Field of ProcessGroupCollection that 0.16.1 lacks -> name of the layout's group; empty on 0.16.1."""
 GLOBALS = _of_parallel_state(_GLOBALS)
-"""Global of `parallel_state` that 0.16.1 lacks -> name of our group."""
+"""Global of `parallel_state` that 0.16.1 lacks -> name of the layout's group."""
 GLOBAL_RANKS = _of_parallel_state(_GLOBAL_RANKS)
 """The same for globals that list a group's ranks."""
 
@@ -56,12 +56,12 @@ def dense_mlp(submodules: MLPSubmodules) -> Any:
 
 
 def plan_resharding(source: torch.nn.Module, target: torch.nn.Module) -> Any:
-    """Who sends which part of which weight to whom. Collective over the world. Its old name is deprecated since 0.17."""
+    """Which rank sends which part of which weight to which. Collective over the world. The old name is deprecated since 0.17."""
     build = getattr(resharding, "build_local_reshard_plan", None) or resharding.build_centralized_reshard_plan
     return build(source, target)
 
 
 def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
-    """Those of an optimizer's gradients that count for a norm on this rank. 0.19 dropped `main` from the name."""
+    """Those of an optimizer's gradients that count towards a norm on this rank. 0.19 dropped `main` from the name."""
     get = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
     return get()

@@ -1,7 +1,7 @@
 """Context parallelism: the ranks of a group share each sequence.
 
-A sequence of s tokens is cut into 2 n pieces, and rank r of n holds pieces r and 2 n - 1 - r: an early and a late one, so
-that causal attention is as much work on every rank. Megatron-Core's rotary positions are dealt out in the same order.
+A sequence of s tokens is cut into 2 n pieces, and rank r of n holds pieces r and 2 n - 1 - r: an early and a late one, so that
+causal attention is the same amount of work on every rank. Megatron-Core splits its rotary positions in the same order.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ def local_tokens(length: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def local_pieces(length: int, group: dist.ProcessGroup) -> list[tuple[int, int]]:
-    """The same as the two pieces [start, stop) that they are."""
+    """The same, as two pieces [start, stop)."""
     size, rank = length // (2 * group.size()), group.rank()
     return [(piece * size, (piece + 1) * size) for piece in (rank, 2 * group.size() - 1 - rank)]
 
 
 def split(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's tokens of what all ranks have."""
+    """This rank's tokens of a tensor that all ranks have."""
     if group.size() == 1:
         return whole
     return whole.index_select(dim, local_tokens(whole.shape[dim], group).to(whole.device))
@@ -33,14 +33,14 @@ def gather(local: Tensor, dim: int, group: dist.ProcessGroup, sum_gradients: boo
     """The whole sequence, in order, from each rank's tokens.
 
     Args:
-        sum_gradients: True where each rank makes its own use of the whole, so that its gradient is one of several;
-            False where all ranks do the same with it, and the gradient is already whole on each.
+        sum_gradients: True if each rank uses the whole in its own way, so that the gradients must be summed; False if
+            all ranks do the same with it, so that each already has the whole gradient.
     """
     return _Gather.apply(local, dim, group, sum_gradients) if group.size() > 1 else local
 
 
 def _order(length: int, ranks: int) -> Tensor:
-    """Positions as ranks hold them, one rank after the other."""
+    """Positions in the order in which ranks hold them, one rank after the other."""
     assert length % (2 * ranks) == 0, f"{length} tokens do not divide over {ranks} ranks"
     pieces = torch.arange(length).view(2 * ranks, -1)
     return torch.stack([pieces[[rank, 2 * ranks - 1 - rank]] for rank in range(ranks)]).flatten()

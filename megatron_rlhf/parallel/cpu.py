@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without CUDA.
 
 Megatron-Core asks CUDA for a device, a random number generator and streams; nothing in its mathematics needs a GPU.
-`install()` answers those questions for the CPU. It does nothing where CUDA is present, and must run before the first
-import of `megatron.core` (importing `megatron_rlhf.parallel` sees to that). Every patch says which call it answers.
+`install()` makes the CPU answer those calls. It does nothing where CUDA is present, and must run before the first
+import of `megatron.core` (importing `megatron_rlhf.parallel` does that). Every patch says which call it answers.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class _Stream:
 
 
 def install() -> bool:
-    """Make `megatron.core` run on the CPU. Returns False, having changed nothing, where CUDA is present."""
+    """Make `megatron.core` run on the CPU. If CUDA is present, changes nothing and returns False."""
     if torch.cuda.is_available():
         return False
     if getattr(torch.cuda, "_answered_by_cpu", False):
@@ -50,7 +50,7 @@ def install() -> bool:
 
 
 def _import_megatron_without_compiling() -> None:
-    # `megatron.core.jit` decorates its fusions with torch.compile, which on a CPU wants a C++ compiler and minutes.
+    # `megatron.core.jit` decorates its fusions with torch.compile, which on a CPU needs a C++ compiler and takes minutes.
     compile_function = torch.compile
     torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
     try:
@@ -71,12 +71,13 @@ def _map_cuda_devices_to_cpu() -> None:
             kwargs.pop("pin_memory", None)
             if _on_cpu(kwargs.get("device")):
                 kwargs["device"] = _CPU
-            kwargs.pop("pin_memory", None)  # memory that a GPU reads: rotary positions of a context's part ask for it
+            kwargs.pop("pin_memory", None)  # pinned memory: requested for rotary positions under context parallelism
             return function(*args, **kwargs)
 
         return functools.wraps(function)(wrapped)
 
-    # `with torch.device("meta"):` (transformers loads models in it) knows factories by identity: let it note the originals.
+    # `with torch.device("meta"):` (transformers loads models in it) recognises factories by identity: let it record the
+    # originals.
     _device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, redirect(getattr(torch, name)))
@@ -94,7 +95,7 @@ def _map_cuda_devices_to_cpu() -> None:
 
 
 def _answer_cuda_runtime() -> None:
-    # One object a name: torch's compiler refuses two names for one function.
+    # One object per name: torch's compiler refuses two names for one function.
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "set_device": lambda *args, **kwargs: None,

@@ -43,8 +43,8 @@ _ALIASES = {
 class ParallelLayout:
     """Tensor x pipeline x context x data parallelism over a range of ranks.
 
-    `with layout:` installs its groups in `megatron.core.parallel_state`; layouts nest, and leaving one brings back the
-    one before. Creating a layout is collective over the whole world, also for ranks outside it.
+    `with layout:` installs its groups in `megatron.core.parallel_state`; layouts nest, and leaving one restores the
+    previous one. Creating a layout is collective over the whole world, also for ranks outside it.
     """
 
     config: ParallelConfig
@@ -81,7 +81,7 @@ class ParallelLayout:
         megatron_globals.install(self._saved.pop())
 
     def seed(self, seed: int) -> None:
-        """Seed weights and dropout: alike on tensor-parallel ranks where they must be, different elsewhere."""
+        """Seed weights and dropout: the same on tensor-parallel ranks where they must be, different elsewhere."""
         if not self.is_member:
             return
         with self:
@@ -105,7 +105,7 @@ class ParallelLayout:
 
     @property
     def virtual_stages(self) -> int | None:
-        """Model chunks on each pipeline rank, None where the plain schedule runs (Megatron-Core's convention)."""
+        """Model chunks on each pipeline rank, None for the non-interleaved schedule (Megatron-Core's convention)."""
         return self.config.virtual_stages if self.config.virtual_stages > 1 else None
 
     @property
@@ -144,7 +144,7 @@ def _own_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
 
 @functools.cache
 def _shared_group(world: dist.ProcessGroup, enumeration: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
-    """This rank's group among `enumeration`. A group costs threads, sockets and NCCL buffers, and many dimensions, also of
-    other roles' layouts, span the same ranks: one group serves them all."""
+    """This rank's group among `enumeration`. A group costs threads, sockets and NCCL buffers, and many dimensions, also
+    of other roles' layouts, span the same ranks: they all use one group."""
     group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in enumeration])
     return group

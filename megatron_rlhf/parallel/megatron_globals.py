@@ -1,4 +1,4 @@
-"""The globals of `megatron.core.parallel_state`: a layout of our own, written where Megatron-Core still reads it."""
+"""The globals of `megatron.core.parallel_state`: where a layout is written because Megatron-Core still reads it there."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_rlhf.parallel import compat
 
-# Global -> name of our group.
+# Global -> name of the layout's group.
 _GLOBALS = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "_PIPELINE_MODEL_PARALLEL_GROUP": "pp",
@@ -47,7 +47,7 @@ _GLOBAL_RANKS = {
 
 
 def values(groups: Mapping[str, dist.ProcessGroup | None], virtual_stages: int | None) -> dict[str, Any]:
-    """What the globals hold inside a layout with these groups, by their names in `ProcessGroupCollection`."""
+    """Values of the globals inside a layout with these groups, by their names in `ProcessGroupCollection`."""
     found: dict[str, Any] = {name: groups[group] for name, group in _GLOBALS.items()}
     for name, group in _GLOBAL_RANKS.items():
         members = groups[group]
@@ -59,7 +59,7 @@ def values(groups: Mapping[str, dist.ProcessGroup | None], virtual_stages: int |
 
 
 def install(globals_: Mapping[str, Any]) -> dict[str, Any]:
-    """Set the globals; returns what they were before."""
+    """Set the globals; returns their previous values."""
     before = {name: getattr(parallel_state, name) for name in globals_}
     for name, value in globals_.items():
         setattr(parallel_state, name, value)

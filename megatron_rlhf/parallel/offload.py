@@ -1,4 +1,4 @@
-"""Tensors that rest in host memory between uses."""
+"""Tensors that are kept in host memory between uses."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 class HostMemory:
-    """Gives the device memory of some tensors back while they are not used.
+    """Releases the device memory of some tensors while they are not used.
 
-    Works on storages, so that views of one buffer go and come back together, and no reference to a tensor has to change.
-    On a CPU the same happens between two places in the same memory.
+    Works on storages, so that views of one buffer move together, and no reference to a tensor has to change. On a CPU
+    the same happens between two places in the same memory.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], constant: bool = False) -> None:
-        """`tensors` is asked each time they go to rest; `constant`: their contents never change, one copy out is enough."""
+        """`tensors` is called each time they go to rest; `constant`: their contents never change, so they are copied to
+        the host only once."""
         self._tensors = tensors
         self._constant = constant
         self._resting: list[tuple[torch.UntypedStorage, Tensor]] = []
@@ -49,7 +50,7 @@ class HostMemory:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """For what rests by default."""
+        """Wakes the tensors within a `with` block."""
         self.wake()
         try:
             yield
@@ -58,7 +59,7 @@ class HostMemory:
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """For what is awake by default."""
+        """Lets the tensors rest within a `with` block."""
         self.rest()
         try:
             yield

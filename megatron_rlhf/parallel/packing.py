@@ -1,8 +1,8 @@
-"""Which sequences pass through a model together, and where their tokens lie: work follows tokens.
+"""Which sequences pass through a model together, and where their tokens are: work is proportional to tokens.
 
-Sequences of like length share a microbatch, and data-parallel ranks get equal tokens, not equal rows. In a microbatch each
-sequence is a row, padded to the longest, or all lie one after the other in a single row without padding (packed), where a
-prompt that several sequences share stands once. Everything is decided from lengths, which every rank knows.
+Sequences of similar length share a microbatch, and data-parallel ranks get equal numbers of tokens, not of rows. In a
+microbatch each sequence is a row, padded to the longest, or all follow one another in a single row without padding (packed),
+where a prompt that several sequences share occurs once. Everything is decided from lengths, which every rank knows.
 
 Legend: n = sequences, b x s = what the model reads: n rows, or one row of all tokens.
 """
@@ -28,14 +28,14 @@ class Sequences:
     lengths: Sequence[int]
     """Tokens of each; beyond them is padding."""
     wanted_ns: Tensor | None = None
-    """bool, on the CPU: tokens whose output is asked for; None: all."""
+    """bool, on the CPU: tokens whose output is requested; None: all."""
     prompt_lengths: Sequence[int] | None = None
     """How many of its first tokens a sequence may share with others of its `prompt_index`."""
     prompt_index: Sequence[int] | None = None
     """Sequences with the same number begin with the same prompt; None: none do."""
 
     def until(self, stop: int | None) -> "Sequences":
-        """Without the last -stop tokens of each; None: as they are."""
+        """Without the last -stop tokens of each; None: unchanged."""
         if stop is None:
             return self
         wanted = None if self.wanted_ns is None else self.wanted_ns[:, :stop]
@@ -50,7 +50,7 @@ class Sequences:
         return real if self.wanted_ns is None else real & self.wanted_ns[list(rows), : real.shape[1]]
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows, those of one prompt together."""
+        """The rows, grouped by prompt."""
         if self.prompt_index is None:
             return [[row] for row in rows]
         found: dict[int, list[int]] = {}
@@ -70,13 +70,13 @@ class Sequences:
 
 
 def as_sequences(tokens: Sequences | Tensor) -> Sequences:
-    """Of a tensor: rows without padding."""
+    """Makes sequences of a tensor: rows without padding."""
     return tokens if isinstance(tokens, Sequences) else Sequences(tokens, [tokens.shape[1]] * len(tokens))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive tokens that attend, causally, to the parts of the row that `keys` names, their own part the last."""
+    """Consecutive tokens that attend causally to the parts of the row that `keys` names; their own part is the last."""
 
     part: int
     keys: tuple[int, ...]
@@ -86,25 +86,25 @@ class Block:
 class Segments(PackedSeqParams):
     """Megatron-Core's parameters of packed sequences, for rows in which segments may continue an earlier one.
 
-    A segment's tokens attend to those before them in the segment, and to all of the segment that it continues: so several
-    completions continue one prompt. Megatron-Core passes this on to the attention; its rotary embeddings would count from
-    0 in every segment, so positions are ours (`models.gpt`).
+    A segment's tokens attend to those before them in the segment, and to all of the segment that it continues: this way
+    several completions continue one prompt. Megatron-Core passes this on to the attention; its rotary embeddings would
+    count from 0 in every segment, so positions are computed here (`models.gpt`).
     """
 
     lengths: tuple[int, ...] = ()
-    """Tokens of each segment; together, of the row."""
+    """Tokens of each segment; their sum is the row's."""
     prefixes: tuple[int | None, ...] = ()
     """The segment that each continues."""
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Causal masks of blocks, by queries and keys; the first layer makes them for all."""
+    """Causal masks of blocks, by queries and keys; the first layer makes them for all layers."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], prefixes: Sequence[int | None], longest: int) -> "Segments":
-        """`longest`: no position in a segment reaches it."""
+        """`longest`: an upper bound; all positions in segments are smaller."""
         return cls(lengths=tuple(lengths), prefixes=tuple(prefixes), max_seqlen_q=longest, max_seqlen_kv=longest)
 
     def blocks(self, pieces: Sequence[tuple[int, int]]) -> tuple[list[int], list[Block]]:
-        """(tokens of the parts that the row falls into, the blocks of the queries in `pieces` of it, in their order)."""
+        """(tokens of the parts that the row is cut into, blocks of the queries in `pieces` of the row, in order)."""
         ends = [0, *accumulate(self.lengths)]
         cuts = sorted({*ends, *(cut for piece in pieces for cut in piece)})
         parts = list(pairwise(cuts))
@@ -141,7 +141,7 @@ class Arrangement:
 
     tokens_bs: Tensor
     place_ns: Tensor
-    """Where in tokens_bs, flattened, each token of each sequence stands; on the CPU; -1 beyond its end."""
+    """Where in tokens_bs, flattened, each token of each sequence is; on the CPU; -1 beyond its end."""
     positions_bs: Tensor | None = None
     """Position of each token in its own sequence; None: rows count from 0."""
     segments: Segments | None = None
@@ -163,7 +163,7 @@ def plan(sequences: Sequences, size: Budget | int, ranks: int) -> list[list[list
 def share_out(
     tokens: Sequence[int], size: Budget | int, ranks: int, counts: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """Items of so many tokens, to ranks and microbatches: [rank][microbatch] -> items, the longest first.
+    """Assigns items of `tokens` tokens to ranks and microbatches: [rank][microbatch] -> items, the longest first.
 
     Each item goes to the rank that has fewest tokens so far. An item larger than the budget is a microbatch of its own.
 
@@ -182,7 +182,7 @@ def share_out(
 
 
 def _fill(tokens: Sequence[int], counts: Sequence[int], budget: Budget, items: Sequence[int]) -> list[list[int]]:
-    """Items in their order into parts within the budget, each into the first that has room."""
+    """Puts items, in their order, into parts within the budget, each into the first that has room."""
     parts: list[list[int]] = []
     room: list[tuple[int, float, float]] = []  # part, tokens and sequences that still fit
     smallest = min(tokens, default=0)
@@ -202,10 +202,10 @@ def _fill(tokens: Sequence[int], counts: Sequence[int], budget: Budget, items: S
 
 
 def arrange(sequences: Sequences, rows: Sequence[int], multiple: int, packed: bool) -> Arrangement:
-    """Some of the sequences as the model reads them; packed, or where a prompt is shared, in one row.
+    """Some of the sequences as the model reads them; if packed, or if a prompt is shared, in one row.
 
     Args:
-        multiple: of which the model wants the tokens of a row.
+        multiple: the model needs the tokens of a row to be a multiple of this.
     """
     groups = sequences.groups(rows)
     if packed or any(sequences.shared(group) for group in groups):

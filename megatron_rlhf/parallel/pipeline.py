@@ -1,6 +1,6 @@
 """Microbatches through Megatron-Core's schedules: the only caller of them.
 
-A microbatch brings its own loss, already divided by global counts, so one schedule takes microbatches of several kinds
+A microbatch has its own loss, already divided by global counts, so one schedule handles microbatches of several kinds
 and lengths, and gradients are plain sums over microbatches and data-parallel ranks.
 """
 
@@ -33,7 +33,7 @@ class Microbatch:
     inference: dict[str, Any] | None = None
     """Arguments of a decoding pass: position_ids, attention_mask, inference_context."""
     arrangement: Arrangement | None = None
-    """How sequences lie in the tokens; None: a row each, padded on the right."""
+    """How sequences are arranged in the tokens; None: one row each, padded on the right."""
     wanted_n: Tensor | None = None
     """Places in [b, s], flattened, whose output [n, ...] the loss gets; None: all, [b, s, ...]."""
 
@@ -76,7 +76,7 @@ def forward_backward(
         "p2p_communicator": P2PCommunicator(layout.groups.pp, config),
     }
     schedule = get_forward_backward_func(layout.config.pipeline, virtual)
-    if virtual is None:  # the plain schedules want one iterator and one model
+    if virtual is None:  # the non-interleaved schedules take one iterator and one model
         arguments["data_iterator"] = arguments["data_iterator"][0]
     with layout, torch.set_grad_enabled(not forward_only):
         return schedule(**arguments)[:count]
@@ -95,7 +95,7 @@ def _forward_step(data_iterator, model: GPTModel):
             output = context.gather(output, 1, group, sum_gradients=False)
         if microbatch.wanted_n is not None:
             output = output.flatten(0, 1)
-            if group.size() > 1:  # elsewhere the model has chosen, before its output layer
+            if group.size() > 1:  # otherwise the model has already selected them before its output layer
                 output = output[microbatch.wanted_n]
         loss, statistics = microbatch.loss(output)
         # The token count of zero tells Megatron-Core that the loss is normalised already.
@@ -118,5 +118,5 @@ def _read(model: GPTModel, microbatch: Microbatch, group: dist.ProcessGroup) -> 
 
 
 def _empty(like: Microbatch) -> Microbatch:
-    # The interleaved schedule wants a multiple of the pipeline size; these fill it up with a loss of zero.
+    # The interleaved schedule needs a multiple of the pipeline size; these fill it up with a loss of zero.
     return dataclasses.replace(like, loss=lambda output: (output.sum() * 0.0, {}))

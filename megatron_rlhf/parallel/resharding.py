@@ -15,8 +15,9 @@ from megatron_rlhf.parallel import compat
 class WeightCopy:
     """Fills the chunks `target` with the weights of `source` whenever it is called. Collective over the world.
 
-    Both are plain stages over the same ranks; ranks outside them have no chunks. The plan of who sends what to whom is made
-    at the first call, and belongs to this pair alone: Megatron-Core's own cache tells pairs apart by their layouts only.
+    Both have non-interleaved stages over the same ranks; ranks outside them have no chunks. The plan of who sends what
+    to whom is made at the first call, and belongs only to this pair: Megatron-Core's own cache distinguishes pairs only
+    by their layouts.
     """
 
     def __init__(self, source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Module]) -> None:
@@ -31,8 +32,9 @@ class WeightCopy:
 
 
 class _Absent(torch.nn.Module):
-    """A model without weights: what a rank outside a layout brings to Megatron-Core's plan, which all ranks make together."""
+    """A model without weights: what a rank outside a layout contributes to Megatron-Core's plan, which all ranks make
+    together."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pg_collection = SimpleNamespace(dp=dist.group.WORLD)  # has to be some group; nothing is asked of it
+        self.pg_collection = SimpleNamespace(dp=dist.group.WORLD)  # must be some group; it is not used

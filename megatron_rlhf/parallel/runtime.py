@@ -21,7 +21,7 @@ def initialize(timeout_minutes: float = 30) -> Launch:
         return launch
     on_gpu = torch.cuda.is_available()
     device = None
-    if on_gpu:  # srun --gpus-per-task shows each task its own GPU alone, as number 0
+    if on_gpu:  # srun --gpus-per-task shows each task only its own GPU, as number 0
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
@@ -29,7 +29,7 @@ def initialize(timeout_minutes: float = 30) -> Launch:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous()
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        # One rank meets nobody: a store of its own avoids every question of ports.
+        # A single rank has no one to meet: a store of its own avoids choosing a port.
         store=dist.HashStore() if launch.world_size == 1 else None,
         rank=launch.rank,
         world_size=launch.world_size,
@@ -40,13 +40,13 @@ def initialize(timeout_minutes: float = 30) -> Launch:
 
 
 def is_first_to_report(message: str) -> bool:
-    """Whether no other rank of the world has said the same before."""
+    """Whether no other rank of the world has reported this message before."""
     if not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
     try:
         return store.add(f"reported {message}", 1) == 1
-    except dist.DistError:  # the store has gone with the first rank, which leaves after it has spoken
+    except dist.DistError:  # the store is gone with the first rank, which leaves after it has reported
         return False
 
 
@@ -57,10 +57,10 @@ def shutdown() -> None:
 
 
 def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """Address and port where the ranks meet: what MASTER_ADDR and MASTER_PORT say, and Slurm for what they do not.
+    """Address and port where the ranks meet: from MASTER_ADDR and MASTER_PORT, and from Slurm for what they do not say.
 
     Raises:
-        UserError: for a port that is none, and where neither says it.
+        UserError: for an invalid port, and if neither gives one.
     """
     host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     job = environment.get("SLURM_JOB_ID", "")

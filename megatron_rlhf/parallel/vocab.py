@@ -11,15 +11,16 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 PADDED_LOGIT = -3e4
-"""Of what is no token: no softmax gives it any probability, yet it is finite: p * log p stays 0 and not NaN in fp16 too."""
+"""Logit of rows that are not tokens: softmax gives it no probability, yet it is finite: p * log p is 0 and not NaN, in
+fp16 too."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, group: Group, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `tokens`, fp32 (fp64 for fp64 logits), shaped as `tokens`, on every rank of `group`.
 
     Differentiable with respect to this rank's logits: d logprob / d logit_j = ([j = token] - softmax_j) / temperature.
-    No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit a token cross the group. Nothing of
-    the logits' size is kept or made but their gradient.
+    No rank ever holds the whole vocabulary: one maximum, one sum and one gathered logit per token cross the group.
+    Apart from their gradient, nothing of the logits' size is kept or made.
     """
     return _token_logprobs(logits, tokens, group, temperature, False)[0]
 
@@ -45,7 +46,7 @@ def entropy(logits: Tensor, group: Group) -> Tensor:
 
 
 def without(logits: Tensor, unknown_v: Tensor | None, group: Group) -> Tensor:
-    """The logits with no probability on some tokens; None: all as they are.
+    """The logits with no probability on some tokens; None: unchanged.
 
     Args:
         unknown_v: bool over the whole padded vocabulary, as `logits` are split.
@@ -70,14 +71,14 @@ def _full_precision(logits: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """(logits less the largest of the whole vocabulary, log sum exp of those): their difference is log softmax.
 
-    They stay apart until a logit is chosen, so that no digit is spent on the level that all logits share.
+    They stay separate until a logit is chosen, so that no precision is lost to the offset that all logits share.
     """
     shifted = logits - _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
     return shifted, _all_reduce(shifted.exp().sum(dim=-1, keepdim=True), group).log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """A few rows at a time, so that what is made on the way stays in the cache (on a GPU: small)."""
+    """A few rows at a time, so that intermediate results stay in the cache (on a GPU: stay small)."""
 
     @staticmethod
     def forward(

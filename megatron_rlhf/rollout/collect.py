@@ -1,4 +1,4 @@
-"""One rollout: the policy answers, and all roles judge."""
+"""One rollout: the policy answers, and all roles evaluate."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ class Roles:
 
     policy: Role
     sampler: Role
-    """Writes: the policy itself, or a copy of it at the layout to sample at."""
+    """Generates the responses: the policy itself, or a copy of it at the layout for sampling."""
     reference: Role
     reward: Role
     value: Role
@@ -41,7 +41,7 @@ def sample_responses(
 ) -> list[Completion]:
     """One response to each prompt of the whole batch, on every rank; data-parallel ranks share the work.
 
-    `seed` is (run seed, iteration). A prompt that comes twice in a batch gets two different samples.
+    `seed` is (run seed, iteration). A prompt that occurs twice in a batch gets two different samples.
     """
     occurrences = _occurrences(prompt_ids)
     keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
@@ -57,7 +57,8 @@ def sample_responses(
 
 
 def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices of prompts in `parts` shares of nearly the same number and sum of lengths: dealt out to and fro, longest first."""
+    """Indices of prompts in `parts` shares of nearly the same number and sum of lengths: dealt out back and forth,
+    longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     turn = [*range(parts), *reversed(range(parts))]
     shares: list[list[int]] = [[] for _ in range(parts)]
@@ -81,7 +82,7 @@ def collect_rollout(
 ) -> Rollout:
     """Sample a response to each prompt, then score it. Every rank gets the whole rollout.
 
-    `meanwhile` is what a rank does when its own roles have judged, before it waits for what those of other ranks have found.
+    `meanwhile` is what a rank does when its own roles are done, before it waits for the results of other ranks.
     """
     with timer("rollout"):
         completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)

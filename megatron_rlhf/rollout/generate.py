@@ -25,21 +25,21 @@ def generate(
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
     static_shapes: bool | None = None,
 ) -> list[Completion]:
-    """Sample one response a prompt, on every rank of this data-parallel replica together.
+    """Sample one response per prompt, on all ranks of this data-parallel replica together.
 
-    As many batches of slots as there are pipeline stages are in flight, so that no stage waits for another's sampled token. They
+    There are as many batches of slots in flight as pipeline stages, so that no stage waits for another's sampled token. They
     share the waiting prompts: a slot whose sequence has finished takes the next one.
 
     Args:
         prompts: token ids, any lengths; prompt and longest response must fit the model's context.
-        keys: [number of prompts] random keys (`sampling.row_keys`); a row's text depends on its key and prompt alone.
+        keys: [number of prompts] random keys (`sampling.row_keys`); a row's text depends only on its key and prompt.
         stop_ids: tokens that end a response.
-        stop_watch: makes what ends a response besides; called once for each response.
+        stop_watch: makes what else ends a response; called once for each response.
         static_shapes: decode all slots in every pass; on GPUs by default.
     """
     assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
     sequences = [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
-    # Prompts of like length are read together, so little is spent on padding, and equal ones are neighbours.
+    # Prompts of similar length are read together, so there is little padding, and equal ones are neighbours.
     waiting = deque(sorted(sequences, key=lambda sequence: (len(sequence.prompt), tuple(sequence.prompt))))
     batches, limit = role.layout.config.pipeline, config.max_response_tokens
     slots = min(config.batch_size, len(sequences))

@@ -1,4 +1,4 @@
-"""The forward passes of decoding: what the model reads, and the tokens drawn from what it says."""
+"""The forward passes of decoding: what the model reads, and the tokens sampled from its output."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class ModelRunner:
     """Tokens of the longest sequence."""
     stop_ids: tuple[int, ...]
     static_shapes: bool = False
-    """Decode all slots over the whole cache in every pass: more work, and the shapes that a captured graph needs."""
+    """Decode all slots over the whole cache in every pass: more work, but the fixed shapes that a captured graph needs."""
 
     def __post_init__(self) -> None:
         device = collectives.device()
@@ -35,7 +35,7 @@ class ModelRunner:
         self.keys_b, self.lengths_b, self.counts_b, self.tokens_b = torch.zeros(
             4, self.slots, dtype=torch.long, device=device
         )
-        """Of each slot: random key, tokens in the cache, tokens sampled, and the one sampled last."""
+        """For each slot: random key, tokens in the cache, tokens sampled, and the one sampled last."""
         self.places = torch.arange(self.capacity, device=device)
         self.sampled = torch.zeros(0)
 
@@ -59,7 +59,7 @@ class ModelRunner:
         return [(int(token), logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Sequences into other slots."""
+        """Moves sequences to other slots."""
         if sources:
             self.cache.move(sources, targets)
             for values_b in (self.keys_b, self.lengths_b, self.counts_b, self.tokens_b):

@@ -1,6 +1,6 @@
 """Choosing the next token. Its randomness depends on what is sampled, never on which rank or batch samples it.
 
-Shapes: logits [b, v] over the whole vocabulary; one key a row.
+Shapes: logits [b, v] over the whole vocabulary; one key per row.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Sampler:
 
     A token is argmax_v log p_v - log(e_v) with independent exponentials e_v, which is a draw from p (the Gumbel-max trick).
     Each e_v is a hash of (row key, position, v). Rounding differences between layouts change the outcome only where two
-    candidates tie to within rounding, where an inverse-CDF draw would also move with every sum before it.
+    candidates tie to within rounding; an inverse-CDF draw would also change with every sum before it.
     """
 
     temperature: float = 1.0
@@ -36,8 +36,8 @@ class Sampler:
 
         In rows where `banned_b` is true, none of the tokens `banned` is drawn.
 
-        That is the log-probability before tokens are banned and before top-k and top-p, the one that training
-        recomputes. temperature 0 takes the likeliest token.
+        The log-probability is that before tokens are banned and before top-k and top-p, the one that training
+        recomputes. temperature 0 takes the most likely token.
         """
         logprobs_bv = torch.log_softmax(logits_bv.float() / (self.temperature or 1.0), dim=-1)
         candidates_bv = logprobs_bv
@@ -49,7 +49,7 @@ class Sampler:
         else:
             candidates_bv = filter_top_p(filter_top_k(candidates_bv, self.top_k), self.top_p)
             uniform_bv = uniform_numbers(mix(keys_b, positions_b), logits_bv.shape[-1])
-            exponential_bv = uniform_bv.neg_().log1p_().neg_()  # -log(1 - u): finest where it is small, and small wins
+            exponential_bv = uniform_bv.neg_().log1p_().neg_()  # -log(1 - u): most precise where small, and small wins
             tokens_b = (candidates_bv - exponential_bv.log_()).argmax(dim=-1)
         return tokens_b, logprobs_bv.gather(-1, tokens_b.unsqueeze(-1)).squeeze(-1)
 
@@ -63,7 +63,7 @@ def filter_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def filter_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020); p = 1 keeps all."""
+    """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020); p = 1 keeps all."""
     if p >= 1:
         return logits
     ordered, indices = logits.sort(dim=-1, descending=True)
@@ -74,7 +74,7 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def row_keys(seed: int, iteration: int, prompt_ids: Tensor, sample_indices: Tensor) -> Tensor:
-    """One 32-bit key a row, from what is sampled: run, iteration, prompt, and which of its samples."""
+    """One 32-bit key per row, from what is sampled: run, iteration, prompt, and which of its samples."""
     base = torch.full_like(prompt_ids, seed & _MASK)
     return mix(mix(mix(base, torch.full_like(prompt_ids, iteration)), prompt_ids), sample_indices)
 
@@ -88,7 +88,7 @@ def uniform_numbers(keys_b: Tensor, count: int) -> Tensor:
     """[b, count] numbers in (0, 1), fp32, from keys [b]: number j hashes (key, j)."""
     counters = torch.arange(1, count + 1, device=keys_b.device) * 0x9E3779B1
     bits = _scramble((keys_b.unsqueeze(-1) + counters) & _MASK)
-    # The half keeps 0 out. Numbers next to 1 round to 1 in fp32, and are held at the largest number below it.
+    # The half excludes 0. Numbers next to 1 round to 1 in fp32, and are clamped to the largest number below it.
     return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 

@@ -1,4 +1,4 @@
-"""Which sequences work next: slots that finished sequences leave are taken by waiting prompts."""
+"""Which sequences run next: waiting prompts take the slots of finished sequences."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from megatron_rlhf.rollout.sequences import SampledSequence
 
 REFILL_SHARE = 8
-"""New prompts are read when one in so many slots is free: a pass for every single one would cost as much as it gains."""
+"""New prompts are read when one in this many slots is free: a pass for every single one would cost as much as it gains."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Step:
 
 @dataclass
 class Scheduler:
-    """One batch of slots. Its sequences are always in the first ones, so that no pass works on an empty slot."""
+    """One batch of slots. Its sequences are always in the first ones, so that no pass computes an empty slot."""
 
     waiting: deque[SampledSequence]
-    """Prompts that no batch has begun; several batches may share them."""
+    """Prompts that no batch has started; several batches may share them."""
     slots: int
     active: list[SampledSequence] = field(default_factory=list)
     """In slots 0, 1, ..."""

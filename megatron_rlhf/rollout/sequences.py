@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 from megatron_rlhf.rollout.types import Completion
 
 StopWatch = Callable[[int], bool]
-"""Reads a response token by token; True when it is to end with this one."""
+"""Reads a response token by token; True if the response ends with this one."""
 
 
 @dataclass
 class SampledSequence:
-    """A prompt and what was sampled after it so far."""
+    """A prompt and what has been sampled after it so far."""
 
     index: int
-    """Its place among the prompts that were asked for."""
+    """Its index among the given prompts."""
     prompt: Sequence[int]
     key: int
-    """Its random numbers (`sampling.row_keys`)."""
+    """Key of its random numbers (`sampling.row_keys`)."""
     watch: StopWatch | None = None
-    """What ends it besides the stop tokens."""
+    """What else ends it, apart from the stop tokens."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
     is_finished: bool = False
-    """It has stopped, or is as long as a response may be."""
+    """It has stopped, or has reached the length limit."""
 
     @property
     def position(self) -> int:

@@ -1,4 +1,4 @@
-"""What a rollout holds, field by field.
+"""What a rollout contains, field by field.
 
 Legend: b = episodes (the whole batch, on every rank), s = prompt and response padded on the right, t = response positions.
 """
@@ -19,7 +19,7 @@ class Completion:
 
     tokens: list[int]
     logprobs: list[float]
-    """Of each token, as sampled: temperature applied, before top-k and top-p."""
+    """Log-probability of each token as sampled: temperature applied, before top-k and top-p."""
     stopped: bool
     """It ended with a stop token, not at the length limit."""
 
@@ -53,7 +53,7 @@ class Responses:
 
     @functools.cached_property
     def sequences(self) -> Sequences:
-        """What the roles are asked: about each response, from its prompt's last token on. Samples of one prompt share it."""
+        """What the roles evaluate: each response, from its prompt's last token on. Samples of one prompt share it."""
         prompts, responses = self.prompt_lengths_b.tolist(), self.response_lengths_b.tolist()
         lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         texts = [tuple(row[:prompt]) for row, prompt in zip(self.tokens_bs.tolist(), prompts, strict=True)]
@@ -65,7 +65,7 @@ class Responses:
 
     @property
     def mask_bt(self) -> Tensor:
-        """bool: a response token stands here."""
+        """bool: there is a response token here."""
         return torch.arange(int(self.response_lengths_b.max()), device=self.tokens_bs.device) < (
             self.response_lengths_b.unsqueeze(-1)
         )
@@ -90,7 +90,7 @@ class Responses:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One iteration's episodes as all four roles see them. Log-probabilities are at the sampling temperature."""
+    """One iteration's episodes as evaluated by all four roles. Log-probabilities are at the sampling temperature."""
 
     responses: Responses
     sampled_logprobs_bt: Tensor
@@ -111,7 +111,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """What an update learns from: one row an episode."""
+    """What an update learns from: one row per episode."""
 
     tokens_bs: Tensor
     positions_bt: Tensor
@@ -152,7 +152,7 @@ class Experience:
 
     @functools.cached_property
     def sequences(self) -> Sequences:
-        """What is read to predict the responses: all but each one's last token; wanted are the tokens that predict."""
+        """What is read to predict the responses: all but the last token of each; wanted are the tokens that predict."""
         first = self.positions_bt[:, 0].cpu()
         ends = first + self._response_lengths
         places = torch.arange(self.tokens_bs.shape[1])
@@ -183,7 +183,7 @@ class ExperienceTokens:
     targets_n: Tensor
     """Their ids."""
     mask_n: Tensor
-    """False where a microbatch only keeps a schedule going."""
+    """False if a microbatch only keeps a schedule going."""
     logprobs_n: Tensor
     values_n: Tensor
     advantages_n: Tensor
