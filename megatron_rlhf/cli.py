@@ -1,4 +1,4 @@
-"""The command line of the entry points: compose a typed configuration with Hydra, run, and turn mistakes into messages.
+"""The command line of the entry points: compose a typed configuration with Hydra, run, turn mistakes into messages.
 
 Only `examples/` and `tools/` import this module; below it, configurations are plain dataclasses.
 """
@@ -20,11 +20,11 @@ from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 
-# torch and Megatron-Core take seconds to import: not at the top, so that help and mistakes do not wait for them.
+# torch and Megatron-Core take seconds to import: not at the top, so that help and error messages do not wait for them.
 
 USER_ERROR = 2
 INTERRUPTED = 75
-# Launchers kill all ranks when one exits with a code: the first rank, which has it, waits for the others to have left.
+# Launchers kill all ranks when one exits with a code: the first rank, which has it, waits for the others to leave.
 SECONDS_TO_LEAVE = 2.0
 
 
@@ -84,7 +84,7 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
 
 
 def share_out_overrides(overrides: Sequence[str], stages: Sequence[str]) -> dict[str, list[str]]:
-    """Overrides of a script of several stages, for each stage those that it takes; see `compose.share_out`."""
+    """Overrides of a script of several stages, for each stage those that it accepts; see `compose.share_out`."""
     return share_out({stage: STAGES[stage].schema for stage in stages}, overrides)
 
 
@@ -105,7 +105,7 @@ def exit_code_on_failure() -> Iterator[None]:
         time.sleep(SECONDS_TO_LEAVE)
         _leave(INTERRUPTED)
     except UserError as error:
-        if rank > 0:  # the first rank has most likely met the same mistake: it speaks, and the launcher ends us
+        if rank > 0:  # the first rank most likely has the same mistake: it reports it, and the launcher ends this one
             time.sleep(SECONDS_TO_LEAVE)
         if _is_first_to_report(error):
             print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
@@ -128,10 +128,10 @@ def _is_first_to_report(error: Exception) -> bool:
 
 
 def _leave(code: int) -> None:
-    """Exit without waiting for collectives that will never come: the launcher ends the other ranks."""
+    """Exit without waiting for collectives that will never complete: the launcher ends the other ranks."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    for helper in multiprocessing.active_children():  # of libraries: they would outlive us, and Slurm waits for them
+    for helper in multiprocessing.active_children():  # of libraries: they would live on, and Slurm waits for them
         helper.kill()
     os._exit(code)

@@ -44,10 +44,10 @@ def compose_config(
 
     Args:
         stage: name of `conf/<stage>.yaml`.
-        missing: a text that stands in for texts that must be given and are not, for whoever reads only the numbers.
+        missing: a text to use for required texts that are not given, for callers that read only the numbers.
 
     Raises:
-        UserError: unknown key (with the nearest right one), wrong type, missing value, number out of range.
+        UserError: unknown key (with the nearest valid one), wrong type, missing value, number out of range.
     """
     known = keys(schema)
     require_known_keys(known, overrides)
@@ -74,10 +74,10 @@ def compose_config(
 
 
 def share_out(schemas: Mapping[str, type], overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Overrides of a job of several stages: each stage takes those whose key it has.
+    """Overrides of a job of several stages: each stage gets those whose key it has.
 
     Raises:
-        UserError: a key that none of them has, or a value that one of them refuses: before the first stage runs.
+        UserError: before the first stage runs, for a key that no stage has, or a value that one of them refuses.
     """
     known = {stage: keys(schema) for stage, schema in schemas.items()}
     require_known_keys({path: key for each in known.values() for path, key in each.items()}, overrides)
@@ -92,7 +92,7 @@ def share_out(schemas: Mapping[str, type], overrides: Sequence[str]) -> dict[str
 
 
 def recipes(stage: str) -> list[str]:
-    """Names that `recipe=` takes for a stage."""
+    """Names that `recipe=` accepts for a stage."""
     return sorted(path.parent.name for path in (CONF / "recipe").glob(f"*/{stage}.yaml"))
 
 
@@ -118,9 +118,10 @@ def help_text(stage: str, schema: type) -> str:
 def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
     """The override in Hydra's grammar.
 
-    A key that holds text takes everything after `=` as it is, unless it is quoted in Hydra's way, or null and may be. So
-    do lists of texts, as one text, unless a list is given. `${...}` stays Hydra's, but for templates, whose braces name
-    columns. `recipe=NAME` means the recipe's file for this stage (`NAME/FILE`: another), `GROUP=null` no file of a group.
+    A key that holds text takes everything after `=` literally, unless it is quoted in Hydra's way, or is null where
+    that is allowed. So do lists of texts, as one text, unless a list is given. `${...}` is left to Hydra, except in
+    templates, whose braces name columns. `recipe=NAME` means the recipe's file for this stage (`NAME/FILE`: another),
+    `GROUP=null` no file of a group.
     """
     name, _, value = override.partition("=")
     path = name.lstrip("+")
@@ -137,7 +138,7 @@ def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
 
 
 def _quoted(value: str, key: Key) -> str:
-    """A text in Hydra's quotes; one that is in them already is left alone."""
+    """A text in Hydra's quotes; an already quoted one is unchanged."""
     if value[:1] in ("'", '"') and len(value) > 1:
         try:
             if isinstance(OverridesParser.create().parse_override(f"key={value}")._value, QuotedString):
@@ -159,7 +160,7 @@ def _recipe_file(stage: str, override: str, name: str) -> str:
 
 
 def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> None:
-    """Raise UserError for what is no `key=value`, or no key. Hydra would take an unknown key with a `+` before it."""
+    """Raise UserError for what is not `key=value`, or no key. Hydra would take an unknown key with a `+` before it."""
     for override in overrides:
         name, equals, _ = override.partition("=")
         if name.startswith("-"):
@@ -182,7 +183,7 @@ def knows(known: Mapping[str, Key], path: str) -> bool:
 
 
 def _require_readable(override: str, for_hydra: str) -> None:
-    """Raise UserError for what is not Hydra's grammar, or several values."""
+    """Raise UserError for invalid Hydra grammar, or several values."""
     try:
         parsed = OverridesParser.create().parse_override(for_hydra)
     except HydraException as error:
@@ -195,7 +196,7 @@ def _require_readable(override: str, for_hydra: str) -> None:
 
 
 def _explain(error: Exception, known: Mapping[str, Key], overrides: Sequence[str]) -> str:
-    """What is wrong, in one sentence: the key, its value, and what would be right."""
+    """What is wrong, in one sentence: the key, its value, and what is valid."""
     chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
     cause = next((c for c in chain if isinstance(c, OmegaConfBaseException) and c.full_key), error)
     key = getattr(cause, "full_key", None) or ""

@@ -1,4 +1,4 @@
-"""What of this machine works: packages and their versions, GPUs, collectives, one training step."""
+"""Checks what works on this machine: packages and their versions, GPUs, collectives, one training step."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
 MEGATRON_CORE = "0.19.2" if sys.version_info >= (3, 12) else "0.16.1"
-"""What this Python gets; from 3.12 on any 0.19 from here."""
+"""Version for this Python; from 3.12 on any 0.19 from this one."""
 SELF_TEST_TIMEOUT = 180
 PACKAGES = (
     "hydra omegaconf datasets transformers einops psutil safetensors tensorboard tqdm jinja2 matplotlib numpy".split()
@@ -23,20 +23,20 @@ _CONTAINER = "use NVIDIA's PyTorch container (Dockerfile)"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     state: str
     detail: str
     """Its version, or what is wrong."""
     buys: str
-    """What it is good for."""
+    """What it is used for."""
     fix: str = ""
-    """What to do about it, where it is broken."""
+    """How to fix it, where it is broken."""
 
 
 def examine() -> list[Finding]:
-    """Everything but the self-test. Nothing here raises: what goes wrong is a finding."""
+    """Everything except the self-test. Nothing here raises: what goes wrong is a finding."""
     checks: list[Callable[[], Finding]] = [
         _python,
         _torch,
@@ -57,7 +57,7 @@ def self_test() -> Finding:
     ranks = max(_gpus(), 2) if _gpus() != 1 else 1
     backend = "NCCL" if _gpus() else "gloo"
     what = f"{ranks} ranks over {backend}: collectives and a training step"
-    # A job step has Slurm's and torchrun's variables; the test is a world of its own.
+    # A job step has Slurm's and torchrun's variables; the test is a separate world.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["--module", "megatron_rlhf.doctor"]
@@ -79,7 +79,7 @@ def self_test() -> Finding:
 
 
 def report(findings: list[Finding]) -> str:
-    """A table, then what to do."""
+    """A table, then how to fix what is broken."""
     details = ["see below" if finding.state == BROKEN else finding.detail for finding in findings]
     widths = [max(map(len, column)) for column in ([f.name for f in findings], [f.state for f in findings], details)]
     lines = [
@@ -158,7 +158,7 @@ def _serves(megatron_core: str) -> bool:
 
 
 def _packages() -> Finding:
-    """What Python code of ours and of Megatron-Core's imports besides; looked for, not imported, which would take seconds."""
+    """Other imports of this package and of Megatron-Core; searched for, not imported, which would take seconds."""
     buys = "configuration, data, tokenizers, reports"
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -199,7 +199,7 @@ def _slurm() -> Finding:
 
 
 def _optional(name: str, package: str, module: str, buys: str, fix: str) -> Finding:
-    """A package that may be missing, but that has to work where it is there."""
+    """A package that may be missing, but must work where it is installed."""
     found = _version(package)
     if found is None:
         return Finding(name, ABSENT, "not installed", buys)
@@ -229,7 +229,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing if there is no such program or it fails."""
+    """What a program prints; nothing if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -237,7 +237,7 @@ def _output(*command: str) -> str:
 
 
 def _first_exception(printed: str) -> str:
-    """What the first traceback of a rank ended with: 'RuntimeError: ...'; later ones only follow from it."""
+    """Last line of a rank's first traceback: 'RuntimeError: ...'; later ones only follow from it."""
     found = re.search(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)$", printed, re.MULTILINE)
     return found.group(1).strip() if found else ""
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: aside, synced, checksummed, renamed; while the next steps run, where asked."""
+"""Writing a checkpoint: under another name, synced, checksummed, then renamed; in the background where asked."""
 
 import contextlib
 import logging
@@ -21,10 +21,10 @@ class Draft:
     """A checkpoint before it has its name. All methods but `write` are collective and raise NotWritten on all ranks."""
 
     def __init__(self, folder: Path, background: bool = False):
-        """Start anew beside `folder`. `background`: the roles are copied now and written by a thread, after `start`."""
+        """Start from scratch beside `folder`. `background`: copy roles now; a thread writes them after `start`."""
         self.folder = folder
         self.path = naming.aside(folder)
-        """Where files go until `publish`."""
+        """Where files are written until `publish`."""
         self._background = background
         self._roles: list[RoleFiles] = []
         self._error: Exception | None = None
@@ -32,7 +32,7 @@ class Draft:
         _create(self.path)
 
     def add(self, name: str, state: dict[str, Any]) -> None:
-        """Take in a role's sharded state: from here on the role may change."""
+        """Add a role's sharded state: from here on the role may change."""
         role = RoleFiles.plan(self.path / name, state, copy=self._background)
         self._roles.append(role)
         if not self._background:
@@ -62,7 +62,7 @@ class Draft:
         _publish(self.path, self.folder, digests, keep_last, keep_every)
 
     def discard(self) -> None:
-        """Take back what was written so far: it may be what fills the disk."""
+        """Delete what was written so far: it may be what fills the disk."""
         if self._thread is not None:
             self._thread.join()
         dist.barrier()
@@ -75,13 +75,13 @@ class Draft:
             for role in roles:
                 if self._error is None:
                     role.write()
-        except Exception as error:  # whatever hinders writing; `publish` tells all ranks
+        except Exception as error:  # anything that prevents writing; `publish` tells all ranks
             self._error = error
 
 
 @contextlib.contextmanager
 def writing(folder: Path, keep_last: int = 0) -> Iterator[Path]:
-    """Yield a folder to write into; on leaving it becomes `folder`, is named by `latest` if it is a step, and old ones go.
+    """Yield a folder to write into; on exit it becomes `folder`, `latest` points to it if it is a step, old ones go.
 
     Collective. An exception leaves no trace of the checkpoint.
     """
@@ -135,7 +135,7 @@ def _create(temporary: Path) -> None:
 def _publish(temporary: Path, folder: Path, digests: dict[str, str], keep_last: int, keep_every: int) -> None:
     whole: list[Any] = [(temporary / META).is_file()]
     dist.broadcast_object_list(whole)
-    if whole[0]:  # an exported Hugging Face folder has no use for our checksums
+    if whole[0]:  # an exported Hugging Face folder does not need checksums
         seal(temporary, digests)
     error = None
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint: written last, so that a folder without them is not one; read back before it is trusted.
+"""Checksums of a checkpoint: written last, so a folder without them is not one; verified before it is trusted.
 
 The file is what `sha256sum` writes: `cd step_100 && sha256sum --check checksums.sha256` works without this package.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.errors import RunFailed
 
 META = "meta.json"
-"""Describes the checkpoint; what lies beside it in folders of their own are roles."""
+"""Describes the checkpoint; the folders beside it are the roles."""
 MANIFEST = "checksums.sha256"
 _CHUNK = 1 << 22
 
@@ -28,7 +28,7 @@ class NotWritten(RunFailed, OSError):
 def agree(error: Exception | None) -> None:
     """Raise NotWritten on every rank if any rank brings an error. Collective.
 
-    Without it the rank with the full disk would leave, and the others would wait for it for ever.
+    Without it the rank with the full disk would leave, and the others would wait for it forever.
     """
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, None if error is None else str(error) or repr(error))
@@ -38,7 +38,7 @@ def agree(error: Exception | None) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """The checkpoint has everything that is written last; whether its bytes are right, `find_damage` says."""
+    """The checkpoint has everything that is written last; `find_damage` says whether its bytes are right."""
     return (folder / META).is_file() and (folder / MANIFEST).is_file()
 
 
@@ -55,7 +55,7 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
     """Write the checksums of all files and sync what is not on the disk yet. Collective; raises NotWritten on all ranks.
 
     Args:
-        known: digests that this rank has already, by path inside the folder: those of the files it wrote.
+        known: digests that this rank already has, by path inside the folder: those of the files it wrote.
     """
     digests = _merged(known)
     rest: list[Any] = [sorted(set(_files(folder)) - set(digests))]
@@ -80,7 +80,7 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def digest_of(folder: Path, role: str) -> str:
-    """A name for the weights of a role: of the checksums of its files. What differs in no byte has the same."""
+    """A name for the weights of a role, made from the checksums of its files: identical bytes have the same name."""
     lines = (folder / MANIFEST).read_text(errors="replace").splitlines()
     ours = sorted(
         line for line in lines if f"  {role}/" in line and not line.endswith("/.metadata")
@@ -110,7 +110,7 @@ def find_damage(folder: Path, role: str | None = None) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk when this returns."""
+    """Sync to the disk: a file's content, or a folder's entries, are there when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,7 +129,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _merged(part: Mapping[str, str]) -> dict[str, str]:
-    """What all ranks know together."""
+    """The union of what all ranks know."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(part))
     return {name: value for each in gathered for name, value in each.items()}

@@ -13,8 +13,8 @@ FORMAT = 1
 TOKENIZER = "tokenizer"
 """Folder inside a checkpoint with the tokenizer that its models were trained with."""
 BEST = "best"
-"""Names the checkpoint that was chosen; nothing deletes or replaces it."""
-# What a killed process may leave behind: folders on their way in or out. None of them counts as a checkpoint.
+"""Points to the checkpoint that was chosen, which nothing deletes or replaces."""
+# What a killed process may leave behind: folders being written or deleted. None of them counts as a checkpoint.
 _WRITING, _LEAVING = "writing", "leaving"
 
 
@@ -27,7 +27,7 @@ def aside(folder: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint folder that a user means: a step folder itself, or the best or else the newest one of a run folder.
+    """The checkpoint folder that a user means: a step folder itself, or a run folder's best or else newest one.
 
     Raises:
         UserError: naming `key`, when the path holds no checkpoint.
@@ -48,18 +48,18 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
 
 
 def best(root: Path) -> Path | None:
-    """The checkpoint that was chosen among those of a run."""
+    """The checkpoint that was chosen from those of a run."""
     return _pointed(root, BEST)
 
 
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`: the one `latest` names, else the highest step."""
+    """The newest whole checkpoint under `root`: the one `latest` names, or else the highest step."""
     whole = [step for step in steps(root) if is_whole(step)]
     return _pointed(root, "latest") or (whole[-1] if whole else None)
 
 
 def newest_first(root: Path) -> list[Path]:
-    """Every step under `root`, whole or not, in the order in which a run would go on from them."""
+    """Every step under `root`, whole or not, in the order in which a run would try to continue from them."""
     first = _pointed(root, "latest")
     others = [step for step in reversed(steps(root)) if step != first]
     return others if first is None else [first, *others]
@@ -77,7 +77,7 @@ def candidates(root: Path) -> list[Path]:
 
 
 def point(root: Path, name: str, target: str) -> None:
-    """Make `root/name` name the checkpoint `target`: replaced in one step, never half-written. Call it on one rank."""
+    """Make `root/name` point to the checkpoint `target`: replaced atomically, never half-written. On one rank."""
     temporary = root / f".{name}.{_WRITING}"
     temporary.write_text(target)
     sync(temporary)
@@ -85,7 +85,7 @@ def point(root: Path, name: str, target: str) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what had it before; `latest` names it if it is a step. On one rank."""
+    """Rename a finished folder, replacing what had its name; `latest` points to it if it is a step. On one rank."""
     if folder.exists():
         remove(folder)
     temporary.rename(folder)
@@ -95,13 +95,13 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def delete_old(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete steps before `newest`, but not the last `keep_last` of all, those that `keep_every` divides, and the best.
+    """Delete steps before `newest`, except the last `keep_last` of all, multiples of `keep_every`, and the best.
 
     On one rank.
     """
     if keep_last <= 0 or not newest.name.startswith("step_"):
         return
-    # Later ones, of which only damaged ones can be left, are no reason to delete good ones.
+    # Later steps, which can only be damaged ones, are not a reason to delete good ones.
     until = [step for step in steps(newest.parent) if _number(step) <= _number(newest)]
     chosen = best(newest.parent)
     for old in until[:-keep_last]:
@@ -110,7 +110,7 @@ def delete_old(newest: Path, keep_last: int, keep_every: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: its name goes first, so that a process that is killed here leaves no half of one."""
+    """Delete a checkpoint: it is renamed first, so that a process that is killed here does not leave half of one."""
     leaving = folder.with_name(f".{folder.name}.{_LEAVING}")
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
@@ -146,7 +146,7 @@ def _pointed(root: Path, name: str) -> Path | None:
     if not (root / name).is_file():
         return None
     target = (root / name).read_text(errors="replace").strip()
-    is_name = target not in ("", ".", "..") and Path(target).name == target  # of a checkpoint beside it, no path
+    is_name = target not in ("", ".", "..") and Path(target).name == target  # of a checkpoint beside it, not a path
     return root / target if is_name and is_whole(root / target) else None
 
 

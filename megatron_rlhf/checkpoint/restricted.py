@@ -1,8 +1,8 @@
-"""The one door through which checkpoints are read: data comes in, code does not.
+"""The only way in which checkpoints are read: data is loaded, code is not.
 
 Two parts of torch's distributed checkpoints are pickles that torch's own reader runs: `.metadata`, and the objects
-between the tensors in `.distcp` files. Whatever reads a checkpoint in this process (ours, Megatron-Core's, torch's)
-goes through the two methods that are replaced here. The third, `common.pt`, is looked at before Megatron-Core reads it.
+between the tensors in `.distcp` files. Whatever reads a checkpoint in this process (this package, Megatron-Core, torch)
+goes through the two methods that are replaced here. The third, `common.pt`, is checked before Megatron-Core reads it.
 docs/security.md lists everything that is opened, and how.
 """
 
@@ -24,11 +24,11 @@ from megatron_rlhf.config.errors import UserError
 
 METADATA = ".metadata"
 COMMON = "common.pt"
-"""Megatron-Core's file for what is no tensor."""
+"""Megatron-Core's file for everything that is not a tensor."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows some names; every other one ends the reading before anything is called."""
+    """An unpickler that allows some names; any other one stops the reading before anything is called."""
 
     ALLOWED: ClassVar[Mapping[str, set[str]]] = {}
 
@@ -41,7 +41,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class MetadataUnpickler(_Unpickler):
-    """Reads what describes a distributed checkpoint."""
+    """Reads the description of a distributed checkpoint."""
 
     ALLOWED: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
@@ -80,17 +80,17 @@ class ScalesUnpickler(_Unpickler):
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
-    """What Python before 3.11.4 writes enumeration members with `getattr` for, and nothing else that it could fetch."""
+    """`getattr` for enumeration members, which Python before 3.11.4 pickles with it, and for nothing else."""
     if not (isinstance(kind, EnumMeta) and name in kind.__members__):
         raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}")
     return kind.__members__[name]
 
 
 def load_metadata(folder: Path) -> Metadata:
-    """What describes the distributed checkpoint in `folder`.
+    """The description of the distributed checkpoint in `folder`.
 
     Raises:
-        UserError: it is missing or broken, names anything but what it is made of, or a file outside of the folder.
+        UserError: it is missing or broken, or names a type that does not belong in it or a file outside the folder.
     """
     path = folder / METADATA
     try:
@@ -115,7 +115,7 @@ def _metadata(file: IO[bytes]) -> Metadata:
 
 
 def load_plain(file: Path | IO[bytes], where: str) -> Any:
-    """What `torch.save` wrote, if it is made of tensors, numbers, texts and containers of them alone; else UserError."""
+    """What `torch.save` wrote, if it consists only of tensors, numbers, texts and containers; else UserError."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -125,13 +125,13 @@ def load_plain(file: Path | IO[bytes], where: str) -> Any:
 
 
 def require_plain_common(folder: Path) -> None:
-    """Raise UserError when what Megatron-Core reads besides the tensors of a role is more than plain data."""
+    """Raise UserError when what Megatron-Core reads in addition to a role's tensors is more than plain data."""
     if (folder / COMMON).is_file():  # later versions of Megatron-Core write none
         load_plain(folder / COMMON, str(folder / COMMON))
 
 
 def require_plain_scales(state: Mapping[str, Any], where: str) -> None:
-    """The same for the state of layers in fp8 that was loaded with a model: Transformer Engine unpickles it."""
+    """The same for the state of fp8 layers that was loaded with a model: Transformer Engine unpickles it."""
     for name, value in _extra_states(state):
         if isinstance(value, Tensor):
             value = io.BytesIO(value.detach().cpu().numpy().tobytes())

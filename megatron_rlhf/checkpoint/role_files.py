@@ -30,7 +30,7 @@ BACKEND, VERSION = "torch_dist", 1
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans what Megatron-Core has prepared; once `take` was called, it gives out what the state was then, from host memory."""
+    """Plans what Megatron-Core has prepared; after `take`, it returns the state as it was then, from host memory."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -38,7 +38,7 @@ class _Planner(DefaultSavePlanner):
         self._taken: dict[MetadataIndex, Any] = {}
 
     def take(self, items: list[WriteItem], copy: bool) -> None:
-        """Bring the items to host memory, and let go of the state. `copy`: also what is there already."""
+        """Copy the items to host memory, and release the state. `copy`: also what is in host memory already."""
         for item in items:
             data = self.lookup_object(item.index)  # objects are packed into bytes already
             self._taken[item.index] = data if isinstance(data, io.BytesIO) else data.detach().to("cpu", copy=copy)
@@ -48,18 +48,18 @@ class _Planner(DefaultSavePlanner):
         return self._taken[write_item.index]
 
     def forget(self) -> None:
-        """Give the memory back: all is written."""
+        """Free the memory: all is written."""
         self._taken = {}
 
 
 class _Writer(FileSystemWriter):
-    """torch's, into one synced file a rank, that does not say where it was written.
+    """torch's, into one synced file per rank, without recording where it was written.
 
-    The folder is to get another name, and Python 3.13 pickles a path in a way that 3.12 cannot read.
+    The folder will be renamed, and Python 3.13 pickles a path in a way that 3.12 cannot read.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Ahead of its writing torch would copy on a stream of the calling thread's GPU; all is in host memory already.
+        # Before writing torch would copy on a stream of the calling thread's GPU; all is in host memory already.
         super().__init__(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta:
@@ -83,12 +83,12 @@ class RoleFiles:
 
     @classmethod
     def plan(cls, folder: Path, state: dict[str, Any], copy: bool) -> "RoleFiles":
-        """Decide who writes what, and bring it to host memory. Collective; raises NotWritten on all ranks.
+        """Decide which rank writes what, and copy it to host memory. Collective; raises NotWritten on all ranks.
 
         Args:
             folder: the role's own.
             state: Megatron-Core's sharded state.
-            copy: take a copy of what is in host memory already, because it is to change before it is written.
+            copy: also copy what is in host memory already, because it will change before it is written.
         """
         sharded, common = save_preprocess(state)
         error = None
@@ -116,7 +116,7 @@ class RoleFiles:
             self.digests[name] = digest(self.folder / name)
 
     def finish(self) -> None:
-        """Write what describes the files, once all ranks have theirs. Collective; raises NotWritten on all ranks."""
+        """Write the files' description, once all ranks are done. Collective; raises NotWritten on all ranks."""
         gathered = _on_first_rank(self.results)
         error = None
         if self.metadata is not None:
@@ -129,7 +129,7 @@ class RoleFiles:
 
 
 def _by_key(sharded: dict[str, Any]) -> dict[str, list[ShardedBase]]:
-    """What this rank writes, by its name in the checkpoint: of parts that several ranks hold, one writes."""
+    """What this rank writes, by its name in the checkpoint: a part on several ranks is written by one of them."""
     grouped: dict[str, list[ShardedBase]] = defaultdict(list)
     for part in nested_values(sharded):
         if is_main_replica(part.replica_id):
@@ -138,7 +138,7 @@ def _by_key(sharded: dict[str, Any]) -> dict[str, list[ShardedBase]]:
 
 
 def _agree_on_plan(planner: _Planner, writer: _Writer) -> tuple[SavePlan, Metadata | None]:
-    """This rank's share, and on the first rank what describes the whole. Collective."""
+    """This rank's share, and on the first rank the description of the whole. Collective."""
     plans = _on_first_rank(planner.create_local_plan())
     shares, metadata, error = None, None, None
     if dist.get_rank() == 0:
@@ -154,7 +154,7 @@ def _agree_on_plan(planner: _Planner, writer: _Writer) -> tuple[SavePlan, Metada
 
 
 def _on_first_rank(value: Any) -> list[Any]:
-    """What all ranks bring, on the first one; nothing on the others."""
+    """The values of all ranks, on the first one; nothing on the others."""
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(value, gathered if dist.get_rank() == 0 else None)
     return gathered

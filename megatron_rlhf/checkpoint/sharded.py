@@ -1,8 +1,9 @@
 """Save and load roles with Megatron-Core's distributed checkpoints; a checkpoint is whole or it is not there.
 
-A checkpoint is a folder `step_N` with one folder a role (`policy`, `policy_ema`, `value`, `reward`), `meta.json` (the
-models' shapes and the trainer's own state) and `checksums.sha256`. It is written aside and renamed, so a torn one is never
-picked up. `role_files` and `draft` have how files are written, `naming` how they are named, `integrity` how damage is found.
+A checkpoint is a folder `step_N` with one folder per role (`policy`, `policy_ema`, `value`, `reward`), `meta.json` (the
+models' shapes and the trainer's own state) and `checksums.sha256`. It is written under another name and renamed, so a
+partial one is never picked up. How files are written is in `role_files` and `draft`, how they are named in `naming`,
+how damage is found in `integrity`.
 """
 
 import dataclasses
@@ -66,14 +67,14 @@ _ENUMS: dict[str, type[Enum]] = {
 
 @dataclasses.dataclass
 class SavedRole:
-    """What of a role goes into a checkpoint."""
+    """The parts of a role that go into a checkpoint."""
 
     role: Role
     optimizer: MegatronOptimizer | None = None
 
 
 def save_role(folder: Path, saved: SavedRole) -> None:
-    """Write one role's weights, and its optimizer's state and random state where it is trained.
+    """Write one role's weights, and, where it is trained, its optimizer's state and random state.
 
     Collective; raises NotWritten on all ranks.
     """
@@ -198,11 +199,11 @@ def _same_layout(folder: Path, name: str, role: Role) -> bool:
     return written in (
         signature,
         signature.replace(f"{_DEVICE}cpu", ""),
-    )  # at first no device was named: CPUs were all there was
+    )  # early versions named no device: they ran on CPUs only
 
 
 def _keyed(role: Role) -> dict[str, Any]:
-    # Megatron-Core's convention for the keys of one and of several chunks; its optimizers rely on it.
+    # Megatron-Core's convention for the keys of one or several chunks; its optimizers rely on it.
     chunks = role.modules
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
@@ -227,7 +228,7 @@ def require_plain(folder: Path, roles: Iterable[str]) -> None:
 
 
 def _is_extra_state(name: str) -> bool:
-    """What Transformer Engine's layers keep besides weights: their scales for fp8, which they find again."""
+    """What Transformer Engine's layers keep in addition to weights: their fp8 scales, which they determine again."""
     return name.endswith("_extra_state")
 
 
@@ -242,7 +243,7 @@ def _leave_out_unsaved_extra_state(parts: list[dict[str, Any]], source: Path) ->
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Torch's Adam, Apex's and Transformer Engine's have settings of their own in their groups.
 
-    Where the saved groups come from another of them and lack some, they stay as they are.
+    Where the saved groups come from another one and lack some settings, these stay as they are.
     """
     own = [dict(group) for part in optimizer.chained_optimizers for group in part.param_groups]
     optimizer.load_state_dict(state)

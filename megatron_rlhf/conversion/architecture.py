@@ -1,6 +1,6 @@
-"""What a Hugging Face architecture is to us: one table of names, read when importing and when exporting.
+"""How a Hugging Face architecture is described: one table of names, read when importing and when exporting.
 
-Our side of a table is the names of Megatron-Core's distributed checkpoints, where each tensor is whole (no layout in
+Our side of a table has the names of Megatron-Core's distributed checkpoints, where each tensor is whole (no layout in
 it) and a layer's tensor is known by its name and the layer's number.
 """
 
@@ -26,7 +26,7 @@ HEAD_BIAS = "output_layer.bias"
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive rows of a Hugging Face tensor; one of our tensors is a sequence of runs."""
+    """Consecutive rows of a Hugging Face tensor; each of our tensors is a sequence of such runs."""
 
     name: str
     start: int
@@ -34,13 +34,13 @@ class Run:
 
 
 class Order(Enum):
-    """How the rows of one of our tensors are found in Hugging Face's."""
+    """How the rows of one of our tensors map to Hugging Face's."""
 
     same = "same"
     stacked = "stacked"
-    """Several of theirs, one after the other: gate, then up."""
+    """Several Hugging Face tensors, one after the other: gate, then up."""
     grouped = "grouped"
-    """Theirs: all queries, all keys, all values. Ours: group by group, a group's queries, its key, its value."""
+    """Hugging Face: all queries, all keys, all values. Megatron-Core: per group its queries, its key, its value."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Theirs:
     """Stored as [in, out] (GPT-2's Conv1D)."""
 
     def runs(self, rows: int, model: ModelConfig, layer: int | None) -> list[Run]:
-        """The `rows` rows of our tensor, first to last, as runs of theirs."""
+        """The `rows` rows of our tensor, first to last, as runs of Hugging Face's."""
         names = [name.format(layer) for name in self.names]
         if self.order is Order.grouped:
             return _grouped(names, model)
@@ -126,42 +126,42 @@ def tensor_shapes(model: ModelConfig, scalar: bool) -> dict[str, tuple[int, ...]
 
 
 class Head(Enum):
-    """What stands on the last hidden state, by the end of the class's name."""
+    """The head on the last hidden state, by the end of the class's name."""
 
     language = "ForCausalLM"
     score = "ForSequenceClassification"
-    """One number a text, read at its last token: a reward model."""
+    """One number per text, read at its last token: a reward model."""
     token = "ForTokenClassification"
-    """One number a token: a value model."""
+    """One number per token: a value model."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Hugging Face model type: its configuration and its tensors, beside ours."""
+    """A Hugging Face model type: how its configuration and its tensors map to ours."""
 
     model_type: str
     """As config.json has it."""
     classes: str
-    """What its classes start with: 'Llama' of LlamaForSequenceClassification."""
+    """Prefix of its classes' names: 'Llama' of LlamaForSequenceClassification."""
     prefix: str
-    """What the base model's tensors start with where a head is added."""
+    """Prefix of the base model's tensors where a head is added."""
     tensors: Mapping[str, Theirs]
-    """Our tensor -> theirs."""
+    """Our tensor -> Hugging Face's."""
     fields: Mapping[str, str | tuple[str, ...]]
     """Field of ModelConfig -> key of config.json with the same value; several keys must agree."""
     fixed: Mapping[str, Any]
-    """Fields of ModelConfig that this architecture has by nature."""
+    """Fields of ModelConfig that are fixed for this architecture."""
     activations: Mapping[Activation, tuple[str, ...]]
     """Our activation -> its names in config.json, the one to write first."""
     activation_key: str = "hidden_act"
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Key of config.json -> the values that we can carry, the one to write first; others are refused by name."""
+    """Key of config.json -> the values that can be converted, the one to write first; others are refused by name."""
     rope_keys: tuple[str, str | None] = ("rope_theta", None)
-    """Keys of the rotary base and of the rotated share of a head, where they stand outside of rope_parameters."""
+    """Keys of the rotary base and of the rotated share of a head, where they are outside of rope_parameters."""
     language_class: str = "ForCausalLM"
-    """What the language model's class ends with."""
+    """Ending of the language model's class name."""
     token_head: str | None = "score"
-    """The scalar of ...ForTokenClassification, which the value model becomes; None where there is no such class."""
+    """The head of ...ForTokenClassification, which a value model is exported as; None where there is no such class."""
     unused: tuple[str, ...] = ()
     """Patterns of tensors that old files hold and no model reads (masks, rotary tables)."""
 
@@ -181,7 +181,7 @@ class Architecture:
         return "score" if head is Head.score else self.token_head
 
     def theirs(self, key: str, head: Head) -> Theirs:
-        """Where one of our tensors is."""
+        """Where Hugging Face keeps one of our tensors."""
         if key in (HEAD, HEAD_BIAS):
             return same(f"{self.head_module(head)}.{key.rpartition('.')[2]}")
         return self.tensors[key]

@@ -1,4 +1,4 @@
-"""Whole conversions: read, write aside, check, and only then put the result in its place."""
+"""Whole conversions: read, write to a temporary folder, check, and only then move the result into place."""
 
 import contextlib
 import resource
@@ -46,18 +46,18 @@ class Report:
     architecture: str
     head: Head
     tensors: int
-    """Tensors of Hugging Face's, each of which was compared bit by bit."""
+    """Number of Hugging Face tensors, each of which was compared bit by bit."""
     largest_difference: float
-    """Of outputs, in fp32, over all test tokens."""
+    """Largest difference of outputs, in fp32, over all test tokens."""
     largest_output: float
     positions: tuple[int, int]
-    """Length of the longest row that both sides ran on, and of the model's context."""
+    """Lengths of the longest row that both models ran on, and of the model's context."""
     peak_bytes_converting: int
-    """Most memory that this process held before the check."""
+    """Peak memory of this process before the check."""
     peak_bytes: int
-    """The same, with the check."""
+    """The same, including the check."""
     needs_code: bool = False
-    """A reward model whose bias transformers' own class has no place for."""
+    """A reward model with a bias that transformers' own class does not support."""
 
     def __str__(self) -> str:
         text = (
@@ -74,7 +74,7 @@ class CheckOptions:
     """What the two models are run on."""
 
     text_tokens: Sequence[int] = ()
-    """A text, by the model's own tokenizer."""
+    """A text, tokenized by the model's own tokenizer."""
     length: int = 2048
     """Longest row, in tokens; the model's context where that is shorter."""
 
@@ -90,7 +90,7 @@ class CheckOptions:
 def import_huggingface(
     source: Path, output: Path, role: str | None, check: CheckOptions, allow_pickle: bool = False
 ) -> Report:
-    """Write a Hugging Face folder as a checkpoint of ours with one role. Collective.
+    """Write a Hugging Face folder as one of our checkpoints, with one role. Collective.
 
     Raises:
         UserError: for an input that cannot be converted.
@@ -113,9 +113,9 @@ def import_huggingface(
 
 
 def import_nemo(archive: Path, output: Path) -> int:
-    """Write a `.nemo` archive of a GPT as a checkpoint of ours with a policy; returns how many tensors were compared.
+    """Write a `.nemo` archive of a GPT as our checkpoint with a policy; returns how many tensors were compared.
 
-    transformers cannot run such a model: the check is of tensors alone, read back and compared bit by bit. Collective.
+    transformers cannot run such a model: only tensors are checked, read back and compared bit by bit. Collective.
     """
     with _into(output) as folder, nemo_archive.opened(archive, folder.parent) as (model, source):
         write_checkpoint(folder / "policy", source)
@@ -142,7 +142,7 @@ def export_huggingface(
     check: CheckOptions,
     shard_bytes: int = hf_export.SHARD_BYTES,
 ) -> Report:
-    """Write one role of a checkpoint of ours as a Hugging Face folder. Collective.
+    """Write one role of one of our checkpoints as a Hugging Face folder. Collective.
 
     Raises:
         UserError: for a role or a shape that cannot be converted.
@@ -167,7 +167,7 @@ def export_huggingface(
 
 
 def _role_for(described: Described, role: str | None, source: Path) -> str:
-    """The folder of the checkpoint that an import fills."""
+    """The folder of the checkpoint that an import writes."""
     name = ROLES[role] if role else {Head.language: "policy", Head.score: "reward", Head.token: "value"}[described.head]
     if described.scalar != (_HEADS[name] is not Head.language):
         has = "a scalar head" if described.scalar else "no scalar head (init_from of a reward model starts a new one)"
@@ -188,7 +188,7 @@ def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool]:
 def _into(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not empty; name a new folder")
-    dist.barrier()  # all ranks have looked before one writes
+    dist.barrier()  # all ranks have checked before one writes
     with sharded.writing(output) as folder:
         yield folder
 
@@ -219,7 +219,7 @@ def _checked(
 
 
 def _on_first_rank(check: Callable[[], Result]) -> Result:
-    """Check on one rank; all return what it returns, or raise as it does."""
+    """Check on one rank; all ranks return what it returns, or raise as it does."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

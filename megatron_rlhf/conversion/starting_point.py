@@ -1,4 +1,4 @@
-"""Where a role's first weights come from: a checkpoint of ours or a Hugging Face folder, told apart by what is inside."""
+"""Where a role's first weights come from: one of our checkpoints or a Hugging Face folder, told apart by content."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from megatron_rlhf.conversion.hf.folder import CONFIG
 from megatron_rlhf.models.roles import Role
 
 HEAD_BYTES = 2**20
-"""Of each file of a Hugging Face folder, that tell it from others: its header, and some weights."""
+"""Bytes of each file of a Hugging Face folder that identify it: its header, and some weights."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a role can be filled with."""
+    """What a role can be loaded from."""
 
     roles: tuple[str, ...]
     """Saved roles, the best fit first."""
     scalar: bool
     """The role has a scalar head."""
     fresh_head: bool = False
-    """A language model will do for a scalar role that is to learn: its head is drawn anew."""
+    """A language model is enough for a scalar role that is trained: its head is newly initialized."""
 
     def describe(self) -> str:
-        """What to name instead, for a message."""
+        """What to specify instead, for a message."""
         if not self.scalar:
             return "a language model"
         return "a language model or a model with a scalar head" if self.fresh_head else "a model with a scalar head"
@@ -39,7 +39,7 @@ class Wanted:
 POLICY = Wanted(("policy",), scalar=False)
 AVERAGE = Wanted(("policy_ema",), scalar=False)
 REWARD = Wanted(("reward",), scalar=True)
-"""A reward model that is only read: a head drawn anew would be noise, and a value model judges other things."""
+"""A frozen reward model: a new random head would be noise, and a value model predicts something else."""
 TRAINED_REWARD = Wanted(("reward", "value", "policy"), scalar=True, fresh_head=True)
 VALUE = Wanted(("value", "reward", "policy"), scalar=True, fresh_head=True)
 
@@ -51,16 +51,16 @@ class StartingPoint:
     path: Path
     model: ModelConfig
     scalar: bool
-    """It carries a scalar head (reward or value model)."""
+    """It has a scalar head (reward or value model)."""
     saved_role: str | None
-    """Folder inside a checkpoint of ours; None for a Hugging Face folder."""
+    """Folder inside one of our checkpoints; None for a Hugging Face folder."""
 
     @classmethod
     def find(cls, path: str, key: str, wanted: Wanted) -> "StartingPoint":
-        """Look at `path`, given by the configuration key `key`.
+        """Inspect `path`, given by the configuration key `key`.
 
         Raises:
-            UserError: if the path holds nothing to start from, or something else than what the role is.
+            UserError: if the path holds nothing to start from, or something that does not fit the role.
         """
         folder = Path(path)
         if hf_load.is_hf_folder(folder):
@@ -87,7 +87,7 @@ class StartingPoint:
         return next(filter(holds_tokenizer, folders), None)
 
     def require_shape(self, model: ModelConfig | None, key: str) -> None:
-        """Raise UserError when the configuration asks for another shape than these weights have."""
+        """Raise UserError when the configuration asks for a different shape from that of these weights."""
         if model is not None and (differences := model_differences(model, self.model)):
             raise UserError(
                 f"{key} does not fit {self.path}: {'; '.join(differences)}. Leave {key} out to take the checkpoint's shape."
@@ -103,7 +103,7 @@ class StartingPoint:
 
     @cached_property
     def digest(self) -> str:
-        """A name for these very weights, wherever they lie: of checksums, or of the head of each Hugging Face file."""
+        """An identifier of these weights, wherever they are: from checksums, or the head of each Hugging Face file."""
         if self.saved_role is not None:
             return integrity.digest_of(self.path, self.saved_role)
         total = hashlib.sha256()
@@ -113,7 +113,7 @@ class StartingPoint:
         return total.hexdigest()[:16]
 
     def load_into(self, role: Role) -> None:
-        """Fill the role's weights. A scalar role filled from a language model keeps its fresh head."""
+        """Fill the role's weights. A scalar role loaded from a language model keeps its new head."""
         if self.saved_role is None:
             hf_load.load_into(role, self.path)
         else:

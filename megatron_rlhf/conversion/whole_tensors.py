@@ -1,7 +1,7 @@
 """Tensors of a distributed checkpoint, one at a time and whole: no model is built, no layout chosen.
 
 Loading a role asks each rank for its part of every tensor; a converter wants the opposite, every part of one tensor,
-and memory for little more than that one.
+and little more memory than that one needs.
 """
 
 import math
@@ -33,12 +33,12 @@ from megatron_rlhf.conversion.architecture import is_layer
 
 EVERY_ROW = slice(None)
 CHUNK_BYTES = 2**26
-"""Tensors are written in chunks of rows of about this size: whoever reads some rows reads few others with them."""
+"""Tensors are written in chunks of rows of about this size, so that reading some rows reads few others with them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One of a model's tensors: its name and, inside the layers, which layer's."""
+    """One of a model's tensors: its name and, inside the layers, the layer's number."""
 
     key: str
     layer: int | None
@@ -84,7 +84,7 @@ class CheckpointReader:
     shapes: Mapping[str, tuple[int, ...]]
     num_layers: int
     prefix: str = ""
-    """Put before our names by who wrote the checkpoint."""
+    """Prefix that the writer of the checkpoint put before our names."""
 
     @cached_property
     def _storage(self) -> dcp.FileSystemReader:
@@ -101,7 +101,7 @@ class CheckpointReader:
         return self._stored(key).properties.dtype
 
     def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
-        """One tensor, or some rows. What is stored beyond its shape is padding of the vocabulary, and stays behind."""
+        """One tensor, or some rows. What is stored beyond its shape is vocabulary padding, and is left out."""
         shape, stored = self.shapes[place.key], self._stored(place.key)
         inside = () if place.layer is None else (place.layer,)
         fits = len(stored.size) == len(inside) + len(shape)
@@ -121,12 +121,12 @@ class CheckpointReader:
         return result.reshape(part)
 
     def keys(self) -> list[str]:
-        """Every tensor that is there, by our names where it has one."""
+        """Every stored tensor, by our name where it has one."""
         stored = self._metadata.state_dict_metadata
         return sorted(k.removeprefix(self.prefix) for k, v in stored.items() if isinstance(v, TensorStorageMetadata))
 
     def stored_rows(self, key: str) -> int:
-        """Rows of a stored tensor outside the layers, with their padding."""
+        """Rows of a stored tensor outside the layers, including padding."""
         return self._stored(key).size[0]
 
     def _stored(self, key: str) -> TensorStorageMetadata:
@@ -156,7 +156,7 @@ def _span(start: int, length: int) -> slice:
 def write_checkpoint(folder: Path, source: TensorSource) -> None:
     """Write a role's tensors as Megatron-Core's distributed checkpoint, reading one at a time. Collective.
 
-    Ranks share the tensors out among themselves. Any layout can load the result.
+    The tensors are divided among the ranks. Any layout can load the result.
     """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
@@ -172,7 +172,7 @@ def write_checkpoint(folder: Path, source: TensorSource) -> None:
 
 
 class _Streamed(dcp.DefaultSavePlanner):
-    """Plans every tensor, without having any; the storage asks for each when it writes it."""
+    """Plans every tensor without loading any; each is read when the storage writes it."""
 
     def __init__(self, source: TensorSource) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -1,1 +1,1 @@
-"""What a policy is worth: its responses, their scores, the loss on held-out text, and the statistics of all that."""
+"""Evaluation of a policy: its responses, their scores, the loss on held-out text, and their statistics."""

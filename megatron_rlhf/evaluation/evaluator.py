@@ -29,22 +29,22 @@ MICRO_BATCH_SIZE = 8
 
 @dataclass
 class Evaluator:
-    """A frozen policy, perhaps a reward model, and the prompts to answer."""
+    """A frozen policy, optionally a reward model, and the prompts to answer."""
 
     config: EvaluateConfig
     session: Session
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     inputs: list[list[int]]
-    """What the policy reads for each prompt: few-shot examples may come first."""
+    """What the policy reads for each prompt, which may start with few-shot examples."""
     output: Path
     held_out: TokenSequences | None
     policy: Role
     reward: Role | None
 
     def run(self) -> dict[str, float]:
-        """Write `evaluate.output` in the run folder, a line a response, and log the means."""
-        self.session.begin(-1)  # an evaluation in the same folder replaces the one before
+        """Write `evaluate.output` in the run folder, one response per line, and log the means."""
+        self.session.begin(-1)  # an evaluation in the same folder replaces the previous one
         chosen = self.prompts
         ids = [prompt.id for prompt in chosen]
         seed, tokenizer = (self.config.run.seed, 0), self.tokenizer
@@ -97,11 +97,11 @@ RUNS_OWN = {
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "stage", ".lock"),
     *("checkpoints", "cache", "replay", "tensorboard", "evaluation"),
 }
-"""What is in a run folder besides."""
+"""Other files and folders in a run folder."""
 
 
 def output_file(run_dir: Path, output: str) -> Path:
-    """Where the responses go; its folder is made. An earlier evaluation's file is replaced, nothing else is.
+    """Where the responses are written; creates its folder. Only an earlier evaluation's file is replaced.
 
     Raises:
         UserError: the file is one of the run's own, or anything but responses, or cannot be written.

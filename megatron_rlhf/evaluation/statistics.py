@@ -38,12 +38,12 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval (low, high) of the mean of `values`, by resampling whole groups with replacement.
 
-    Values of one group (the comparisons of a prompt, the answers of a labeler) are not independent of each other, so that
+    Values of one group (the comparisons of a prompt, the answers of a labeler) are not independent of each other, so
     resampling them one by one would give too narrow an interval.
 
     Args:
         groups: the group of each value.
-        level: probability that the interval is meant to cover.
+        level: coverage probability of the interval.
     """
     if len(values) != len(groups) or not values:
         raise ValueError(
@@ -70,14 +70,14 @@ def pairwise_agreement(rankings: Sequence[Sequence[float]]) -> float:
     Two labelers agree on a pair of items if both prefer the same one, or both call them equal.
 
     Args:
-        rankings: one list a labeler, the ranks that it gave to the same items (0 = best, equal = tie).
+        rankings: one list per labeler, the ranks that it gave to the same items (0 = best, equal = tie).
     """
     agreed, compared = count_agreements(rankings)
     return 100 * agreed / compared if compared else math.nan
 
 
 def count_agreements(rankings: Sequence[Sequence[float]]) -> tuple[int, int]:
-    """(agreements, comparisons) behind `pairwise_agreement`: to be added up over prompts."""
+    """(agreements, comparisons) behind `pairwise_agreement`: to be summed over prompts."""
     if len({len(ranks) for ranks in rankings}) > 1:
         raise ValueError(f"rankings of {sorted({len(ranks) for ranks in rankings})} items: all must rank the same ones")
     agreed = compared = 0
@@ -89,13 +89,13 @@ def count_agreements(rankings: Sequence[Sequence[float]]) -> tuple[int, int]:
 
 
 def krippendorff_alpha(rankings: Sequence[Sequence[float | None]]) -> float:
-    """Krippendorff's alpha for ordinal data: 1 is perfect agreement, 0 that of chance (Krippendorff 2011).
+    """Krippendorff's alpha for ordinal data: 1 is perfect agreement, 0 is chance level (Krippendorff 2011).
 
     alpha = 1 - observed / expected disagreement, where values c < k of which there are n_c, ..., n_k differ by
     (n_c + ... + n_k - (n_c + n_k) / 2)^2. NaN where no item has two ranks, or all ranks are the same.
 
     Args:
-        rankings: one list a labeler, the rank of each item; None where the labeler gave none.
+        rankings: one list per labeler, the rank of each item; None where the labeler gave none.
     """
     if len({len(ranks) for ranks in rankings}) > 1:
         raise ValueError(

@@ -27,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values onto pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float
@@ -37,13 +37,13 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], start: float, end: float, panel: Panel) -> "Axis":
-        """An axis with a little room around all values; logarithmic only if they are positive and span a decade."""
+        """An axis with a small margin around all values; logarithmic only if they are positive and span a decade."""
         low, high = min(values), max(values)
         if panel.logarithmic and low > 0 and high >= 10 * low:
             return cls(low / 1.2, high * 1.2, start, end, logarithmic=True)
         if panel.from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        # What differs only by rounding is a constant: magnified, it would look like news.
+        # Values that differ only by rounding are a constant: magnified, they would look like a change.
         room = 0.06 * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
         grounded = panel.from_zero and low == 0
         return cls(low if grounded else low - room, high + room, start, end)
@@ -55,7 +55,7 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self, about: int) -> list[tuple[float, str]]:
-        """Pixel and label of each tick."""
+        """Position in pixels and label of each tick."""
         if self.logarithmic:
             return [(self(value), format_value(value)) for value in log_ticks(self.low, self.high)]
         values = ticks(self.low, self.high, about)
@@ -90,7 +90,7 @@ class Chart:
 
     @property
     def has_band(self) -> bool:
-        """Whether a line has a band around it."""
+        """Whether any line has a band around it."""
         return any(line.band for line in self.lines)
 
     @property
@@ -100,12 +100,12 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """What the chart says, for those who cannot see it."""
+        """Text alternative of the chart, for those who cannot see it."""
         return "; ".join(f"{line.label or self.title} ends at {line.last} {self.unit}" for line in self.lines)
 
 
 def step_axis(records: Records) -> Axis:
-    """The horizontal axis, first step to last: one for all charts of a page, so that they can be compared."""
+    """The horizontal axis, first step to last: shared by all charts of a page, so that they can be compared."""
     steps = [record["step"] for record in records]
     low, high = min(steps), max(steps)
     return Axis(low, high, LEFT, RIGHT) if high > low else Axis(low - 1, low + 1, LEFT, RIGHT)
@@ -136,7 +136,7 @@ def panel_chart(panel: Panel, x: Axis, records: Records) -> Chart:
 
 
 def time_chart(x: Axis, records: Records) -> Chart | None:
-    """Seconds of a step by phase, stacked; what `time/step_s` has beyond the phases is shown as "other"."""
+    """Seconds of a step by phase, stacked; the rest of `time/step_s` is shown as "other"."""
     names = phases(dict.fromkeys(name for record in records for name in record))
     layers = {name.removeprefix("time/").removesuffix("_s"): [r.get(name) or 0.0 for r in records] for name in names}
     known = [sum(r.get(name) or 0.0 for name in names) for r in records]
@@ -160,7 +160,7 @@ def time_chart(x: Axis, records: Records) -> Chart | None:
 
 
 def _averaged(steps: list[float], layers: dict[str, list[float]]) -> tuple[list[float], dict[str, list[float]]]:
-    """Means over stretches of steps, as jumping layers cannot be read. A single step becomes two, to have a width."""
+    """Means over stretches of steps, as jumping layers are unreadable. A single step becomes two, to have a width."""
     stretch = max(1, round(len(steps) / 60))
     starts = range(0, len(steps), stretch)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 MAX_POINTS = 500
-"""Points drawn of a line: finer than the pixels of a small chart, and what keeps a report under a megabyte."""
+"""Points drawn per line: finer than the pixels of a small chart, and few enough to keep a report under a megabyte."""
 SMOOTHING_FRACTION = 0.04
 MIN_POINTS_TO_SMOOTH = 20
 
@@ -28,14 +28,14 @@ class Curve:
 
 
 def curve(records: Iterable[Mapping[str, Any]], metric: str, scale: float = 1.0) -> Curve:
-    """The values of `metric`, times `scale`, out of the records of a run."""
+    """The values of `metric`, times `scale`, from the records of a run."""
     found = [(record["step"], record[metric]) for record in records if metric in record]
     finite = [(step, value * scale) for step, value in found if value is not None]
     return Curve([s for s, _ in finite], [v for _, v in finite], [s for s, v in found if v is None])
 
 
 def is_noisy(values: Sequence[float]) -> bool:
-    """Whether smoothing helps: the values are many, and walk the length of their own range more than four times."""
+    """Whether smoothing helps: there are many values, and their total variation is more than four times their range."""
     if len(values) < MIN_POINTS_TO_SMOOTH:
         return False
     path = sum(abs(b - a) for a, b in pairwise(values))
@@ -43,7 +43,7 @@ def is_noisy(values: Sequence[float]) -> bool:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A line fitted around each value, weighted by a bell that spans some 4% of the values.
+    """A local linear fit around each value, with bell-shaped weights that span some 4% of the values.
 
     Unlike an exponential moving average it does not lag behind a trend, and unlike a plain kernel it does not flatten
     it at the ends.
@@ -63,7 +63,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def thin(values: Sequence[float]) -> list[int]:
-    """Indices of some MAX_POINTS values to draw: of each stretch its least and its greatest, so that spikes stay."""
+    """Indices of some MAX_POINTS values to draw: the minimum and maximum of each stretch, so that spikes stay."""
     if len(values) <= MAX_POINTS:
         return list(range(len(values)))
     stretch = math.ceil(2 * len(values) / MAX_POINTS)
@@ -75,7 +75,7 @@ def thin(values: Sequence[float]) -> list[int]:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) between `low` and `high`, `about` so many."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) between `low` and `high`, approximately `about` of them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     spacing = power * next(
@@ -86,7 +86,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between `low` and `high`, some five of them; with their multiples by 2 and 5 where they are few."""
+    """About five powers of ten between `low` and `high`; with their multiples by 2 and 5 where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 3 else (1,)
     powers = range(first, last + 1, max(1, math.ceil((last - first) / 5)))
@@ -94,7 +94,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def format_ticks(values: Sequence[float]) -> list[str]:
-    """Labels that tell neighbouring ticks apart, with one suffix for all: 0.9998 and 1.0000, or 10k and 20k."""
+    """Labels that distinguish neighbouring ticks, with one suffix for all: 0.9998 and 1.0000, or 10k and 20k."""
     if not values:
         return []
     factor, suffix = _unit_for(max(abs(value) for value in values))
@@ -115,7 +115,7 @@ def format_value(value: float, digits: int = 4) -> str:
 
 
 def format_measured(value: float, error: float) -> str:
-    """A mean and its standard error, both with the decimals that the error's first two digits ask for."""
+    """A mean and its standard error, both with the decimals needed for the error's first two digits."""
     decimals = max(0, 1 - math.floor(math.log10(error))) if 0 < error < math.inf else 3
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 

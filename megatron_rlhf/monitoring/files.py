@@ -1,4 +1,4 @@
-"""Files that a crash cannot leave half right: replaced whole, or grown by one line at a time."""
+"""Files that a crash cannot corrupt: replaced as a whole, or appended to one line at a time."""
 
 import errno
 import json
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place at the end of the block, or never if the block raises."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids repeat on other nodes
+    """Open a file beside `path` that replaces it at the end of the block, but not if the block raises."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids are not unique over nodes
     try:
         with aside.open("wb") as file:
             yield file
@@ -31,13 +31,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, the whole file at once."""
+    """Write JSON lines, the whole file at once."""
     with replacing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects in `path`, one a line. A last line without its newline is half written, and left out."""
+    """The JSON objects in `path`, one per line. A last line without its newline is incomplete, and left out."""
     return (record for _, record in _complete_lines(path))
 
 
@@ -70,14 +70,14 @@ class StepFile:
         self.enabled = enabled
         self._file: IO[bytes] | None = None
         self._unwritten = b""
-        """What a full disk has not taken yet."""
+        """Lines that could not be written yet because of a full disk."""
         if enabled:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a line for each row, `step` first. JSON has no NaN or infinity: they become null, and are logged.
 
-        A full disk is no reason to stop: what it does not take is kept, and written with the next lines.
+        A full disk is not a reason to stop: what could not be written is kept, and written with the next lines.
         """
         if not self.enabled:
             return
@@ -105,7 +105,7 @@ class StepFile:
             self._unwritten = self._unwritten[taken or 0 :]
 
     def truncate(self, step: int) -> None:
-        """Drop the lines of later steps, and a half-written last one: what a run does before it goes on from `step`."""
+        """Drop the lines of later steps, and an incomplete last one, before a run continues from `step`."""
         if not self.enabled:
             return
         self.close()

@@ -1,4 +1,4 @@
-"""One rule for a job of a thousand processes: one rank logs."""
+"""Logging for a job of a thousand processes: one rank logs."""
 
 import logging
 from pathlib import Path
@@ -13,8 +13,8 @@ def setup_logging(run_dir: Path, rank: int, level: str = "INFO", logging_rank: i
     """Send the log of `logging_rank` to stderr and to `run_dir/log.txt`, and silence the other ranks.
 
     A CRITICAL record is the exception: it means that its rank is lost, so it is shown on any rank, with the rank's
-    number. `level` holds for our own code; libraries are heard from WARNING on, and Python's warnings come into the
-    log, each of them once. Calling it again replaces what an earlier call, or Hydra, has set up.
+    number. `level` applies to our own code; libraries are logged from WARNING on, and Python's warnings go to the log,
+    each of them once. Calling it again replaces what an earlier call, or Hydra, has set up.
     """
     if level.upper() not in LEVELS:
         raise UserError(f"log level {level!r}: expected one of {', '.join(LEVELS)}")
@@ -39,7 +39,7 @@ def setup_logging(run_dir: Path, rank: int, level: str = "INFO", logging_rank: i
 
 
 class _OnlyOnce(logging.Filter):
-    """Lets each text pass once."""
+    """Passes each text only once."""
 
     def __init__(self) -> None:
         super().__init__()

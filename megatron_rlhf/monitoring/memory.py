@@ -1,4 +1,4 @@
-"""The most memory that this process has held lately."""
+"""The peak memory of this process since the last call."""
 
 import resource
 from pathlib import Path
@@ -11,7 +11,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_bytes() -> float:
     """Most bytes held since the last call: allocated on this rank's GPU, or resident on a CPU.
 
-    A CPU whose kernel does not let a process forget its peak gives the highest since the process began.
+    On a CPU whose kernel does not let a process reset its peak it is the highest since the process began.
     """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()

@@ -1,4 +1,4 @@
-"""What a run writes down at each step: its metrics, and some of the text it sampled."""
+"""What a run records at each step: its metrics, and some of the text it sampled."""
 
 import logging
 import math
@@ -34,11 +34,11 @@ class MetricsLogger:
         for mirror in self._mirrors:
             try:
                 mirror.log(step, {name: float(value) for name, value in metrics.items() if math.isfinite(value)})
-            except OSError as error:  # a full disk: what counts is in the file above
+            except OSError as error:  # a full disk: the important copy is in the file above
                 logger.warning("step %d is missing in %s: %s", step, type(mirror).__name__, error)
 
     def truncate(self, step: int) -> None:
-        """Forget all steps after `step`. Called at resume, it makes the file that of a run never interrupted."""
+        """Discard all steps after `step`. Called at resume, it makes the file the same as without an interruption."""
         self._file.truncate(step)
         for mirror in self._mirrors:
             mirror.truncate(step)
@@ -60,7 +60,7 @@ class SamplesLogger:
         self._file = StepFile(Path(run_dir) / "samples.jsonl", enabled)
 
     def log(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Write the samples of one step, a line each."""
+        """Write the samples of one step, one per line."""
         self._file.append(step, samples)
 
     def truncate(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Where metrics are shown besides `metrics.jsonl`: TensorBoard and Weights & Biases."""
+"""Where metrics are shown in addition to `metrics.jsonl`: TensorBoard and Weights & Biases."""
 
 import importlib.util
 import uuid
@@ -10,16 +10,16 @@ from megatron_rlhf.config.errors import UserError
 
 
 class Mirror(Protocol):
-    """A second home for metrics."""
+    """A second destination for metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of one step."""
 
     def truncate(self, step: int) -> None:
-        """Forget what was shown of later steps."""
+        """Discard what was shown of later steps."""
 
     def close(self) -> None:
-        """Hand over what is still buffered."""
+        """Flush what is still buffered, and close."""
 
 
 class TensorBoard:
@@ -33,7 +33,7 @@ class TensorBoard:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one scalar event for each metric."""
         if self._writer is None:
-            # Importing it takes a second, and its constructor creates a file: only once there is something to say.
+            # Importing it takes a second, and its constructor creates a file: only once there is something to write.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
@@ -42,7 +42,7 @@ class TensorBoard:
         self._writer.flush()
 
     def truncate(self, step: int) -> None:
-        """Event files cannot be cut; the next one tells TensorBoard to hide what came after `step` before it."""
+        """Event files cannot be truncated; the next one tells TensorBoard to hide earlier events after `step`."""
         self.close()
         self._purge_step = step + 1
 
@@ -54,7 +54,7 @@ class TensorBoard:
 
 
 def require_wandb() -> None:
-    """Raise a `UserError` if W&B is not installed. Called on all ranks, lest one fails and the others wait for it."""
+    """Raise a `UserError` if W&B is not installed. Called on all ranks, so that all fail and none waits."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("W&B logging was asked for but wandb is not installed: pip install megatron_rlhf[wandb]")
 
@@ -77,7 +77,7 @@ class WeightsAndBiases:
         self._run.log(dict(metrics), step=step)
 
     def truncate(self, step: int) -> None:
-        """Nothing: W&B ignores a step it has seen, and a resumed run only repeats the same values."""
+        """Does nothing: W&B ignores a step it has seen, and a resumed run only repeats the same values."""
 
     def close(self) -> None:
         """Wait for the upload to end."""

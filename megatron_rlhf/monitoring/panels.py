@@ -1,4 +1,4 @@
-"""Which metrics share axes, under what title and in what unit. One that is not named here is drawn under "Other"."""
+"""Which metrics share axes, with what title and unit. A metric not named here is drawn under "Other"."""
 
 import fnmatch
 from collections.abc import Collection
@@ -19,7 +19,7 @@ class Panel:
     """Stored values times `scale` are in `unit`."""
     logarithmic: bool = False
     from_zero: bool = False
-    """The axis begins at zero: for quantities read as amounts rather than as changes."""
+    """The axis starts at zero: for quantities read as amounts rather than as changes."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ HEADLINES = (
 
 
 def panel_of(metric: str) -> Panel:
-    """The panel of one metric alone; a metric nobody foresaw gets its own name as the title."""
+    """The panel of a single metric; an unknown metric gets its own name as the title."""
     for group in GROUPS:
         for panel in group.panels:
             if metric in panel.metrics:

@@ -14,15 +14,15 @@ from megatron_rlhf.monitoring.panels import panel_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart with any kind of colour vision.
+# Okabe and Ito's palette, distinguishable with any kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f6b7a")
 INK, FAINT = "#28323e", "#d9dee5"
 MAX_COLUMNS = 3
 
 
 def write_picture(runs: Mapping[str, Path], metrics: Sequence[str], path: Path) -> Path:
-    """Draw each metric on its own axes with a line for each run that has it. `runs` maps a name onto a run folder."""
-    # Loaded only to draw, so that training does not wait for it; and without pyplot, which would look for a display.
+    """Draw each metric on its own axes with a line for each run that has it. `runs` maps a name to a run folder."""
+    # Imported only to draw, so that training does not wait for it; and without pyplot, which would look for a display.
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -1,4 +1,4 @@
-"""How far a run has come, how long it will take, and where its time goes."""
+"""How far a run has got, how long it will take, and where its time is spent."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ LINES_IN_A_RUN = 10
 class Progress:
     """A bar on a terminal; elsewhere (Slurm, CI, a file) plain log lines, so that the log stays readable.
 
-    A line is written when ten seconds have passed or a tenth of the run is done since the one before, and at the end.
+    A line is written when ten seconds have passed or a tenth of the run is done since the last one, and at the end.
     """
 
     def __init__(self, total: int, initial: int = 0, description: str = "", enabled: bool = True):
@@ -37,7 +37,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._began = self._line_time = time.monotonic()
         if self._enabled and sys.stderr.isatty():
-            # Log lines would tear the bar: while it is shown they are printed above it.
+            # Log lines would break up the bar: while it is shown they are printed above it.
             self._cleanup.enter_context(logging_redirect_tqdm())
             self._bar = self._cleanup.enter_context(
                 tqdm(total=self._total, initial=self._initial, desc=self._description, unit="step", dynamic_ncols=True)
@@ -89,10 +89,10 @@ def _clock(seconds: float) -> str:
 
 
 class PhaseTimer:
-    """Adds up the seconds of a step by phase, and notes its peak of memory: `with timer("rollout"): ...`, `timer.take()`.
+    """Adds up the seconds of a step by phase, and its peak memory: `with timer("rollout"): ...`, `timer.take()`.
 
-    `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read, as kernels run behind
-    Python's back. `peak_bytes` gives the most bytes held since it was called before.
+    `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read, as kernels run asynchronously.
+    `peak_bytes` gives the most bytes held since its last call.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class PhaseTimer:
 
     @property
     def current(self) -> str:
-        """The innermost phase that is being timed now; after an exception, the one that it came from."""
+        """The innermost phase being timed now; after an exception, the one that it came from."""
         return self._failed or (self._open[-1] if self._open else "between steps")
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Charge the time spent in the block to `phase`. Blocks may nest; each counts its whole length."""
+        """Charge the time spent in the block to `phase`. Blocks may nest; each counts its whole duration."""
         began = self._now()
         self._note_peak()
         self._open.append(phase)
@@ -127,7 +127,7 @@ class PhaseTimer:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
 
     def _note_peak(self) -> None:
-        """What was held since the last boundary counts for every phase that was open meanwhile."""
+        """What was held since the last boundary counts for every phase that was open in between."""
         if self._peak_bytes is not None:
             peak = self._peak_bytes()
             for phase in self._open:

@@ -22,7 +22,7 @@ KINDS = {"policy/": "PPO", "rm/": "Reward model", "sft/": "Supervised fine-tunin
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure: where it is now, and where it began."""
+    """A headline figure: its current value and its first."""
 
     label: str
     unit: str
@@ -64,7 +64,7 @@ class Page:
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from the run's config, metrics and samples; what is missing is left out.
 
-    It replaces the report of an earlier call, so a run may call it now and then while it goes on.
+    It replaces the report of an earlier call, so a run may call it repeatedly while it continues.
     """
     run_dir = Path(run_dir).resolve()
     if not run_dir.is_dir():
@@ -91,10 +91,10 @@ def write_comparison(
     text: str = "",
     metrics: Sequence[str] = HEADLINES,
 ) -> Path:
-    """Write a page that holds a table and the same metrics of several runs over one another.
+    """Write a page with a table and the same metrics of several runs overlaid.
 
     `rows` are the table's lines, column name -> cell: text, a number, or (value, standard error). `runs` maps the name
-    of a run onto its folder. Paragraphs of `text` are separated by empty lines.
+    of a run to its folder. Paragraphs of `text` are separated by empty lines.
     """
     by_run = {name: _metrics(Path(run_dir)) for name, run_dir in runs.items()}
     section = Section("Curves", [])
@@ -117,7 +117,7 @@ def write_comparison(
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same lines as plain text with aligned columns, for a terminal."""
+    """The same rows as plain text with aligned columns, for a terminal."""
     table = _table(rows)
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]

@@ -25,14 +25,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleColumn:
-    """Samples to be read one below the other."""
+    """Samples shown one below the other."""
 
     label: str
     rows: list[Sample]
 
 
 def samples_by_step(path: Path) -> list[SampleColumn]:
-    """Columns for the first step, the last, and some evenly spread between them; no file, no columns."""
+    """Columns for the first step, the last, and some evenly spread between them; none without a file."""
     by_step = _read(path)
     steps = sorted(by_step)
     if len(steps) > MAX_STEPS:

@@ -1,1 +1,1 @@
-"""Memory, time and money of a run before it asks for a GPU: arithmetic on configurations. Imports `config` only."""
+"""Memory, time and cost of a run before it uses a GPU: arithmetic on configurations. Imports `config` only."""

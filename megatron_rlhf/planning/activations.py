@@ -1,4 +1,4 @@
-"""Bytes that come and go: saved activations, logits, the key/value cache.
+"""Temporary bytes: saved activations, logits, the key/value cache.
 
 The terms are the tensors that our layers save for the backward pass, as measured on a CPU; Transformer Engine's fused
 layers save the same or less.
@@ -11,7 +11,7 @@ from megatron_rlhf.planning import parameters
 from megatron_rlhf.planning.placement import FP32, PlacedModel
 
 LOGITS_AT_ONCE = 2**24
-"""How many the loss works on at a time, on a GPU (`parallel.vocab`)."""
+"""Tokens that the loss processes at a time, on a GPU (`parallel.vocab`)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Shape:
 def training_peak(
     placed: PlacedModel, stage: int, shape: Shape, microbatches: int, dropout: float = 0.0
 ) -> dict[str, float]:
-    """What a rank of a stage holds at its fullest, in a schedule of `microbatches` on each data-parallel copy."""
+    """Peak memory of a rank of a stage, in a schedule of `microbatches` on each data-parallel copy."""
     chunks = _chunks_in_flight(placed, stage, microbatches)
     chunk_layers = placed.stage_layers(stage) / placed.parallel.virtual_stages
     first, last = stage == 0, stage == placed.parallel.pipeline - 1
@@ -43,7 +43,7 @@ def training_peak(
         saved += chunks / placed.parallel.virtual_stages * stream / placed.element
     head = 2 * stream if last else 0.0  # in and out of the final norm; one microbatch at a time reaches it
     logits = logits_peak(placed, shape) if last and not placed.scalar else 0.0
-    # Head and logits have gone when the first layer runs backward: the larger of the two counts.
+    # Head and logits are freed when the first layer runs backward: the larger of the two counts.
     working = backward_working(placed, shape) + (layer - stream if placed.recomputes else 0.0)
     return {"activations": saved + head, "buffers": max(working - head - logits, 0.0), "logits": logits}
 
@@ -52,7 +52,7 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     """Saved by one layer for its backward pass, without recomputation."""
     model, t, e = placed.model, placed.parallel.tensor, placed.element
     tokens = shape.tokens / placed.parallel.context
-    # In and out; RMSNorm keeps the normalised input too where torch composes it of parts (on a CPU, in fp32).
+    # In and out; RMSNorm keeps the normalised input too where torch composes it from parts (on a CPU, in fp32).
     norm_copies = 2 if model.norm is Norm.layernorm else 3
     qkv = parameters.qkv_width(model)
     attention = parameters.attention_width(model)
@@ -64,14 +64,14 @@ def layer_saved(placed: PlacedModel, shape: Shape, dropout: float = 0.0) -> floa
     saved = tokens * e * elements / t + 2 * norm_copies * _stream(placed, shape)
     saved += tokens * FP32 * model.num_attention_heads / t  # log-sum-exp of the attention
     if dropout:
-        saved += 2 * _stream(placed, shape) / e  # masks, a byte an element
+        saved += 2 * _stream(placed, shape) / e  # masks, one byte per element
     if model.positions is Positions.rope:
         saved += 4 * shape.length * parameters.head_dim(model) * e  # cosines and sines, for queries and keys
     return saved
 
 
 def backward_working(placed: PlacedModel, shape: Shape) -> float:
-    """Gradients alive inside one layer's backward pass, its MLP's being the largest."""
+    """Gradients alive inside one layer's backward pass, where the MLP's are largest."""
     model, e = placed.model, placed.element
     tokens = shape.tokens / placed.parallel.context
     gathered = tokens * model.hidden_size * e if placed.sequence_parts > 1 else 0.0
@@ -81,7 +81,7 @@ def backward_working(placed: PlacedModel, shape: Shape) -> float:
 
 
 def logits_peak(placed: PlacedModel, shape: Shape) -> float:
-    """Logits and what the loss makes of them, vocabulary-parallel: their gradient, and fp32 copies of a part at a time."""
+    """Logits and what the loss computes from them, vocabulary-parallel: their gradient, and fp32 copies of parts."""
     width = parameters.padded_vocabulary(placed.model, placed.parallel.tensor) // placed.parallel.tensor
     logits = shape.tokens * shape.wanted * width
     part = min(logits, LOGITS_AT_ONCE) * FP32
@@ -111,7 +111,7 @@ def cache_bytes(placed: PlacedModel, stage: int, rows: int, length: int) -> floa
 
 
 def _stream(placed: PlacedModel, shape: Shape) -> float:
-    """The residual stream of a microbatch, split along the sequence where the layout says so."""
+    """The residual stream of a microbatch, split along the sequence if the layout says so."""
     tokens = shape.tokens / placed.parallel.context / placed.sequence_parts
     return tokens * placed.model.hidden_size * placed.element
 

@@ -31,7 +31,7 @@ def first_mlp_width(model: ModelConfig) -> int:
 
 
 def padded_vocabulary(model: ModelConfig, tensor: int) -> int:
-    """Rows of the embedding: rounded up so that tensor-parallel ranks hold as many each."""
+    """Rows of the embedding: rounded up so that all tensor-parallel ranks hold the same number."""
     multiple = model.vocab_multiple * tensor
     return -(-model.vocab_size // multiple) * multiple
 
@@ -88,7 +88,7 @@ def total_parameters(model: ModelConfig, scalar: bool = False) -> int:
 
 
 def matmul_parameters(model: ModelConfig, scalar: bool = False) -> int:
-    """Weights that multiply every token, the unembedding among them: what FLOPs are counted from."""
+    """Weights that multiply every token, the unembedding among them: the basis for counting FLOPs."""
     matrices = qkv_width(model) + attention_width(model) + first_mlp_width(model) + ffn_width(model)
     unembedding = 0 if scalar else model.vocab_size
     return model.hidden_size * (model.num_layers * matrices + unembedding)

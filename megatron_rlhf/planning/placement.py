@@ -1,4 +1,4 @@
-"""A model in its layout on a number of GPUs: what memory and time are reckoned from."""
+"""A model in its layout on a number of GPUs: the basis for memory and time estimates."""
 
 from dataclasses import dataclass, replace
 
@@ -50,7 +50,7 @@ class PlacedModel:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """First and last stage: those that have what no other has."""
+        """First and last stage, which have what the others lack."""
         return 0, self.parallel.pipeline - 1
 
     @property
@@ -60,7 +60,7 @@ class PlacedModel:
 
     @property
     def recomputes(self) -> bool:
-        """Layers run forward again in the backward pass; `selective` drops only what fused attention never keeps."""
+        """Layers recomputed in the backward pass; `selective` drops only what fused attention never keeps."""
         return self.parallel.recompute is Recompute.full
 
     def stage_of(self, rank: int) -> int:

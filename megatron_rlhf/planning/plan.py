@@ -44,7 +44,7 @@ class PlannedPhase:
     """Share of the phase in which a pipeline stage waits; None where there is no pipeline schedule."""
 
     part: str = "update"
-    """Phases of one part of the step run side by side where they are on different ranks."""
+    """Phases of one part of the step run in parallel where they are on different ranks."""
 
     def bytes_on(self, rank: int) -> Mapping[str, float]:
         return self.memory(self.placed.stage_of(rank)) if rank in self.placed.ranks else {}
@@ -60,7 +60,7 @@ class Plan:
     phases: Sequence[PlannedPhase]
     steps: int
     microbatch: str
-    """The settings besides the layouts that decide memory, for the report."""
+    """The settings other than layouts that determine memory, for the report."""
 
     @property
     def layouts(self) -> dict[str, str]:
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def capacity_bytes(self) -> float:
-        """What training tensors may use of a GPU."""
+        """Bytes of a GPU that training tensors may use."""
         return (self.cluster.memory_gib - self.cluster.reserved_gib) * GIB
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Where roles are on ranks of their own, each part of the step takes as long as its slower side."""
+        """Where roles are on separate ranks, each part of the step takes as long as its slower side."""
         sides: dict[str, dict[range, float]] = {}
         for phase in self.phases:
             part = sides.setdefault(phase.part, {})
@@ -123,7 +123,7 @@ class Plan:
         return {**held, f"{phase.name} phase": {kind: size for kind, size in phase.bytes_on(rank).items() if size}}
 
     def arithmetic(self) -> str:
-        """The sum that decides whether it fits, in GiB."""
+        """The sum that determines whether it fits, in GiB."""
         terms = [
             f"{name} {kind} {size / GIB:.1f}"
             for name, kinds in self.memory().items()
@@ -144,7 +144,7 @@ class Plan:
 
 
 def describe_layout(placed: PlacedModel) -> str:
-    """For tables: 'tensor 8 x pipeline 8 x data 4, recompute full'."""
+    """For tables, such as 'tensor 8 x pipeline 8 x data 4, recompute full'."""
     parallel = placed.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     if parallel.virtual_stages > 1:

@@ -88,7 +88,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """The fullest GPU, in GiB: roles down, kinds across."""
+    """The fullest GPU, in GiB: one row per role, one column per kind."""
     held = plan.memory()
     kinds = list(dict.fromkeys(kind for sizes in held.values() for kind in sizes))
     rows = [
@@ -156,7 +156,7 @@ def _ranking(plans: Sequence[Plan]) -> str:
 
 
 def _three_digits(x: float) -> str:
-    """0.0694, 35.0, 1,234."""
+    """Formats such as 0.0694, 35.0, 1,234."""
     return f"{x:,.0f}" if x >= 100 else f"{x:#.3g}"
 
 
@@ -165,7 +165,7 @@ def _gib(size: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their content: the first to the left, figures to the right."""
+    """Columns as wide as their content: the first left-aligned, figures right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

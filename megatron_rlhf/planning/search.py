@@ -68,7 +68,7 @@ def _with_micro_batch(config: BaseConfig, size: int) -> BaseConfig:
 
 
 def _by_speed(config: PPOConfig, plan: PlanConfig, layouts: list[ParallelConfig]) -> list[ParallelConfig]:
-    """The critic's layouts, the fastest first and of nearly equal ones the leanest; the policy's changes nothing."""
+    """The critic's layouts, fastest first, near-ties by least memory; the policy's layout has no effect."""
 
     def order(parallel: ParallelConfig) -> tuple[int, float]:
         candidate = plan_stage(replace(config, critic_parallel=parallel), plan)

@@ -1,4 +1,4 @@
-"""Plans of the three training stages, from the very configurations that would run."""
+"""Plans of the three training stages, from the same configurations that would run."""
 
 import math
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workloa
 
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
-    """PPO-ptx: the four roles on all GPUs, or two and two on their own; the alignment tax's forward passes are left out."""
+    """PPO-ptx: the four roles on all GPUs, or two separate pairs; the alignment tax's forward passes are left out."""
     check_placement(config.placement, cluster.gpus)
     side, critic_side = config.placement.ranks(cluster.gpus)
     policy = _place("policy", config.model, config.parallel, config, side, "model", "parallel")
@@ -122,7 +122,7 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def _ppo_roles(
     config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
 ) -> list[PlannedRole]:
-    """The four roles, and when parts of them rest in host memory."""
+    """The four roles, and when parts of them are in host memory."""
     updates = ("policy", "ptx", "value")
     judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
     optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
@@ -166,7 +166,7 @@ def _rollout_phase(
 def _scoring_phase(
     name: str, readers: list[PlacedModel], config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
 ) -> PlannedPhase:
-    """Two models of one shape and layout read the episodes, one after the other."""
+    """Two models of the same shape and layout read the episodes, one after the other."""
     episodes, length = config.ppo.batch_size, config.data.max_prompt_tokens + config.rollout.max_response_tokens
     mean = workload.prompt_tokens + workload.response_tokens
     shape, batch = _microbatches(episodes, config.ppo.micro_batch, readers[0], mean, length)
@@ -184,7 +184,7 @@ def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]
 def _policy_phases(
     config: PPOConfig, policy: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
 ) -> list[PlannedPhase]:
-    """PPO's and pretraining's microbatches, which share one schedule: their time is told apart by their share of it."""
+    """PPO's and pretraining's microbatches, which share one schedule: its time is divided by their share of it."""
     ppo, text = config.ppo, config.data.pretraining.sequence_length
     mean = workload.prompt_tokens + workload.response_tokens
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -241,7 +241,7 @@ def _training_phase(
     tokens: float,
     dropout: float = 0.0,
 ) -> PlannedPhase:
-    """One update on so many tokens, over all copies."""
+    """One update on this many tokens, over all copies."""
     return PlannedPhase(
         name,
         sum(schedule_seconds(placed, cluster, [batch], backward=True)) + update_seconds(placed, cluster),
@@ -275,8 +275,8 @@ def _place(
 def _microbatches(
     sequences: int, budget: Budget, placed: PlacedModel, mean: float, longest: int
 ) -> tuple[Shape, Batch]:
-    """The largest microbatch, and all of them on a data-parallel copy: sequences of like length share one, so little is
-    padding; a budget in tokens has none."""
+    """The largest microbatch, and all of them on a data-parallel copy: sequences of similar length share one, so there
+    is little padding; a budget in tokens has none."""
     mine = math.ceil(sequences / placed.data)
     if budget.tokens is not None:
         count = math.ceil(mine * mean / budget.tokens)

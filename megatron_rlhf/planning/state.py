@@ -8,12 +8,12 @@ Bytes = dict[str, float]
 
 
 def frozen_bytes(placed: PlacedModel, stage: int) -> Bytes:
-    """A model that is only read."""
+    """A frozen model."""
     return {"weights": placed.parameters(stage) * placed.element}
 
 
 def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Bytes:
-    """A model that learns: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
+    """A trained model: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
 
     The distributed optimizer shards moments, master weights and their moving average (`average`) over data and context
     parallelism.

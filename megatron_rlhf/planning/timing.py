@@ -1,6 +1,6 @@
 """Seconds and FLOPs of passes through a placed model, from a cluster's stated rates. Communication is not overlapped.
 
-FLOPs are model FLOPs: 2 a weight and token forward, 4 backward, and attention's scores (causal: half of them).
+FLOPs are model FLOPs: 2 per weight and token forward, 4 backward, and attention's scores (causal: half of them).
 """
 
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ def bubble(placed: PlacedModel, microbatches: int) -> float:
 
 
 def microbatch_seconds(placed: PlacedModel, cluster: ClusterConfig, batch: Batch, backward: bool) -> float:
-    """The slowest stage with one microbatch: its products, its tensor-parallel sums, its messages to the next."""
+    """The slowest stage with one microbatch: its matrix products, tensor-parallel sums, messages to the next."""
     parallel, model = placed.parallel, placed.model
     passes = 1 if not backward else 4 if placed.recomputes else 3
-    sums = 2 if not backward else 6 if placed.recomputes else 4  # all-reduces a layer
+    sums = 2 if not backward else 6 if placed.recomputes else 4  # all-reduces per layer
     share = _slowest_stage_share(placed)
     compute = passes * forward_flops(placed, batch.tokens, batch.length) * share / (parallel.tensor * parallel.context)
     tensor = batch.tokens / parallel.context * model.hidden_size * placed.element
@@ -79,7 +79,7 @@ def update_seconds(placed: PlacedModel, cluster: ClusterConfig, average: bool = 
 def decode_passes(rows: int, slots: int, response: float, limit: int) -> float:
     """Decoding passes for `rows` sequences in `slots`, which waiting prompts refill: full until the last prompt has begun.
 
-    From then on the slots drain, and some response nearly always runs to the limit.
+    From then on the slots drain, and some response nearly always reaches the limit.
     """
     return max(rows / slots - 1, 0) * response + limit
 
@@ -89,7 +89,8 @@ def decode_seconds(
 ) -> float:
     """Sampling `rows` sequences of up to `limit` tokens on each copy, as many batches of slots in flight as there are stages.
 
-    A token costs reading the stage's weights and the batch's keys and values, or its products where they take longer.
+    A token takes the time of reading the stage's weights and the batch's keys and values, or that of its matrix
+    products if longer.
     """
     stages = placed.parallel.pipeline
     batch_rows = min(batch_rows, rows)

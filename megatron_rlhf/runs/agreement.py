@@ -1,4 +1,4 @@
-"""All ranks work on the same batch of the same step: checked before each step, by a number for the whole batch."""
+"""All ranks work on the same batch of the same step: checked before each step, by a checksum of the whole batch."""
 
 import socket
 import zlib
@@ -15,14 +15,14 @@ from megatron_rlhf.parallel import collectives
 
 
 class RanksDisagree(RunFailed):
-    """Ranks have different batches, or are at different steps: they would compute nonsense, or wait for ever."""
+    """Ranks have different batches, or are at different steps: they would compute nonsense, or wait forever."""
 
 
 def require_same_batch(step: int, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
-    """Compare step and token ids of the whole batch over the world. Collective: two integers a rank.
+    """Compare step and token ids of the whole batch over the world. Collective: two integers per rank.
 
     Raises:
-        RanksDisagree: on all ranks, naming those that differ from most.
+        RanksDisagree: on all ranks, naming those that differ from the majority.
     """
     mine = torch.tensor([step, fingerprint(sequences)], device=collectives.device())
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]

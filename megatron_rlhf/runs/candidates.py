@@ -1,4 +1,4 @@
-"""Checkpoints to choose from, weights alone, such as one an epoch: `best` names the best, and it is never touched."""
+"""Weights-only checkpoints to choose from, such as one per epoch: `best` points to the best, which is never deleted."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def candidates(root: Path) -> list[Path]:
-    """All that there are below `root`, by the step that they were saved at."""
+    """All candidates below `root`, by the step that they were saved at."""
     found = [path for path in naming.candidates(root) if is_whole(path)]
     return sorted(found, key=lambda path: (_state(path).get("step", 0), path.name))
 
@@ -26,11 +26,11 @@ def candidates(root: Path) -> list[Path]:
 def offer(
     writer: CheckpointWriter, name: str, roles: Sequence[Trained], state: Mapping[str, Any], keep_last: int
 ) -> None:
-    """Save the roles' weights as `name`, let `best` name them if none were better, and delete old ones. Collective.
+    """Save the roles' weights as `name`, let `best` point to them if none were better, and delete old ones. Collective.
 
     Args:
         state: `step`, and `figure`: the lower, the better.
-        keep_last: candidates to keep besides the best; 0 keeps all.
+        keep_last: candidates to keep in addition to the best; 0 keeps all.
     """
     root = writer.root
     plan: list[Any] = [None]
@@ -39,7 +39,7 @@ def offer(
         plan = [(free, there, _best_figure(root))]
     dist.broadcast_object_list(plan)
     name, there, best = plan[0]
-    # One that is there already is of this step of this run, before it was interrupted.
+    # An existing one is from this step of this run, before it was interrupted.
     if not there and not writer.save(name, roles, state, with_optimizer=False):
         return
     if dist.get_rank() == 0:
@@ -50,7 +50,7 @@ def offer(
 
 
 def forget_after(root: Path, step: int) -> None:
-    """A run goes on from `step`: candidates of later ones go, for it will make them anew; never the best. On one rank."""
+    """A run continues from `step`: delete candidates of later steps, to be saved again; never the best. On one rank."""
     best = naming.best(root)
     for path in candidates(root):
         if _state(path).get("step", 0) > step and path != best:
@@ -58,7 +58,7 @@ def forget_after(root: Path, step: int) -> None:
 
 
 def _free_name(root: Path, name: str, state: Mapping[str, Any]) -> tuple[str, bool]:
-    """The name to save under, and whether these very weights are there already: names are never used twice."""
+    """The name to save under, and whether exactly these weights are saved already: names are never used twice."""
     number, free = 1, name
     while is_whole(root / free):
         if _state(root / free) == dict(state):

@@ -1,4 +1,4 @@
-"""When checkpoints are written, what happens when they cannot be, and which one a run goes on from."""
+"""When checkpoints are written, what happens when they cannot be, and which one a run continues from."""
 
 import logging
 import shutil
@@ -27,16 +27,16 @@ class SavedTokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Another one's is another."""
+        """Differs between different tokenizers."""
 
     def save(self, path: Path) -> None:
-        """Write a folder that it can be loaded from."""
+        """Write a folder from which it can be loaded."""
 
 
 class CheckpointWriter:
     """Writes below `root`, one checkpoint at a time, now or in the background. All methods are collective.
 
-    A checkpoint that cannot be written is no reason to stop: the run says so and goes on, and the last good one stays.
+    A checkpoint that cannot be written is not a reason to stop: the run logs it and continues; the last good one stays.
     """
 
     def __init__(self, root: Path, config: RunConfig, on_saved: Callable[[], object]):
@@ -45,12 +45,12 @@ class CheckpointWriter:
         self._config = config
         self._on_saved = on_saved
         self._draft: Draft | None = None
-        """The one that is being written."""
+        """The checkpoint that is being written."""
         self.tokenizer: SavedTokenizer | None = None
-        """Goes into every checkpoint."""
+        """Stored in every checkpoint."""
 
     def save(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True) -> bool:
-        """Write `name` with the roles, their averages, and the trainer's state; whether it is written."""
+        """Write `name` with the roles, their averages, and the trainer's state; returns whether it worked."""
         self.finish()
         try:
             self._draft = Draft(self.root / name)
@@ -72,7 +72,7 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """A checkpoint is being written in the background."""
+        """Whether a checkpoint is being written in the background."""
         return self._draft is not None
 
     def publish_if_written(self) -> None:
@@ -84,7 +84,7 @@ class CheckpointWriter:
                 self.finish()
 
     def finish(self) -> bool:
-        """Wait for the checkpoint that is being written, if there is one, and give it its name. Whether that went well."""
+        """Wait for the checkpoint being written, if any, and give it its name. Returns whether that worked."""
         if self._draft is None:
             return True
         try:
@@ -116,7 +116,7 @@ class CheckpointWriter:
         sharded.write_meta(draft.path, shapes, state, None if tokenizer is None else tokenizer.fingerprint)
 
     def _give_up(self, name: str, error: NotWritten) -> None:
-        """Say that there is no such checkpoint, and free what was written of it: it may be what fills the disk."""
+        """Log that the checkpoint failed, and delete what was written of it: it may be what fills the disk."""
         if self._draft is not None:
             self._draft.discard()
             self._draft = None
@@ -129,10 +129,10 @@ class CheckpointWriter:
 
 
 def choose_checkpoint(root: Path, config: RunConfig) -> tuple[Path | None, dict[str, str]]:
-    """The checkpoint to go on from, and those passed over because they are damaged: name -> what is wrong. Collective.
+    """The checkpoint to continue from, and those skipped because they are damaged: name -> what is wrong. Collective.
 
     Raises:
-        UserError: the folder holds another run, nothing to resume, or a checkpoint with code in it.
+        UserError: the folder holds a different run, nothing to resume, or a checkpoint with code in it.
     """
     if not (config.resume or config.auto_resume):
         if naming.newest_first(root) or naming.candidates(root):

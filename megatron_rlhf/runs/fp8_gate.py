@@ -1,4 +1,4 @@
-"""A guard over fp8: now and then the policy's log-probabilities in fp8 are held against its own in bf16."""
+"""A guard for fp8: now and then the policy's log-probabilities in fp8 are compared with its own in bf16."""
 
 import logging
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from megatron_rlhf.parallel.pipeline import forward_backward
 
 log = logging.getLogger(__name__)
 
-# Passes after which delayed scales have followed the weights and activations that a model starts with.
+# Passes after which delayed scales have adapted to a model's initial weights and activations.
 SETTLING_PASSES = 2
 
 
 @dataclass
 class Fp8Gate:
-    """Compares on a fixed batch; falls back to bf16 once and for good. Collective over the role's ranks."""
+    """Compares on a fixed batch; falls back to bf16 once, permanently. Collective over the role's ranks."""
 
     config: Fp8Config
     role: Role
@@ -30,7 +30,7 @@ class Fp8Gate:
     micro_batch_size: Budget | int
     temperature: float = 1.0
     fell_back_at: int | None = None
-    """Step before which the policy went over to bf16."""
+    """Step before which the policy switched to bf16."""
 
     @classmethod
     def over(
@@ -41,7 +41,7 @@ class Fp8Gate:
         micro_batch_size: Budget | int,
         temperature: float = 1.0,
     ) -> "Fp8Gate | None":
-        """A gate over a role that computes in fp8; None for any other. `texts` are token ids; the first few are compared."""
+        """A gate for a role in fp8; None for any other. `texts` are token ids; the first few are compared."""
         if not role.in_fp8:
             return None
         chosen = [texts[i] for i in range(min(len(texts), config.gate_samples))]
@@ -49,13 +49,13 @@ class Fp8Gate:
         return cls(config, role, batch, micro_batch_size, temperature)
 
     def check(self, step: int) -> dict[str, float]:
-        """After `step` steps, compare if it is due. Returns metrics; `fp8/active`: whether the next step computes in fp8."""
+        """After `step` steps, compare if due. Returns metrics; `fp8/active`: whether the next step computes in fp8."""
         if self.fell_back_at is not None or self.config.gate_every == 0 or step % self.config.gate_every:
             return {"fp8/active": float(self.fell_back_at is None)}
         if step == 0 and self.config.recipe is Fp8Recipe.delayed:
             self._settle()
         mean, largest = self.gap()
-        if not mean <= self.config.gate_max_gap:  # also where it is not a number
+        if not mean <= self.config.gate_max_gap:  # also if it is NaN
             self._fall_back(step)
             log.warning(
                 "log-probabilities in fp8 differ from bf16 by %.3g nats a token (fp8.gate_max_gap=%g; at most %.3g) before "
@@ -80,7 +80,7 @@ class Fp8Gate:
         return self.role.logprobs(self.batch.sequences, self.micro_batch_size, self.temperature)
 
     def _settle(self) -> None:
-        """Delayed scales start at 1 and follow what passes through in training: let the batch pass, and forget its gradients."""
+        """Delayed scales start at 1 and adapt to training passes: run the batch through, and discard its gradients."""
         for _ in range(SETTLING_PASSES):
             for chunk in self.role.chunks:
                 chunk.train()

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: which role, microbatch and samples they come from, kept in a file to replay."""
+"""Non-finite numbers: which role, microbatch and samples they come from, kept in a file for replay."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from megatron_rlhf.rollout.types import Rollout
 log = logging.getLogger(__name__)
 
 SHOWN = 8
-"""Sample ids in a message; the file has all."""
+"""Maximum number of sample ids in a message; the file has all."""
 
 
 class NotFinite(RunFailed):
@@ -30,25 +30,25 @@ class NotFinite(RunFailed):
 
 
 class Guard:
-    """Knows the samples of the present step, so that a bad microbatch can be named after them."""
+    """Knows the samples of the current step, so that a bad microbatch can be traced to them."""
 
     def __init__(self, folder: Path):
-        """`folder`: where samples are written aside."""
+        """`folder`: where bad samples are written."""
         self._folder = folder
         self._step = 0
         self._samples: list[tuple[str, np.ndarray]] = []
         self._updates = 0
 
     def begin(self, step: int) -> None:
-        """The step that is now worked on, counted from 1."""
+        """The current step, counted from 1."""
         self._step, self._samples, self._updates = step, [], 0
 
     def name(self, kind: str, ids: Sequence[int], sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> None:
-        """Tell the samples of this step: token ids of a whole sequence, or of the prompt that it begins with."""
+        """Set the samples of this step: token ids of a whole sequence, or of the prompt that it begins with."""
         self._samples += [(f"{kind} {i}", np.asarray(tokens)) for i, tokens in zip(ids, sequences, strict=True)]
 
     def identify(self, row: Sequence[int]) -> str:
-        """The sample that a row of a microbatch was made of: the one that agrees with it on most tokens, all that both have."""
+        """The sample that a microbatch's row came from: the longest match, of those equal in all tokens both have."""
         tokens, best, name = np.asarray(row), 0, "unknown sample"
         for candidate, known in self._samples:
             length = min(len(known), len(tokens))
@@ -63,11 +63,12 @@ class Guard:
         statistics: Sequence[Statistics],
         totals: Mapping[str, float],
     ) -> None:
-        """After an update whose loss or gradient was not finite. Not collective: each data-parallel rank tells of its own.
+        """After an update whose loss or gradient was not finite. Not collective: data-parallel ranks report separately.
 
         Args:
-            statistics: of this rank's microbatches; empty but on the last stage.
-            totals: over all ranks. If these are finite, the loss was, and any microbatch may have spoilt the gradient.
+            statistics: of this rank's microbatches; empty except on the last stage.
+            totals: over all ranks. If these are finite, so was the loss, and any microbatch may have spoiled the
+            gradient.
         """
         self._updates += 1
         if role.layout.tp_rank > 0 or not role.layout.is_last_stage:
@@ -107,10 +108,10 @@ class Guard:
     def require_finite(
         self, rollout: Rollout, prompt_ids: Sequence[int], micro_batch: Budget | int, dp_sizes: Mapping[str, int]
     ) -> None:
-        """Raise NotFinite, on every rank, where a role gave a rollout a number that is not finite.
+        """Raise NotFinite, on every rank, where a role produced a non-finite number for a rollout.
 
         Args:
-            dp_sizes: by role, to tell the microbatch that a row was in.
+            dp_sizes: by role, to find the microbatch that a row was in.
         """
         judged = {
             ("policy", "log-probability at sampling"): rollout.sampled_logprobs_bt,
@@ -151,7 +152,7 @@ class Guard:
         path = self._folder / f"step_{self._step}_rollout.json"
         if dist.get_rank() == 0:
             path = self._write("rollout", "all", "rollout", entries)
-        dist.barrier()  # a rank that leaves may take the first one with it
+        dist.barrier()  # a rank that exits may end the first one too
         raise NotFinite(f"not finite at step {self._step}: {'; '.join(parts)}. The samples are in {path}")
 
     def _write(self, name: str, role: str, what: str, entries: list[dict[str, Any]]) -> Path:

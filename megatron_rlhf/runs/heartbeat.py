@@ -1,4 +1,4 @@
-"""What a rank tells the others about itself, and how it finds out: from the Python stack of its main thread."""
+"""What a rank tells the others about itself, taken from the Python stack of its main thread."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ from types import CodeType, FrameType, TracebackType
 
 # Frames of these files mean that the rank waits for others; the innermost function's name is the collective's.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
-# Megatron-Core waits here for the gradients' reduction that it started earlier.
+# Megatron-Core waits here for the gradient reduction that it started earlier.
 _GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-# Phases that are about other roles than all trained ones.
+# Phases that concern other roles than all trained ones.
 _ROLES = {
     "policy": "policy",
     "value": "value",
@@ -30,15 +30,15 @@ _ROLES = {
 
 
 class State(str, Enum):
-    """What has become of a rank."""
+    """The state of a rank."""
 
     running = "running"
     ending = "ending"
-    """It is done, and waits for the others to be."""
+    """It is done, and waits for the others."""
     broken = "broken"
     """A collective failed: most likely another rank is gone."""
     left = "left"
-    """It has failed, and said why."""
+    """It has failed, and reported why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Place:
     """Where a rank's main thread is."""
 
     collective: str | None
-    """Name of the collective that it waits in; None outside of any."""
+    """Name of the collective that it waits in; None outside any."""
     line: str
-    """The innermost one that is not a library's."""
+    """The innermost line that is not in a library."""
 
 
 @dataclasses.dataclass
@@ -59,16 +59,16 @@ class Beat:
     count: int = 0
     state: State = State.running
     role: str = ""
-    """What is being worked on."""
+    """The role being worked on."""
     phase: str = "start"
     step: int = 0
     still_s: float = 0.0
-    """Seconds for which the main thread has not moved."""
+    """Seconds since the main thread last moved."""
     place: Place = dataclasses.field(default_factory=lambda: Place(None, "?"))
     host: str = dataclasses.field(default_factory=socket.gethostname)
     pid: int = dataclasses.field(default_factory=os.getpid)
     space: str = dataclasses.field(default_factory=lambda: _process_space())
-    """In which process ids mean what they mean here: containers of one host may have their own."""
+    """The namespace of the process id: containers on one host may have their own."""
 
     def dump(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -88,14 +88,14 @@ class Beat:
 
 
 class MainThread:
-    """The main thread, seen from another one."""
+    """The main thread, observed from another thread."""
 
     def __init__(self) -> None:
         self._id = threading.main_thread().ident
         self._seen: tuple[tuple[int, int], ...] = ()
 
     def has_moved(self) -> bool:
-        """Whether it stands at another instruction, in any frame, than at the last call."""
+        """Whether it is at a different instruction, in any frame, from the last call."""
         now = tuple((id(frame.f_code), frame.f_lasti) for frame in self._frames())
         moved, self._seen = now != self._seen, now
         return moved
@@ -104,7 +104,7 @@ class MainThread:
         return _place([(frame.f_code, frame.f_lineno) for frame in self._frames()])
 
     def _frames(self) -> list[FrameType]:
-        """The innermost first."""
+        """Innermost frame first."""
         frame = sys._current_frames().get(self._id or 0)
         frames = []
         while frame is not None:
@@ -123,7 +123,7 @@ def place_of(trace: TracebackType | None) -> Place:
 
 
 def _place(calls: Sequence[tuple[CodeType, int]]) -> Place:
-    """From the stack's functions and lines, the innermost first."""
+    """From the stack's functions and lines, innermost first."""
     if not calls:
         return Place(None, "?")
     code, number = next((call for call in calls if not call[0].co_filename.startswith(_LIBRARIES)), calls[0])
@@ -142,7 +142,7 @@ def _collective(codes: Sequence[CodeType]) -> str | None:
 
 
 def role_at_work(phase: str, trained: Sequence[str]) -> str:
-    """The role that a phase is about; outside of PPO's phases, those that the run trains."""
+    """The role that a phase concerns; outside PPO's phases, those that the run trains."""
     return _ROLES.get(phase, ", ".join(trained))
 
 

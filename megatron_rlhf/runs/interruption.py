@@ -1,4 +1,4 @@
-"""Stopping between two steps when the cluster asks for it: a signal becomes a checkpoint and an exit code."""
+"""Stopping between two steps when the cluster asks for it: a signal leads to a checkpoint and an exit code."""
 
 import logging
 import signal
@@ -26,17 +26,17 @@ class Interruption:
 
     def listen(self) -> None:
         """From now on the signals are noted instead of ending the process."""
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        if threading.current_thread() is threading.main_thread():  # Python lets only the main thread set handlers
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def ignore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective: signals reach ranks at different times, the answer is one."""
+        """Whether any rank was asked to stop. Collective: signals reach ranks at different times, all agree."""
         asked = torch.tensor(int(self._asked), device=collectives.device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)

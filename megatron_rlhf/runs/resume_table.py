@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, key by key: taken, or refused by name, never recorded and ignored.
+"""What may change when a run is resumed, key by key: applied, or refused by name, never silently ignored.
 
 A checkpoint keeps the settings it was made with. docs/crashes.md has this table in words.
 """
@@ -13,16 +13,16 @@ from megatron_rlhf.config.errors import UserError
 
 
 class Change(Enum):
-    """What becomes of a key that has another value at resume."""
+    """What happens to a key whose value differs at resume."""
 
     free = "free"
-    """How the work is done, not what is learned: layouts, sizes of passes, folders. Nothing is compared."""
+    """How the work is done, not what is learned: layouts, sizes of passes, folders. Not compared."""
     taken = "taken"
-    """The new value counts from the next step on, and the log says so."""
+    """The new value applies from the next step on, and the log says so."""
     refused = "refused"
-    """What the checkpoint counts in would mean something else, or the run would be another one."""
+    """Counters in the checkpoint would change their meaning, or it would be a different run."""
     content = "content"
-    """Names of models and data: they may be elsewhere now, what is in them must be the same (`Session.require_same`)."""
+    """Names of models and data: they may have moved, but their content must be the same (`Session.require_same`)."""
 
 
 def _keys(change: Change, prefix: str, names: str) -> dict[str, Change]:
@@ -79,7 +79,7 @@ TABLE: dict[str, dict[str, Change]] = {
         **_keys(Change.taken, "sft.", "epochs max_steps dropout final_lr_fraction warmup_steps"),
         **_keys(Change.refused, "sft.", "batch_size select_by selection_samples"),
         **_keys(Change.free, "sft.", "micro_batch_size micro_batch_tokens"),
-        # They decide which epoch is best: figures of two ways to sample do not compare.
+        # They decide which epoch is best: figures from different ways of sampling are not comparable.
         **_keys(Change.refused, "sampling.", f"{_SAMPLING} precision"),
         "sampling.batch_size": Change.free,
     },
@@ -137,23 +137,23 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def rule(stage: str, key: str) -> Change:
-    """The key's own, or that of the group it is in. A key without one is a mistake in this table."""
+    """The key's own entry, or that of its group. A key without one is a mistake in this table."""
     parts = key.split(".")
     groups = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next(TABLE[stage][group] for group in groups if group in TABLE[stage])
 
 
 def settings(stage: str, config: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of its configuration: the keys whose change is taken or refused."""
+    """What a checkpoint keeps of its configuration: the keys whose change is applied or refused."""
     kept = (Change.taken, Change.refused)
     return {key: value for key, value in flat(config).items() if rule(stage, key) in kept}
 
 
 def compare(stage: str, before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> list[str]:
-    """What has changed and is taken, for the log.
+    """What has changed and is applied, for the log.
 
     Raises:
-        UserError: for what is refused, naming the key and both values.
+        UserError: for a refused change, naming the key and both values.
     """
     changed = [key for key in now if key in before and before[key] != now[key]]
     adaptive = now.get("ppo.kl_control") == "adaptive"
@@ -168,7 +168,7 @@ def compare(stage: str, before: Mapping[str, Any], now: Mapping[str, Any], check
 
 
 def compare_content(what: str, keys: Iterable[str], before: Any, now: Any, checkpoint: Path) -> None:
-    """Raise UserError where models or data are others than those that the checkpoint was made with."""
+    """Raise UserError where models or data differ from those that the checkpoint was made with."""
     if before != now:
         difference = ""
         if isinstance(before, Mapping) and isinstance(now, Mapping):

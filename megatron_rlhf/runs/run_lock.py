@@ -1,4 +1,4 @@
-"""One job in a run folder at a time."""
+"""Allows one job in a run folder at a time."""
 
 import fcntl
 import json
@@ -21,11 +21,11 @@ NAME = ".lock"
 class RunLock:
     """A lock of the operating system on a file in the run folder, held by the first rank.
 
-    It goes with the process that holds it, however that one ends: a job that was killed blocks nobody.
+    It is released when the process that holds it ends in any way: a killed job blocks nobody.
     """
 
     def __init__(self, folder: Path):
-        """Take the lock, or say who has it. Collective.
+        """Take the lock, or say who holds it. Collective.
 
         Raises:
             UserError: on all ranks, if another job has the folder.
@@ -43,7 +43,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Let the next job in."""
+        """Release the lock."""
         if self._file is not None:
             self._file.truncate(0)
             self._file.close()
@@ -53,12 +53,12 @@ class RunLock:
         """None, or the holder."""
         file = self._path.open("a+")
         try:
-            # Not flock: a process that is forked would hold that one, too.
+            # Not flock: a forked process would hold that lock, too.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
                 return _holder(file)
-        except PermissionError:  # what some systems say instead
+        except PermissionError:  # what some systems raise instead
             with file:
                 return _holder(file)
         except OSError as error:

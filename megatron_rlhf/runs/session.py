@@ -1,4 +1,4 @@
-"""What every run needs besides its algorithm: folder, logs, metrics, checkpoints, progress, report."""
+"""What every run needs in addition to its algorithm: folder, logs, metrics, checkpoints, progress, report."""
 
 import logging
 import tempfile
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """One run in its folder. All ranks call the same methods; one rank writes."""
+    """A run and its folder. All ranks call the same methods; one rank writes."""
 
     config: RunConfig
     stage: str
     folder: Path
-    """run.dir, or a folder in it for the evaluation of a run."""
+    """run.dir, or a folder inside it for the evaluation of a run."""
     metrics: MetricsLogger
     samples: SamplesLogger
     resume_from: Path | None
@@ -55,7 +55,7 @@ class Session:
     timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
     interruption: Interruption = field(default_factory=Interruption)
     content: dict[str, Any] = field(default_factory=dict)
-    """What models and data are, as far as a checkpoint has to know it."""
+    """What identifies models and data in a checkpoint."""
     _stops: bool = False
     _peak: float = 0.0
 
@@ -64,8 +64,8 @@ class Session:
         """Create the run folder (or find what to resume) and start logging.
 
         Raises:
-            UserError: the folder cannot be written, holds another run or one of another stage, has nothing to resume, or a
-                key has changed that may not.
+            UserError: the folder cannot be written, holds another run or one of another stage, has nothing to resume,
+            or a key was changed that may not change.
         """
         config = whole.run
         _require_writable(Path(config.dir))
@@ -116,10 +116,10 @@ class Session:
         return self.folder / "checkpoints"
 
     def require_same(self, what: str, keys: Sequence[str], content: Any) -> None:
-        """Keep in checkpoints what a model or data is (JSON); called before anything is built.
+        """Record in checkpoints what identifies a model or data (JSON); called before anything is built.
 
         Raises:
-            UserError: naming `keys`, where the checkpoint to resume was made with another content.
+            UserError: naming `keys`, where the checkpoint to resume was made with different content.
         """
         self.content[what] = content
         if self.resume_from is not None:
@@ -128,11 +128,11 @@ class Session:
                 resume_table.compare_content(what, keys, before[what], content, self.resume_from)
 
     def kept(self) -> dict[str, Any]:
-        """What a checkpoint says of the run besides the trainer's state."""
+        """What a checkpoint records about the run in addition to the trainer's state."""
         return {"settings": self.settings, "content": self.content}
 
     def restore(self, roles: Sequence[Trained]) -> dict[str, Any]:
-        """Fill the roles from the checkpoint to resume; returns the trainer's state, {} for a fresh run."""
+        """Load the roles from the checkpoint to resume; returns the trainer's state, {} for a new run."""
         if self.resume_from is None:
             return {}
         for trained in roles:
@@ -145,7 +145,7 @@ class Session:
         return state
 
     def begin(self, step: int) -> None:
-        """Nothing was refused, `step` steps are done: from here on this run's files replace those of the one before."""
+        """All checks passed, `step` steps are done: from here on this run's files replace those of the previous one."""
         if dist.get_rank() == 0:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(self.resolved_config.encode())
@@ -158,7 +158,7 @@ class Session:
         dist.barrier()
 
     def save(self, name: str, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool = True) -> bool:
-        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; whether it is written."""
+        """Write `checkpoints/name` with the trained roles, their averages, and the trainer's state; returns success."""
         with self.timer("save"):
             return self.writer.save(name, roles, state, with_optimizer)
 
@@ -168,7 +168,7 @@ class Session:
             candidates.offer(self.writer, name, roles, state, self.config.keep_last)
 
     def checkpoint(self, step: int, last_step: int, roles: Sequence[Trained], state: Callable[[], Any]) -> None:
-        """Save after this step if it is time, the end, or the run was asked to stop; publish what is written. Collective.
+        """Save after this step if due, the last, or the run was asked to stop; publish what is written. Collective.
 
         Raises:
             Interrupted: after saving, when the run was asked to stop.
@@ -193,7 +193,7 @@ class Session:
             raise NotWritten(f"the run is done, but its last checkpoint {self.checkpoints / name} could not be written")
 
     def save_is_due(self, step: int, last_step: int) -> bool:
-        """After this step a checkpoint should be written: it is time, or the run was asked to stop. Collective."""
+        """Whether to write a checkpoint after this step: it is due, or the run was asked to stop. Collective."""
         if step == last_step:
             return True
         every = self.config.save_every
@@ -208,9 +208,10 @@ class Session:
         return Progress(total, initial, description, enabled=dist.get_rank() == 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, with the phases' times and peaks of memory, each of the rank that it was largest on.
+        """Write one line of metrics.jsonl, with the phases' times and memory peaks, each the largest over ranks.
 
-        Collective. `step_tokens` and `step_flops`, where a trainer gives them, become rates by the time of its phase "step".
+        Collective. `step_tokens` and `step_flops`, where a trainer gives them, are divided by the time of its phase
+        "step" to give rates.
         """
         phases = largest(self.timer.take())
         self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
@@ -225,7 +226,7 @@ class Session:
     def close(self) -> None:
         """Close the files and write the report."""
         self.writer.finish()
-        if not self._stops:  # a job that is being stopped may be signalled again
+        if not self._stops:  # a job that is being stopped may get another signal
             self.interruption.ignore()
         self.metrics.close()
         self.samples.close()
@@ -240,7 +241,7 @@ def _synchronize() -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """One rank tries, all ranks hear what came of it: thousands that try at once are a storm on a shared file system."""
+    """One rank tries, all ranks get the result: thousands trying at once would overload a shared file system."""
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

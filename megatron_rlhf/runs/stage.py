@@ -1,4 +1,4 @@
-"""Which stage a run folder is of: a folder has one, and only an evaluation may add to another's."""
+"""Which stage a run folder belongs to: a folder has one, and only an evaluation may add to another stage's."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_rlhf.monitoring.files import replacing
 NAME = "stage"
 EVALUATION = "evaluate"
 EVALUATIONS = "evaluation"
-"""Folder inside a training's with the files of an evaluation."""
+"""Folder inside a training run's folder with the files of an evaluation."""
 RUNS = {
     "sft": "supervised fine-tuning",
     "reward_model": "the training of a reward model",
@@ -21,7 +21,7 @@ RUNS = {
 
 
 def folder_for(run_dir: Path, stage: str) -> Path:
-    """Where a run of the stage leaves its files: `run_dir`, or a folder of its own in it for the evaluation of a training.
+    """Where a run of the stage writes its files: `run_dir`, or its own folder in it when evaluating a training run.
 
     Raises:
         UserError: the folder holds a run of another stage.
@@ -36,7 +36,7 @@ def folder_for(run_dir: Path, stage: str) -> Path:
 
 
 def stage_of(run_dir: Path) -> str | None:
-    """What the folder's file `stage` says; where there is none, the stage whose settings its config.yaml has."""
+    """What the folder's file `stage` says; without one, the stage whose settings its config.yaml has."""
     try:
         stage = (run_dir / NAME).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -51,6 +51,6 @@ def stage_of(run_dir: Path) -> str | None:
 
 
 def write_stage(run_dir: Path, stage: str) -> None:
-    """Say in the folder which stage it is of. On one rank."""
+    """Record in the folder which stage it belongs to. On one rank."""
     with replacing(run_dir / NAME) as file:
         file.write(f"{stage}\n".encode())

@@ -1,4 +1,4 @@
-"""What a checkpoint takes of a role that is being trained."""
+"""What a checkpoint stores of a role that is being trained."""
 
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -12,12 +12,12 @@ class Average(Protocol):
     """A moving average of a role's weights."""
 
     def as_weights(self) -> AbstractContextManager[Role]:
-        """The role with the average in place of its weights, under a name of its own."""
+        """The role with the average in place of its weights, under a separate name."""
         ...
 
 
 class Trained(Protocol):
-    """A role with its optimizer and its average, if there is one."""
+    """A role with its optimizer and, if there is one, its average."""
 
     @property
     def role(self) -> Role: ...

@@ -1,8 +1,8 @@
-"""Ends a job in which a rank has died, hangs, or waits for something that the others do not do, and says which rank.
+"""Ends a job in which a rank has died, hangs, or waits for something the others do not do, and says which rank.
 
 A thread of each rank leaves a heartbeat in the rendezvous store. The first rank's thread reads all of them, the others
-read the first's. Whoever finds something wrong tells it once and leaves the verdict in the store; every thread that sees
-it ends its process, whatever the main thread is stuck in.
+read the first's. The thread that finds something wrong reports it once and leaves the verdict in the store; every
+thread that sees it ends its process, whatever the main thread is stuck in.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_o
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 70
-"""Of every rank when the watchdog ends a job (EX_SOFTWARE)."""
+"""Exit code of every rank when the watchdog ends a job (EX_SOFTWARE)."""
 LONGEST_INTERVAL = 2.0
 LONGEST_SILENCE = 120.0
-"""A heartbeat is never this late, whatever the main thread does. Python's own lock may hold it up for a few seconds."""
+"""A heartbeat is never this late, whatever the main thread does. Python's GIL may delay it for a few seconds."""
 _numbers = itertools.count()
 
 
 class Phases(Protocol):
-    """What a PhaseTimer says about itself."""
+    """What the watchdog reads of a PhaseTimer."""
 
     @property
     def current(self) -> str: ...
@@ -46,7 +46,7 @@ class Watchdog:
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self._interval = min(max(timeout_s / 20, 0.1), LONGEST_INTERVAL)
-        # Room for a heartbeat to travel, so that the job has ended when timeout_s is over.
+        # Leaves time for a heartbeat to arrive, so that the job has ended when timeout_s is over.
         self._stuck_after = 0.8 * timeout_s
         self._silent_after = min(self._stuck_after, LONGEST_SILENCE)
         self._soon = max(4 * self._interval, 2.0)
@@ -58,9 +58,9 @@ class Watchdog:
         self._broken_at: Place | None = None
         self._stop = threading.Event()
         self._answered = time.monotonic()
-        """When the store last did what it was asked."""
+        """When the store last answered."""
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        # A store whose process is frozen answers nothing, and no call of it comes back, whatever its timeout.
+        # If the store's process is frozen, calls to it never return, whatever their timeout.
         self._waiter = threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True)
 
     def follow(self, phases: Phases, step: Callable[[], int], roles: Sequence[str]) -> None:
@@ -83,12 +83,13 @@ class Watchdog:
             return
         if error is None or isinstance(error, Interrupted):
             self._beat.state = State.ending
-            dist.barrier()  # the first rank may take the store with it when it leaves
+            dist.barrier()  # the store may end with the first rank
             self._stop.set()
             self._thread.join()
             self._waiter.join()
         elif is_broken_connection(error):
-            # The message of this error names an address. The watchdog will soon know which rank is gone, and end us.
+            # The message of this error names an address. The watchdog will soon know which rank is gone, and end this
+            # process.
             self._broken_at = place_of(trace)
             self._beat.state = State.broken
             self._thread.join(self._silent_after + self._soon)
@@ -150,7 +151,7 @@ class Watchdog:
                 self._heard.update(Beat.load(self._store.get(str(rank))))
         beats = list(self._heard.beats.values())
         if any(beat.state is State.left for beat in beats):
-            time.sleep(self._soon)  # it says itself why; the launcher may end us before
+            time.sleep(self._soon)  # that rank reports why; the launcher may end this one first
             self._end_all(None, [])
         broken = self._beat.state is State.broken or any(beat.state is State.broken for beat in beats)
         silent = self._heard.silent_for(self._soon if broken else self._silent_after)
@@ -171,7 +172,7 @@ class Watchdog:
         return f"{'; '.join(parts)}. {self._beat.describe()}"
 
     def _end_all(self, message: str | None, kill: Sequence[int]) -> None:
-        """Tell the message, unless another rank has; leave the verdict to the others; end this process."""
+        """Log the message, unless another rank has; leave the verdict for the others; end this process."""
         if self._store.add("verdicts", 1) == 1:
             if message is not None:
                 log.critical("watchdog: %s. The job ends (watchdog.timeout_s=%g).", message, self.timeout_s)
@@ -187,7 +188,7 @@ class Watchdog:
             self._end(EXIT_CODE)
 
     def _kill(self, victims: Sequence[Beat]) -> None:
-        """A frozen process of this host cannot end itself, and its launcher may wait for it."""
+        """A frozen process on this host cannot end itself, and its launcher may wait for it."""
         for victim in victims:
             if victim.host == self._beat.host and victim.space == self._beat.space:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -216,7 +217,7 @@ class Watchdog:
 
 
 class _Heard:
-    """The newest heartbeat of each rank, and when it came, by our own clock."""
+    """The newest heartbeat of each rank, and when it arrived, by this rank's clock."""
 
     def __init__(self, world_size: int):
         now = time.monotonic()
@@ -234,7 +235,7 @@ class _Heard:
         return time.monotonic() - self._times[rank]
 
     def silent_for(self, seconds: float) -> list[int]:
-        """Ranks that were not heard of for so long. A pause of our own (a job that was suspended) is nobody's silence."""
+        """Ranks not heard from for this long. A pause of this process (a suspended job) does not count."""
         now = time.monotonic()
         if now - self._looked > seconds / 2:
             self._times = dict.fromkeys(self._times, now)
@@ -243,7 +244,7 @@ class _Heard:
 
 
 def tell_stuck(beats: Sequence[Beat]) -> str:
-    """Which ranks keep the others waiting: those outside of any collective, else those in another one than most."""
+    """Which ranks keep the others waiting: those outside any collective, else those in a different one from most."""
     places = Counter(beat.place.collective for beat in beats)
     outside = [beat for beat in beats if beat.place.collective is None]
     usual, _ = places.most_common(1)[0]
@@ -271,7 +272,7 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def _own_store() -> Any:
-    """The world's store over a connection of our own: the main thread may be stuck in a call of its."""
+    """The world's store over a separate connection: the main thread may be stuck in a call on its own."""
     if dist.get_world_size() == 1:
         return dist.HashStore()
     default: Any = dist.distributed_c10d._get_default_store()

@@ -18,8 +18,8 @@ from megatron_rlhf.trainers.masters import Master, masters_of
 class MovingAverage:
     """Exponential moving average of a role's weights, in fp32 (InstructGPT, appendix C.4: decay 0.992).
 
-    It follows the optimizer's master weights: in half precision the model's own are rounded, and small updates would
-    leave most of them, and an average of them, where they were. Where the distributed optimizer shards the masters over
+    It follows the optimizer's master weights: in half precision the model's own weights are rounded, and small updates
+    would leave most of them, and an average of them, unchanged. Where the distributed optimizer shards the masters over
     data parallelism, each rank averages its shard.
     """
 
@@ -43,7 +43,7 @@ class MovingAverage:
     def as_weights(self) -> Iterator[Role]:
         """The role, named `..._ema`, with the average (fp32) in place of its weights: to save, load, sample. Collective.
 
-        An average that is sharded is put together for the time being; what is loaded into it is taken apart again.
+        A sharded average is gathered inside the block; what is loaded into it is sharded again afterwards.
         """
         current = [{name: p.data for name, p in chunk.named_parameters()} for chunk in self.role.modules]
         whole = self._gathered()
@@ -71,7 +71,7 @@ class MovingAverage:
                 whole[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 if name in masters:
                     masters[name].part_of(whole[name]).copy_(shadow[name])
-                # Bits are added to zeros: exact, signs of zeros included.
+                # Bits are added to zeros: exact, including signs of zeros.
                 dist.all_reduce(whole[name].view(torch.int32), group=self.role.layout.groups.dp_cp)
             result.append(whole)
         return result

@@ -1,4 +1,4 @@
-"""The two gradients that one update sums, told apart."""
+"""Separates the two gradients that one update sums."""
 
 import logging
 import math
@@ -32,9 +32,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class KeptGradient:
-    """The gradient of the first part of an update, reduced over ranks: a copy of this rank's gradient buffers, no more.
+    """The gradient of the first part of an update, reduced over ranks: only a copy of this rank's gradient buffers.
 
-    The buffers themselves go on as if nobody had looked, so that the update is bit for bit what it would have been.
+    The buffers themselves are unchanged, so that the update is bit for bit what it would have been.
     """
 
     buffers: Sequence[Tensor]
@@ -43,7 +43,7 @@ class KeptGradient:
     @classmethod
     @torch.no_grad()
     def of(cls, role: Role) -> "KeptGradient":
-        """Of what is accumulated so far and not yet reduced. Collective over the role's layout."""
+        """The gradient accumulated so far and not yet reduced. Collective over the role's layout."""
         buffers = [buffer for chunk in role.chunks for buffer in _gradient_buffers(chunk)]
         copies = [buffer.clone() for buffer in buffers]
         reduce_gradients(role)
@@ -56,12 +56,13 @@ class KeptGradient:
 
     @torch.no_grad()
     def compare(self, optimizer: MegatronOptimizer, scale: float) -> Comparison:
-        """With the rest of the whole gradient, which the optimizer has made ready. Collective over the role's layout.
+        """Compare with the rest of the whole gradient, made ready by the optimizer. Collective over the role's layout.
 
-        Megatron-Core says which numbers count for a norm: those that ranks repeat, and embeddings that stages share, once.
+        Megatron-Core says which numbers count for a norm: those repeated on ranks, and embeddings shared by stages,
+        once.
 
         Args:
-            scale: by which fp16's losses were multiplied; the optimizer has taken it out of the whole gradient.
+            scale: the factor of fp16's losses; the optimizer has divided the whole gradient by it.
         """
         totals = torch.zeros(3, dtype=torch.float64, device=collectives.device())
         for part in optimizer.chained_optimizers:
@@ -78,7 +79,7 @@ class KeptGradient:
         return Comparison(math.sqrt(first_square), math.sqrt(rest_square), product / lengths if lengths else 0.0)
 
     def _kept(self, whole: Tensor) -> Tensor:
-        """The same place in the copy as `whole` has in its buffer."""
+        """The part of the copy at the position that `whole` has in its buffer."""
         for buffer, copy in zip(self.buffers, self.copies, strict=True):
             if storage_of(whole) == storage_of(buffer):
                 start = whole.storage_offset() - buffer.storage_offset()
@@ -93,7 +94,7 @@ def _gradient_buffers(chunk: torch.nn.Module) -> list[Tensor]:
 
 @dataclass
 class DominanceWatch:
-    """Warns when the text's gradient leaves nothing of PPO's, report after report."""
+    """Warns when the text's gradient dominates PPO's in several reports in a row."""
 
     in_a_row: int = 0
 

@@ -1,4 +1,4 @@
-"""The loop that all stages share: resume, step, log, save, and stop where asked."""
+"""The loop that all stages share: resume, step, log, save, and stop when asked."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from megatron_rlhf.trainers.step import TrainedRole
 
 
 class Trainer(ABC):
-    """What a stage fills in; `run` is the same for all."""
+    """What a stage implements; `run` is the same for all."""
 
     session: Session
     step: int = 0
     """Steps done."""
     gate: Fp8Gate | None = None
-    """Guards a policy that computes in fp8."""
+    """Monitors a policy that computes in fp8."""
     description: ClassVar[str]
-    """What the progress bar calls the stage."""
+    """Label of the progress bar."""
     length_key: ClassVar[str]
     """The keys that decide `total_steps`."""
     figures: ClassVar[Mapping[str, str]]
@@ -40,16 +40,16 @@ class Trainer(ABC):
         """The work of one step; returns its metrics. `self.step` is still the number of steps before it."""
 
     def after_step(self) -> dict[str, float]:
-        """What follows a step outside its time, such as validation; returns more metrics."""
+        """Work after a step that is not part of its time, such as validation; returns more metrics."""
         return {}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides the roles that an exact resume needs, as JSON."""
+        """Everything except the roles that an exact resume needs, as JSON."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
 
     def run(self) -> None:
         """All steps, from the checkpoint if the run is resumed."""
@@ -91,4 +91,4 @@ class Trainer(ABC):
             if self.gate and state.get("fp8_gate"):
                 self.gate.load_state_dict(state["fp8_gate"])
             self.load_state_dict(state)
-        self.session.begin(self.step if state else -1)  # a fresh run forgets whatever the folder had
+        self.session.begin(self.step if state else -1)  # a new run discards what the folder had

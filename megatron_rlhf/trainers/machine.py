@@ -1,4 +1,4 @@
-"""What a configuration asks of the machine: its ranks, and what is installed."""
+"""What a configuration needs from the machine: its ranks, and what is installed."""
 
 import torch
 
@@ -9,7 +9,7 @@ from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 
 
 def check_machine(config: BaseConfig, world_size: int) -> None:
-    """Layouts against the world, precision against what is installed. No process group is needed."""
+    """Check layouts against the world size, precision against what is installed. No process group is needed."""
     engine = transformer_engine_serves()
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)
@@ -22,7 +22,7 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
 
 
 def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
-    """Each layout of a run, by its key, and on how many ranks it is."""
+    """Each layout of a run, by its key, and its number of ranks."""
     layouts = {"parallel": (config.parallel, world_size)}
     if isinstance(config, EvaluateConfig):
         layouts["critic_parallel"] = config.critic_parallel, world_size

@@ -1,6 +1,6 @@
-"""Master weights: what the optimizer really updates. The model's own are a rounded copy of them in half precision.
+"""Master weights: what the optimizer really updates. In half precision the model's own are a rounded copy.
 
-What is to follow training exactly (a moving average, a correction of a weight) follows these.
+What must follow training exactly (a moving average, a correction of a weight) uses these.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class Master:
         return self.parameter.main_param.data  # type: ignore[attr-defined]
 
     def add(self, amount: float) -> None:
-        """Change the weights outside of an update: the master's, not the rounded copy's."""
+        """Change the master weights, not the rounded copy, outside an update."""
         if self.parameter.dtype is not torch.float32:
             self.values().add_(amount)
 
 
 def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str, Master]]:
-    """For each chunk of the role, by the names of its parameters; of those that train and that this rank owns a part of."""
+    """For each chunk of the role, by parameter name; only those that train and that this rank owns a part of."""
     return [
         {name: master for name, p in chunk.named_parameters() if (master := _master(p, optimizer)) is not None}
         for chunk in role.modules
@@ -48,7 +48,7 @@ def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str
 def _master(parameter: Tensor, optimizer: MegatronOptimizer | None) -> Master | None:
     assert optimizer is not None, "a role with chunks on this rank has an optimizer here"
     if not parameter.requires_grad:
-        return None  # what no optimizer moves has no other copy
+        return None  # a parameter without an optimizer has no other copy
     sharded = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     if not sharded:
         return Master(parameter, None)
@@ -57,4 +57,4 @@ def _master(parameter: Tensor, optimizer: MegatronOptimizer | None) -> Master | 
             buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
             owned = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
             return Master(parameter, slice(owned.start, owned.end))
-    return None  # all of it is other ranks'
+    return None  # other ranks own all of it

@@ -36,8 +36,8 @@ def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronO
 def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
     # Megatron-Core drops the padding between gradient buckets when it gathers the optimizer's state for a fully
     # reshardable checkpoint, yet cuts parameters out of it at offsets that count the padding: with tied embeddings (a
-    # bucket of their own) whose size is no multiple of 128, moments of other weights are saved. Calling padding content
-    # makes both agree.
+    # bucket of their own) whose size is not a multiple of 128, moments of other weights are saved. Declaring padding to
+    # be content makes both agree.
     for buffer in chunk.buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
@@ -51,7 +51,7 @@ def reduce_gradients(role: Role) -> None:
 
 
 def _finalize(model, num_tokens=None, **kwargs) -> None:
-    # Losses are normalised already: leave out Megatron-Core's division by a token count.
+    # Losses are already normalised: disable Megatron-Core's division by a token count.
     finalize_model_grads(model, None, **kwargs)
 
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def find_start(
     init_from: str | None, key: str, wanted: Wanted, shape: ModelConfig | None, shape_key: str
 ) -> tuple[StartingPoint | None, ModelConfig]:
-    """Where weights come from, and the shape of the model: of the checkpoint, else of the configuration."""
+    """Where weights come from, and the shape of the model: from the checkpoint, else from the configuration."""
     if init_from is None:
         if shape is None:
             raise UserError(f"give {key} (a checkpoint or Hugging Face folder)")
@@ -44,7 +44,7 @@ def find_start(
 
 
 def find_judge(config: SFTConfig | EvaluateConfig, parallel_key: str) -> StartingPoint:
-    """The reward model that scores responses which a run samples."""
+    """The reward model that scores a run's sampled responses."""
     source, model = find_start(config.reward.init_from, "reward.init_from", REWARD, None, "model")
     assert source is not None
     check_role("reward", model, config, parallel_key)
@@ -52,7 +52,7 @@ def find_judge(config: SFTConfig | EvaluateConfig, parallel_key: str) -> Startin
 
 
 def check_role(name: str, model: ModelConfig, config: BaseConfig, key: str = "parallel") -> None:
-    """The shape of a role against its layout, the configuration's `key`; before any role is built."""
+    """Check the shape of a role against its layout, the configuration's `key`; before any role is built."""
     parallel: ParallelConfig = getattr(config, key)
     layout_checks.check_model(model, parallel, key)
     if config.precision_of(name) is Precision.fp8_hybrid:
@@ -62,7 +62,7 @@ def check_role(name: str, model: ModelConfig, config: BaseConfig, key: str = "pa
 def keep_start(
     session: Session, role: str, source: StartingPoint | None, model: ModelConfig, key: str, shape_key: str = "model"
 ) -> None:
-    """A run that is resumed starts from the same weights, wherever they are now, and with the same shape."""
+    """A resumed run must start from the same weights, wherever they are now, and with the same shape."""
     session.require_same(f"weights to start the {role} from", [key], source.digest if source else "random")
     shape = sharded.model_to_json(without_implied(model))
     for name in NO_SHAPE:
@@ -71,7 +71,7 @@ def keep_start(
 
 
 def keep_data(session: Session, what: str, keys: Sequence[str], examples: Iterable[Sequence[int] | np.ndarray]) -> None:
-    """A run that is resumed reads the same examples, wherever they are now. `examples`: what each is made of, as integers."""
+    """A resumed run must read the same examples, wherever they are. `examples`: what each is made of, as integers."""
     pieces = list(examples)
     session.require_same(what, keys, {"pieces": len(pieces), "checksum": f"{fingerprint(pieces):08x}"})
 
@@ -85,7 +85,7 @@ def make_role(
     scalar: bool = False,
     dropout: float = 0.0,
 ) -> Role:
-    """Build a role, with a fresh head where it is scalar, and fill it from `source`."""
+    """Build a role, with a new head where it is scalar, and load it from `source`."""
     precision = config.precision_of(name)
     role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
     if scalar:
@@ -98,7 +98,7 @@ def make_role(
 
 
 def read_text(path: str, key: str) -> str:
-    """Contents of a text file that the configuration key `key` names."""
+    """Contents of a text file given by the configuration key `key`."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -108,7 +108,7 @@ def read_text(path: str, key: str) -> str:
 
 
 def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
-    """The prompts that are left of the file, of the part that is asked for."""
+    """The prompts that remain of the file, from the requested part."""
     limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
     prompts = load_prompts(config.prompts, tokenizer, *limits, config.columns.given())
     if config.part is not PromptPart.all:
@@ -121,7 +121,7 @@ def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Pro
 
 
 def warn_of_shared_prompts(training: Iterable[Tokens], validation: Iterable[Tokens]) -> None:
-    """A file of its own for validation is taken as it is, but not in silence where it repeats what is trained on."""
+    """A separate validation file is used as it is, but with a warning where it repeats training examples."""
     known = {prompt.tobytes() for prompt in training}
     asked = [prompt.tobytes() for prompt in validation]
     shared = sum(prompt in known for prompt in asked)
@@ -159,7 +159,7 @@ def make_pretraining(
 
 
 def padded_for_both(model: ModelConfig, training: int, sampling: int) -> ModelConfig:
-    """The same model, its embedding padded so that either number of tensor-parallel ranks divides the rows."""
+    """The same model, its embedding padded so that both numbers of tensor-parallel ranks divide the rows."""
     multiple = math.lcm(model.vocab_multiple * training, sampling)
     return dataclasses.replace(model, vocab_multiple=multiple // training)
 
@@ -169,7 +169,7 @@ def make_sampler(policy: Role, config: PPOConfig) -> Role:
     layout = config.rollout.parallel.of(config.parallel)
     if layout is None:
         return policy
-    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has as many
+    rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has the same number
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
     precision = config.precision_of("sampler")
     return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()

@@ -53,13 +53,13 @@ LOGPROB_GAPS = {Precision.fp32: 0.05, Precision.bf16: 2.0, Precision.fp16: 1.0, 
 
 
 class RolloutMismatch(RunFailed):
-    """Sampled and recomputed log-probabilities differ by more than rounding: a bug, never a matter of tuning."""
+    """Sampled and recomputed log-probabilities differ by more than rounding: a bug, not a matter of tuning."""
 
 
 @dataclass
 class PPOTrainer(Trainer):
-    """The roles and their data. Where roles are on different ranks, each rank does the work of its own, and gets no figures
-    of the others' updates before the iteration ends: the two sides run side by side."""
+    """The roles and their data. Where roles are on different ranks, each rank does the work of its own roles, and gets
+    no metrics of the others' updates before the iteration ends: the two sides run in parallel."""
 
     description = "PPO"
     length_key = "ppo.iterations"
@@ -106,7 +106,7 @@ class PPOTrainer(Trainer):
 
     @property
     def policy_step(self) -> int:
-        """Iterations since the policy began to learn; negative while the critic warms up."""
+        """Iterations since the policy began to train; negative while the critic warms up."""
         return self.step - self.config.ppo.critic_warmup_iterations
 
     def train_step(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class PPOTrainer(Trainer):
         return metrics
 
     def _weigh_text(self, metrics: dict[str, float]) -> None:
-        """What an iteration's report of gradients, if it has one, means for those that follow."""
+        """Use an iteration's gradient report, if there is one: to warn, and to adapt the text's weight."""
         if "policy/ptx_grad_norm" in metrics:
             norms = metrics["policy/ppo_grad_norm"], metrics["policy/ptx_grad_norm"]
             if not self.config.ppo.steers_text:
@@ -173,14 +173,14 @@ class PPOTrainer(Trainer):
         self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch, sizes)
 
     def _refresh_sampler(self) -> None:
-        """The policy's present weights to the layout that samples."""
+        """Copy the policy's current weights to the sampling layout."""
         if self.refresh_sampler is not None:
             with self.session.timer("resharding"):
                 self.refresh_sampler()
 
     def _pretrain_ahead(self) -> None:
-        """The pretraining part of the first update, which needs no advantages: while the critic's ranks judge, or where its
-        gradient is to be told apart from PPO's."""
+        """The pretraining part of the first update, which needs no advantages: while the critic's ranks score, or where
+        its gradient must be told apart from PPO's."""
         ppo, has_time = self.config.ppo, not self.policy.role.layout.spans_world
         if not ppo.mixes_text or self.policy_step < 0:
             return
@@ -190,7 +190,7 @@ class PPOTrainer(Trainer):
                 self.pretrained_ahead = self.policy.accumulate(self._pretraining_microbatches(), keep=report)
 
     def _update_policy(self, minibatch: Experience) -> Update:
-        """Pretraining and PPO microbatches through one schedule into the same gradient buffers.
+        """Run pretraining and PPO microbatches through one schedule into the same gradient buffers.
 
         Text comes first, as it does where it was accumulated ahead: sums in one order are the same to the last bit.
         """
@@ -225,7 +225,7 @@ class PPOTrainer(Trainer):
         return TokenBatch.pack(sequences, [1] * count)
 
     def pretraining_tax(self) -> dict[str, float]:
-        """Loss on held-out text of the policy and of the reference, in nats a token (the alignment tax)."""
+        """Loss on held-out text of the policy and of the reference, in nats per token (the alignment tax)."""
         if self.pretraining is None or self.pretraining.held_out is None:
             return {}
         data = self.pretraining.held_out

@@ -1,4 +1,4 @@
-"""Figures of an iteration, from what it computed anyway."""
+"""Metrics of an iteration, from what it computed anyway."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ LOGGED_SAMPLES = 8
 
 
 def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
-    """What the rollout itself says, over all episodes; `totals_b` are the scores after penalties."""
+    """Metrics of the rollout itself, over all episodes; `totals_b` are the scores after penalties."""
     responses, scores = rollout.responses, rollout.scores_b
 
     def kl_of_sequences(estimator: str) -> float:
@@ -57,7 +57,7 @@ def sample_rows(rollout: Rollout, totals_b: Tensor, kl_bt: Tensor, tokenizer: To
 
 
 def policy_metrics(updates: Sequence[Update], lr: float, with_pretraining: bool) -> dict[str, float]:
-    """Of an iteration's policy updates; during a warmup of the critic there are none."""
+    """Metrics of an iteration's policy updates; during a warmup of the critic there are none."""
     if not updates:
         return {"policy/lr": 0.0}
     names = ["policy/loss", "policy/ratio_mean", "policy/clip_fraction", "policy/approx_kl", "policy/entropy"]
@@ -71,7 +71,7 @@ def policy_metrics(updates: Sequence[Update], lr: float, with_pretraining: bool)
 
 
 def gradient_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Of the update of an iteration, if there is one, that told the text's gradient, gamma included, from PPO's."""
+    """Of the iteration's update, if any, that separated the text's gradient, gamma included, from PPO's."""
     for update in updates:
         if (found := update.gradients) is not None:
             return {
@@ -83,7 +83,7 @@ def gradient_metrics(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def value_metrics(rollout: Rollout, returns_bt: Tensor, updates: Sequence[Update]) -> dict[str, float]:
-    """Of an iteration's value updates, and how well the old values predicted the returns."""
+    """Metrics of an iteration's value updates, and how well the old values predicted the returns."""
     return {
         **{name: mean_of(updates, name) for name in ("value/loss", "value/clip_fraction")},
         "value/explained_variance": float(explained_variance(rollout.values_bt, returns_bt, rollout.mask_bt)),
@@ -99,15 +99,15 @@ def mean_of(updates: Sequence[Update], name: str) -> float:
 def iteration_cost(
     parameters: tuple[int, int], episode_tokens: int, policy_epochs: int, value_epochs: int, pretraining_tokens: int
 ) -> dict[str, float]:
-    """Tokens that the policy trains on, and model FLOPs: 2 N a token forward, 6 N with backward (Kaplan et al. 2020).
+    """Tokens that the policy trains on, and model FLOPs: 2 N per token forward, 6 N with backward (Kaplan et al. 2020).
 
     Attention's share is left out.
 
     Args:
         parameters: of the policy and of the critic.
         episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value model once each.
-        policy_epochs, value_epochs: how often each trains on them.
-        pretraining_tokens: the policy trains on these as well.
+        policy_epochs, value_epochs: how often each is trained on them.
+        pretraining_tokens: the policy also trains on these.
     """
     policy, critic = parameters
     policy_tokens = episode_tokens * policy_epochs + pretraining_tokens

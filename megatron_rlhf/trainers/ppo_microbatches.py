@@ -20,7 +20,7 @@ from megatron_rlhf.trainers.step import TrainedRole
 
 
 def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOConfig) -> list[Microbatch]:
-    """The clipped policy loss of a minibatch; the entropy comes along as a statistic."""
+    """The clipped policy loss of a minibatch; the entropy is returned as a statistic."""
     role, temperature = policy.role, config.rollout.temperature
     tokens_in_minibatch = minibatch.num_tokens
 

@@ -34,7 +34,7 @@ class RankedBatch:
     """Completions of some prompts, n = sum of their numbers; and pairs of them, q = sum of their comparisons."""
 
     sequences: Sequences
-    """Prompts with their completions, which read them once; wanted is the last token of each, where the score is read."""
+    """Prompts, each read once for all its completions; `wanted` is the last token of each, where the score is read."""
     better_q: Tensor
     worse_q: Tensor
     prompt_index_q: Tensor
@@ -55,14 +55,14 @@ class RankedBatch:
         return cls(sequences, *(part.to(collectives.device()) for part in torch.cat(pairs, dim=1)))
 
     def margins(self, scores_n: Tensor) -> Tensor:
-        """How much higher the better completion of each pair scores, [q]."""
+        """By how much the better completion of each pair scores higher, [q]."""
         return scores_n[self.better_q] - scores_n[self.worse_q]
 
 
 def texts_to_score(
     rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None, prompts: Sequence[int] | None = None
 ) -> Sequences:
-    """Texts whose last token is asked about."""
+    """Texts whose last token is scored."""
     lengths = [len(row) for row in rows]
     tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     last = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -86,7 +86,7 @@ class RewardModelTrainer(Trainer):
     training: Sequence[Comparison]
     validation: Sequence[Comparison]
     demonstrations: Sequence[Sequence[int]]
-    """Prompt and response tokens whose mean score the closing bias makes 0."""
+    """Prompt and response tokens whose mean score the final bias sets to 0."""
 
     def __post_init__(self) -> None:
         algorithm = self.config.reward_model
@@ -101,7 +101,7 @@ class RewardModelTrainer(Trainer):
         return [self.reward]
 
     def train_step(self) -> dict[str, float]:
-        """One update on the rankings of one batch of prompts."""
+        """One update from the rankings of one batch of prompts."""
         algorithm, optimizer = self.config.reward_model, self.config.reward.optimizer
         indices = next(self.batches)
         comparisons = [self.training[i] for i in indices]
@@ -130,7 +130,7 @@ class RewardModelTrainer(Trainer):
         }
 
     def after_step(self) -> dict[str, float]:
-        """Validate now and then; after the last step, set the bias."""
+        """Validate at intervals; after the last step, set the bias."""
         done = self.step == self.total_steps
         metrics = self.validate() if done or self.step % self.config.reward_model.validate_every == 0 else {}
         if done:
@@ -161,7 +161,7 @@ class RewardModelTrainer(Trainer):
 
     def _scores(self, sequences: Sequences) -> Tensor:
         values_ns = self.reward.role.values(sequences, self.config.reward_model.micro_batch * SCORED_AT_ONCE)
-        return values_ns.sum(dim=1)  # zero but at the last token
+        return values_ns.sum(dim=1)  # zero except at the last token
 
     @torch.no_grad()
     def _center_on_demonstrations(self) -> None:
@@ -180,11 +180,11 @@ class RewardModelTrainer(Trainer):
         self.batches.load_state_dict(state["batches"])
 
 
-# Completions scored together in a validation pass: bounds the padding, never the numbers.
+# Completions scored together in a validation pass: bounds the padding, does not affect the numbers.
 VALIDATION_COMPLETIONS = 256
 
 
-# Without gradients there is room for so many times a microbatch.
+# Without gradients there is memory for this many times a microbatch.
 SCORED_AT_ONCE = 4
 
 
@@ -193,7 +193,7 @@ def ranking_microbatches(
 ) -> list[Microbatch]:
     """This data-parallel rank's share of the batch, normalised by the prompts of the whole batch.
 
-    Each prompt is whole in one microbatch, but for those that are too large, see `_large_prompts`.
+    Each prompt is whole in one microbatch, except those that are too large, see `_large_prompts`.
     """
     role, prompts, budget = reward.role, float(len(comparisons)), Budget.of(micro_batch_size)
 
@@ -227,8 +227,8 @@ def _large_prompts(
 ) -> list[Microbatch]:
     """Prompts with too many completions for one pass, in parts, dealt out over all ranks.
 
-    All completions are scored first, without gradients. The loss's derivative by each score, times the score when it is
-    computed again, has the same gradient by the weights as the loss.
+    All completions are scored first, without gradients. The loss's derivative with respect to each score, times the
+    score when recomputed, has the same gradient with respect to the weights as the loss.
     """
     role, batch = reward.role, RankedBatch.pack(comparisons)
     scores_n = role.values(batch.sequences, at_once).sum(dim=1).requires_grad_()
@@ -237,7 +237,7 @@ def _large_prompts(
     (slope_n,) = torch.autograd.grad(loss, scores_n)
 
     def microbatch(rows: list[int], counts: bool) -> Microbatch:
-        tells = counts and 0 in rows  # one of all parts brings the figures of all
+        tells = counts and 0 in rows  # one of all parts carries the metrics of all
         slopes = slope_n[torch.tensor(rows, device=slope_n.device)]
 
         def loss_of(scores_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -254,7 +254,7 @@ def _named(loss: Tensor, statistics: Mapping[str, Tensor], counts: bool) -> dict
 
 
 def _parts(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[Sequence[Item]]:
-    """Consecutive items whose sizes add up to `limit` at most, and one at least."""
+    """Consecutive items whose sizes add up to at most `limit`, at least one at a time."""
     start, total = 0, 0
     for i, size in enumerate(sizes):
         if i > start and total + size > limit:

@@ -31,7 +31,7 @@ from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 log = logging.getLogger(__name__)
 
 LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens", "data.tokenizer")
-"""Keys that decide, beside the file, which examples there are."""
+"""Keys that decide, together with the file, which examples there are."""
 
 
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
@@ -128,7 +128,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
-    role.freeze_head_bias()  # no comparison depends on it, and Adam would make steps of the rounding
+    role.freeze_head_bias()  # no comparison depends on it, and Adam would amplify rounding errors
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
     return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
 
@@ -139,7 +139,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     reward_source, critic_model = parts.find_start(
         config.reward.init_from, "reward.init_from", REWARD, config.critic_model, "critic_model"
     )
-    # The reward model's own weights, unless another model is named: then a language model gets a head drawn anew.
+    # The reward model's own weights, unless another model is named: a language model then gets a new random head.
     value_from, value_key = config.value.init_from, "value.init_from"
     if value_from is None:
         value_from, value_key = config.reward.init_from, "reward.init_from"
@@ -248,7 +248,7 @@ def _ranked_pieces(comparisons: Iterable[Comparison]) -> Iterator[np.ndarray]:
         yield from c.responses_tokens
 
 
-# Stage -> what makes its trainer.
+# Stage -> function that builds its trainer.
 BUILD: Mapping[str, Callable[[Any, Session], Any]] = {
     "sft": build_sft,
     "reward_model": build_reward_model,

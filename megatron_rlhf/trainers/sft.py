@@ -140,7 +140,7 @@ class SFTTrainer(Trainer):
         return [(text, 1) for text in texts]
 
     def validation_loss(self) -> float | None:
-        """Mean loss a target token: on validation demonstrations, else on held-out text; None if there is neither."""
+        """Mean loss per target token: on validation demonstrations, else on held-out text; None if there is neither."""
         if self.validation is not None:
             examples: list[Example] = [(d.tokens, d.prompt_length) for d in self.validation]
         elif self.pretraining is not None and self.pretraining.held_out is not None and self.batches is None:
@@ -157,7 +157,7 @@ class SFTTrainer(Trainer):
         return total / max(tokens, 1)
 
     def mean_reward(self) -> float:
-        """Mean score of responses sampled to validation prompts, by the reward model (how the paper chose its SFT model)."""
+        """Mean reward-model score of responses sampled for validation prompts (how the paper chose its SFT model)."""
         assert self.reward is not None
         assert self.demonstrations is not None
         chosen = selection_prompts(self.config, self.demonstrations, self.validation)
@@ -176,7 +176,7 @@ class SFTTrainer(Trainer):
         return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
 
     def after_step(self) -> dict[str, float]:
-        """At the end of an epoch, and of the run: validate, keep these weights, and name the best so far."""
+        """At the end of an epoch, and of the run: validate, save these weights, and mark the best so far."""
         before, self.epochs_done = self.epochs_done, self.batches.epoch if self.batches is not None else 0
         ends = self.epochs_done > before
         return self._end_epoch(ends) if ends or self.step == self.total_steps else {}
@@ -191,14 +191,14 @@ class SFTTrainer(Trainer):
         by_reward = self.config.sft.select_by is Selection.reward_model
         figure = -metrics["sft/validation_reward"] if by_reward else loss
         name = self._epoch_name(whole)
-        if figure is not None and name is not None:  # there is something to choose, and to choose by
+        if figure is not None and name is not None:  # there is something to choose from, and a criterion
             self.session.offer(name, [self.policy], {"step": self.step, "figure": figure, "metrics": metrics})
         shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         log.info("%s: %s", name or f"step {self.step}", shown or "no validation data")
         return metrics
 
     def _epoch_name(self, whole: bool) -> str | None:
-        """What the weights at this step are called; None where there are no epochs to choose from."""
+        """Name of the weights at this step; None where there are no epochs to choose from."""
         if self.batches is None:
             return None
         done = self.epochs_done
@@ -222,12 +222,12 @@ class SFTTrainer(Trainer):
 def selection_prompts(
     config: SFTConfig, demonstrations: Examples[Demonstration], validation: Examples[Demonstration] | None
 ) -> list[Demonstration]:
-    """Whose prompts are answered where a reward model judges an epoch."""
+    """Demonstrations whose prompts are answered where a reward model judges an epoch."""
     examples = validation or demonstrations
     return [examples[i] for i in range(min(len(examples), config.sft.selection_samples))]
 
 
-# Sequences of a validation pass held as one batch: bounds the padding, never the numbers.
+# Sequences of a validation pass held as one batch: bounds the padding, does not affect the numbers.
 VALIDATION_BATCH = 256
 
 

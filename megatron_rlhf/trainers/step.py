@@ -1,4 +1,4 @@
-"""One update of one role: accumulate over microbatches, clip, Adam; updates that are not finite are skipped."""
+"""One update of one role: accumulate over microbatches, clip, Adam; non-finite updates are skipped."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ class Update:
     grad_norm: float
     skipped: bool
     gradients: Comparison | None = None
-    """Of the part that was accumulated first and the rest, where that part's gradient was kept."""
+    """The part accumulated first compared with the rest, where that part's gradient was kept."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class TrainedRole:
         return cls(role, optimizer, max_skipped, average)
 
     def accumulate(self, microbatches: Sequence[Microbatch], keep: bool = False) -> Accumulated:
-        """Gradients of a first part of the next update, in a schedule of their own, not yet reduced over ranks.
+        """Gradients of a first part of the next update, in a separate schedule, not yet reduced over ranks.
 
         Args:
-            keep: a copy of the gradient as well, so that the update can tell its two parts apart.
+            keep: also copy the gradient, so that the update can tell its two parts apart.
         """
         if self.optimizer is None:
             return Accumulated()
@@ -95,7 +95,7 @@ class TrainedRole:
         return Accumulated(microbatches, statistics, KeptGradient.of(self.role) if keep else None)
 
     def update(self, microbatches: Sequence[Microbatch], lr: float, after: Accumulated | None = None) -> Update:
-        """One optimizer step on the sum of the microbatches' losses; on ranks outside the layout nothing, and no statistics.
+        """One optimizer step on the sum of the microbatches' losses; nothing, and no statistics, on other ranks.
 
         Args:
             lr: learning rate of this step.
@@ -111,7 +111,7 @@ class TrainedRole:
         totals = collectives.reduce_statistics(statistics, layout)
         with layout:
             grad_norm, skipped, gradients = self._apply_gradients(lr, loss_is_finite(totals), after.kept)
-        # In fp16 gradients overflow now and then: the loss scale is lowered, and that is all there is to it.
+        # In fp16 gradients overflow now and then: the loss scale is lowered, nothing else is needed.
         by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
         if skipped and self.guard is not None and not by_scale:
             self.guard.report_update(self.role, [*after.microbatches, *microbatches], statistics, totals)
@@ -121,13 +121,13 @@ class TrainedRole:
         return Update(totals, grad_norm, skipped, gradients)
 
     def share(self, updates: list[Update]) -> list[Update]:
-        """What the role's ranks know of its updates, to all ranks of the world. Collective over the world."""
+        """Send what the role's ranks know of its updates to all ranks of the world. Collective over the world."""
         updates, self.skipped_in_a_row = collectives.publish_object((updates, self.skipped_in_a_row), self.role.layout)
         return updates
 
     @torch.no_grad()
     def add_to(self, name: str, amount: float) -> None:
-        """Change the weights called `name` outside of an update: the model's, and the optimizer's masters of them alone."""
+        """Change the weights called `name` outside an update: the model's, and only their masters in the optimizer."""
         for chunk, masters in zip(self.role.modules, masters_of(self.role, self.optimizer), strict=True):
             for parameter in (p for n, p in chunk.named_parameters() if n == name):
                 parameter.add_(amount)
@@ -135,7 +135,7 @@ class TrainedRole:
                 masters[name].add(amount)
 
     def optimizer_tensors(self) -> list[Tensor]:
-        """Master weights, moments and the moving average: what an update needs and nothing else does."""
+        """Master weights, moments and the moving average: what only an update needs."""
         if self.optimizer is None:
             return []
         weights = {storage_of(parameter) for chunk in self.role.modules for parameter in chunk.parameters()}
@@ -163,10 +163,10 @@ class TrainedRole:
         for part in optimizer.chained_optimizers:
             for group in part.param_groups:
                 group["lr"] = lr
-                # A checkpoint brings those that it was saved with.
+                # A checkpoint restores those that it was saved with.
                 group["betas"] = part.config.adam_beta1, part.config.adam_beta2
                 group["eps"] = part.config.adam_eps
-                # Megatron-Core leaves it to its scheduler to spare biases and norms.
+                # Megatron-Core leaves it to its scheduler to exempt biases and norms.
                 group["weight_decay"] = part.config.weight_decay * group["wd_mult"]
         scale = float(optimizer.get_loss_scale()) if kept else 1.0  # before it is adapted
         overflow = optimizer.prepare_grads()
@@ -196,5 +196,5 @@ class TrainedRole:
 
 
 def loss_is_finite(statistics: Mapping[str, float]) -> bool:
-    """Whether every loss is finite. The gradient alone does not tell: that of a constant NaN is 0."""
+    """True if every loss is finite. The gradient alone does not show it: that of a constant NaN is 0."""
     return all(math.isfinite(value) for name, value in statistics.items() if name.endswith("loss"))

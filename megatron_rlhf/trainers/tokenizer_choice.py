@@ -1,4 +1,4 @@
-"""The run's tokenizer: the one that is named, else the one that came with a model. All models must have been trained with it."""
+"""The run's tokenizer: the configured one, else one that came with a model. All models must be trained with it."""
 
 import logging
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint | None], session: Session) -> Tokenizer:
-    """The tokenizer with all its ends; `session` puts it into every checkpoint.
+    """The tokenizer with all its end tokens; `session` saves it in every checkpoint.
 
     Args:
-        starts: by the key that names each, where models start from; the first is the one that writes, if any does.
+        starts: where models start from, by configuration key; the first is the model that generates text, if any does.
 
     Raises:
-        UserError: No tokenizer is named or came along, or one of the models was trained with another one.
+        UserError: No tokenizer is configured or came with a model, or one of the models was trained with another one.
     """
     sources = {key: start for key, start in starts.items() if start is not None}
     folders = {key: folder for key, start in sources.items() if (folder := start.tokenizer) is not None}
@@ -64,7 +64,7 @@ def _require_same(
 
 
 def _fingerprint(path: Path, folder: Path | None) -> str | None:
-    """Of the tokenizer that a model was trained with; None where that is unknown."""
+    """Fingerprint of the tokenizer that a model was trained with; None if unknown."""
     if (path / sharded.META).is_file() and (carried := sharded.read_meta(path).get("tokenizer")) is not None:
         return carried
     return None if folder is None else load_tokenizer(folder).fingerprint

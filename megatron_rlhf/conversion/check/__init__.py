@@ -1,1 +1,1 @@
-"""Whether a converted model computes what the original does."""
+"""Checks that a converted model computes the same as the original."""

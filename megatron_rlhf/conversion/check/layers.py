@@ -1,8 +1,8 @@
-"""Running a model that is not in memory: ours from a checkpoint's tensors, theirs from a Hugging Face folder.
+"""Running a model that is not in memory: Megatron-Core's from a checkpoint, transformers' from a Hugging Face folder.
 
 Each is built with one transformer layer, which takes the weights of layer 0, then of layer 1, and so on, and with a
-vocabulary of as many rows as a batch has different tokens or a piece of the unembedding needs: no wide embedding is
-ever whole in memory. Arithmetic is fp32 on both sides, whatever the type of the stored weights.
+vocabulary of as many rows as a batch has different tokens or a piece of the unembedding needs: a large embedding is
+never whole in memory. Arithmetic is fp32 on both sides, whatever the type of the stored weights.
 """
 
 import inspect
@@ -34,7 +34,7 @@ _TRACED = 4  # positions whose hidden states are kept after every layer
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model made of a batch."""
+    """A model's outputs for a batch."""
 
     hidden_nh: Tensor
     """Last hidden states of the real tokens."""
@@ -53,7 +53,7 @@ class Ran:
 
 
 def run_ours(described: Described, source: TensorSource, layout: ParallelLayout, batches: Sequence[Batch]) -> Ran:
-    """Megatron-Core's model, padded on the right as in training, on the left as in sampling. `layout`: of one rank."""
+    """Megatron-Core's model, padded right as in training, left as in sampling. `layout`: a layout of one rank."""
     with layout:
         model_parallel_cuda_manual_seed(0)
     vocabulary = Vocabulary.of(described.model, batches)
@@ -107,7 +107,7 @@ def _our_arguments(batch: Batch) -> dict[str, Any]:
 def _our_head(
     output_layer: nn.Module, rows: int, described: Described, source: TensorSource, layout: ParallelLayout
 ) -> Callable[[slice], Callable[[Tensor], Tensor]]:
-    # Given the output layer alone, so that the rest of the model can go.
+    # Only the output layer is passed, so that the rest of the model can be freed.
     place = Place(WORD_EMBEDDINGS if described.model.tied_embeddings else HEAD, None)
 
     def head(piece: slice) -> Callable[[Tensor], Tensor]:
@@ -127,7 +127,7 @@ def _our_head(
 
 
 def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
-    """transformers' model. Its parameters are filled by their own names: our tables have no part in it."""
+    """transformers' model. Its parameters are loaded by their own names, without our tables."""
     described = weights.described
     vocabulary = Vocabulary.of(described.model, batches)
     model = _their_model(weights, vocabulary.rows)
@@ -160,7 +160,7 @@ def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
     if described.scalar:
         scalar_head = model.get_submodule(str(described.architecture.head_module(described.head)))
         return Ran(outcomes, lambda piece: scalar_head)
-    # In memory some architectures call their unembedding otherwise than in files.
+    # Some architectures name their unembedding differently in memory and in files.
     head_name = described.theirs(HEAD).names[0] if HEAD in weights.stored_shapes else embedding_name
 
     def head(piece: slice) -> Callable[[Tensor], Tensor]:
@@ -179,7 +179,7 @@ def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
     content |= {key: None for key in content if key.endswith("_token_id")}  # they are of the whole vocabulary
     content.pop("layer_types", None)  # a list with an entry for every layer
     for key in [key for key in content if "attn_implementation" in key or key in ("auto_map", "use_kernels")]:
-        del content[key]  # these may name code to fetch and run
+        del content[key]  # these may name code to download and run
     config = CONFIG_MAPPING[architecture.model_type].from_dict(content)
     config.pad_token_id = None
     model_class = getattr(transformers, architecture.class_name(weights.described.head))
@@ -209,7 +209,7 @@ class _Call:
 
 
 class _EveryLayer(nn.Module):
-    """Stands in the place of all layers: one layer that takes each one's weights in turn, for all batches at once."""
+    """Replaces all layers: one layer that takes each one's weights in turn, for all batches at once."""
 
     def __init__(self, layer: nn.Module, count: int, load: Callable[[int], None], row_axis: int) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class _EveryLayer(nn.Module):
         return [Outcome(run(batch)[batch.real_bs], trace) for batch, trace in zip(batches, traces, strict=True)]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A model's first run goes through layer 0; its second gets what has become of that in the last one."""
+        """A model's first run goes through layer 0; its second gets the output of the last layer."""
         if self.finished:
             return self.finished.pop(0).output
         output = self.layer(hidden_states, *args, **kwargs)

@@ -16,16 +16,16 @@ from megatron_rlhf.conversion.whole_tensors import CHUNK_BYTES, Place, TensorSou
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 TOLERANCE = 1e-4
-"""Largest difference of outputs, as a share of the largest output. Summing in another order costs 1e-6 to 1e-5 in fp32;
-a wrong epsilon, activation or rotary table costs more than 1e-3."""
+"""Largest difference of outputs, relative to the largest output. Summing in another order gives 1e-6 to 1e-5 in fp32; a
+wrong epsilon, activation or rotary table gives more than 1e-3."""
 
 
 class CheckFailed(Exception):
-    """The two sides of a conversion differ. The message names the first place where they do."""
+    """The two models of a conversion differ. The message names the first place where they do."""
 
 
 def compare_tensors(ours: TensorSource, theirs: Weights) -> int:
-    """Compare every tensor of theirs with what ours gives, bit by bit; returns how many there are.
+    """Compare every Hugging Face tensor with the converted one, bit by bit; returns how many there are.
 
     Raises:
         CheckFailed: naming the first that differs.
@@ -40,7 +40,7 @@ def compare_tensors(ours: TensorSource, theirs: Weights) -> int:
 
 
 def _side_by_side(ours: TensorSource, theirs: Weights, place: Place) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Their names of one of our tensors, with what ours gives for them and what theirs holds."""
+    """Hugging Face's names for one of our tensors, each with our values and Hugging Face's."""
     mapping, shape = theirs.described.theirs(place.key), ours.shapes[place.key]
     if mapping.order is Order.same and not mapping.transposed:  # an embedding among them: gigabytes, so in pieces
         (name,) = theirs.described.their_shapes(place)
@@ -68,13 +68,13 @@ def compare_outputs(
         The largest difference of outputs, and the largest output.
 
     Args:
-        layout: of one rank.
+        layout: a layout of one rank.
 
     Raises:
         CheckFailed: naming the first layer whose output differs, when it is more than TOLERANCE.
     """
     our_run = run_ours(theirs.described, ours, layout, batches)
-    gc.collect()  # modules are cycles of references: free ours before theirs is built
+    gc.collect()  # modules are reference cycles: free Megatron-Core's before transformers' is built
     their_run = run_theirs(theirs, batches)
     gaps, sizes = _compare_heads(theirs.described, our_run, their_run)
     for i, batch in enumerate(batches):
@@ -88,7 +88,7 @@ def compare_outputs(
 
 
 def _compare_heads(described: Described, ours: Ran, theirs: Ran) -> tuple[list[float], list[float]]:
-    """Largest difference and largest output of each batch; in pieces, because a vocabulary is wide."""
+    """Largest difference and largest output of each batch; in pieces, because a vocabulary is large."""
     pairs = [(a.hidden_nh, b.hidden_nh) for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
     gaps, sizes = torch.zeros(len(pairs)), torch.zeros(len(pairs))
     for piece in [slice(0, 1)] if described.scalar else vocabulary_pieces(described.model):

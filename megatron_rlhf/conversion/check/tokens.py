@@ -1,4 +1,4 @@
-"""The tokens that both sides of a conversion run on, and the rows of a wide vocabulary that these need."""
+"""The tokens that both models of a conversion run on, and the rows of a large vocabulary that these need."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_rlhf.conversion.whole_tensors import row_pieces
 from megatron_rlhf.parallel import collectives
 
 PIECE_BYTES = 2**27
-"""Of an embedding or unembedding in fp32, as much as is in memory at a time."""
+"""Maximum bytes of an embedding or unembedding in fp32 to hold in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Batch:
 
 
 def vocabulary_pieces(model: ModelConfig) -> list[slice]:
-    """The rows of an embedding, as many at a time as are to be in memory."""
+    """The rows of an embedding, in pieces small enough to hold in memory."""
     return row_pieces((model.vocab_size,), model.hidden_size * 4, PIECE_BYTES)
 
 
@@ -50,7 +50,7 @@ class Vocabulary:
     """The rows of a large vocabulary that fit into a model with a small one."""
 
     tokens: Tensor
-    """Those that occur, ascending; a model of `rows` rows knows them as 0, 1, ..."""
+    """Those that occur, ascending; in a model of `rows` rows they are 0, 1, ..."""
     pieces: list[slice]
     """All rows, in pieces of at most `rows`."""
 

@@ -1,1 +1,1 @@
-"""Hugging Face folders: configuration, weights, and the files beside them."""
+"""Hugging Face folders: configuration, weights, and the other files in them."""

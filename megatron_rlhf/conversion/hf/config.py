@@ -15,14 +15,14 @@ from megatron_rlhf.conversion.architecture import Architecture, Head, attention_
 
 # Our fields about rotary positions; all architectures write them the same way.
 _ROPE_FIELDS = {field.name for field in fields(ModelConfig) if field.name.startswith("rope_")}
-# Fields that change no output, so that no config.json need hold them.
+# Fields that change no output, so config.json does not need them.
 _FREE = {"vocab_multiple", "init_std"}
-# Keys of any config.json -> the values that leave the model a causal one of plain numbers.
+# Keys of any config.json -> the values with which the model is causal and not quantized.
 _ONLY: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "is_causal": (None, True)}
 
 
 def find_architecture(content: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that a config.json names; UserError when it is none that can be carried."""
+    """The architecture that a config.json names; UserError when it cannot be converted."""
     model_type = content.get("model_type")
     if model_type in key_maps.names():
         return key_maps.load(str(model_type))
@@ -47,7 +47,7 @@ def read_head(content: Mapping[str, Any], architecture: Architecture, where: str
 
 
 def to_model_config(content: Mapping[str, Any], architecture: Architecture, where: str) -> ModelConfig:
-    """The shape that a config.json describes; UserError for what our modules cannot do."""
+    """The shape that a config.json describes; UserError for what our modules do not support."""
     full = _with_defaults(content, architecture, where)
     for key, allowed in (_ONLY | dict(architecture.only)).items():
         if full.get(key, allowed[0]) not in allowed:
@@ -76,9 +76,9 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
 
 
 def without_nulls(content: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """A config.json without nulls that only mean the default, nor the weights' type: files say that themselves.
+    """A config.json without nulls that only mean the default, and without the weights' type, which the files give.
 
-    A null stays where it has a meaning of its own: where it is the default, or one of the values that we can carry.
+    A null stays where it has its own meaning: where it is the default, or one of the values that can be converted.
     """
     defaults = CONFIG_MAPPING[architecture.model_type]().to_dict()
     only = _ONLY | dict(architecture.only)
@@ -102,7 +102,7 @@ def _with_defaults(content: Mapping[str, Any], architecture: Architecture, where
 
 
 def _require_possible(model: ModelConfig, architecture: Architecture, where: str) -> None:
-    """Raise UserError for sizes that no model can have, before tensors are held against them."""
+    """Raise UserError for sizes that no model can have, before tensors are compared with them."""
 
     def listed(*names: str) -> str:
         keys = [architecture.fields[name] for name in names]
@@ -122,7 +122,7 @@ def _require_possible(model: ModelConfig, architecture: Architecture, where: str
 
 
 def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
-    """config.json of a model; the opposite of `to_model_config`."""
+    """config.json of a model; the inverse of `to_model_config`."""
     content: dict[str, Any] = {"model_type": architecture.model_type}
     content |= {key: allowed[0] for key, allowed in architecture.only.items()}
     _, groups, width = attention_shape(model)
@@ -141,7 +141,7 @@ def from_model_config(model: ModelConfig, architecture: Architecture) -> dict[st
 
 
 def obstacles(model: ModelConfig, architecture: Architecture) -> list[str]:
-    """What of a model the architecture cannot express, as 'norm=rmsnorm'; empty when it can be written as one."""
+    """What the architecture cannot express of a model, such as 'norm=rmsnorm'; empty when it can be written as one."""
     model = without_implied(model)
     found = [name for name, value in architecture.fixed.items() if getattr(model, name) != value]
     if model.activation not in architecture.activations:
@@ -157,7 +157,7 @@ def obstacles(model: ModelConfig, architecture: Architecture) -> list[str]:
 
 
 def _read_rope(full: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:
-    # transformers 5 gathers all in rope_parameters; 4 has rope_theta beside rope_scaling.
+    # transformers 5 has all of it in rope_parameters; 4 has rope_theta beside rope_scaling.
     base_key, fraction_key = architecture.rope_keys
     rope: dict[str, Any] = {"rope_theta": full.get(base_key), "partial_rotary_factor": full.get(fraction_key or "")}
     rope |= full.get("rope_scaling") or {}

@@ -1,4 +1,4 @@
-"""Our tensors as a Hugging Face folder: sharded safetensors with an index, config.json, and what came along."""
+"""Our tensors as a Hugging Face folder: sharded safetensors with an index, config.json, and extra files."""
 
 import json
 import math
@@ -29,12 +29,12 @@ def choose_architecture(model: ModelConfig, wanted: str | None, origin: str | No
     """The architecture to write a model as: the one asked for, else the first that has all it needs.
 
     Args:
-        origin: what the model descends from, tried first.
+        origin: what the model was trained from, tried first.
 
     Raises:
-        UserError: naming what of the model no architecture, or not the one asked for, can express.
+        UserError: naming what no architecture, or not the requested one, can express of the model.
     """
-    # Llama before its descendants: a model that is several of them goes by the oldest name.
+    # Llama before its descendants: a model that fits several of them gets the oldest name.
     likely = sorted(key_maps.names(), key=lambda name: (name != origin, name != "llama", name))
     reasons = {}
     for name in [wanted] if wanted else likely:
@@ -73,10 +73,11 @@ class AsType:
 
 @dataclass(frozen=True)
 class Exported:
-    """Our tensors as they go out: those that the Hugging Face class has a place for.
+    """Our tensors as exported: those that the Hugging Face class has a place for.
 
-    A sequence classifier's head has no bias. Added to the final norm's bias, along the head, it does the same; a model
-    whose final norm has none keeps it as a tensor of its own, and `modeling_reward.py` beside the weights reads it.
+    A sequence classifier's head has no bias. Added to the final norm's bias, in the head's direction, it has the same
+    effect; a model whose final norm has none keeps it as a separate tensor, and `modeling_reward.py` beside the weights
+    reads it.
     """
 
     described: Described
@@ -104,7 +105,7 @@ class Exported:
         return self.score_bias != 0 and _FINAL_BIAS not in self.source.shapes
 
     def dtype(self, key: str) -> torch.dtype:
-        # The sum would lose the score's bias to rounding in a shorter type.
+        # In a shorter type, rounding would lose the score's bias in the sum.
         return torch.float32 if key == _FINAL_BIAS and self.score_bias else self.source.dtype(key)
 
     def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
@@ -126,7 +127,7 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
     except UserError as error:
         failure = error
     failures: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)  # what one rank cannot read, all ranks stop at
+    dist.all_gather_object(failures, failure)  # if one rank cannot read, all ranks stop
     for failure in filter(None, failures):
         raise failure
     if len(shards) > 1 and dist.get_rank() == 0:

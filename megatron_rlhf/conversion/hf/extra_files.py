@@ -1,4 +1,4 @@
-"""What travels with a Hugging Face model's weights: tokenizer, chat template, generation settings, config.json."""
+"""Files that accompany a Hugging Face model's weights: tokenizer, chat template, generation settings, config.json."""
 
 import json
 import shutil
@@ -44,15 +44,15 @@ class ExtraFiles:
     """Where the extra files of an export are, and the tokenizer's special tokens."""
 
     config: Path | None = None
-    """Folder with the config.json and generation settings of the model that this one descends from."""
+    """Folder with the config.json and generation settings of the model that this one was trained from."""
     tokenizer: Path | None = None
     """Folder with the tokenizer's files."""
     special_tokens: dict[str, int | None] = field(default_factory=dict)
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`, for a config.json written anew."""
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, for a newly written config.json."""
 
     @classmethod
     def find(cls, checkpoint: Path, like: Path | None) -> "ExtraFiles":
-        """Look in the folder that the user names; without one, in the checkpoint, then where its run had its own."""
+        """Look in the folder that the user names; without one, in the checkpoint, then where its run started from."""
         if like is not None and not like.is_dir():
             raise UserError(f"--like {like}: no such folder")
         folders = [like] if like is not None else list(_lineage(checkpoint, set()))
@@ -63,7 +63,7 @@ class ExtraFiles:
 
     @property
     def model_type(self) -> str | None:
-        """Of the model that this one descends from."""
+        """Of the model that this one was trained from."""
         return None if self.config is None else read_json(self.config / CONFIG).get("model_type")
 
     def copy_to(self, folder: Path, generation: bool = True) -> None:
@@ -77,7 +77,7 @@ class ExtraFiles:
             self._copy_generation_settings(folder)
 
     def _copy_generation_settings(self, folder: Path) -> None:
-        """The model's, with the end tokens of the tokenizer that it was trained with."""
+        """The original model's, with the end tokens of the tokenizer that this one was trained with."""
         sources = [source for source in (self.config, self.tokenizer) if source is not None]
         found = [path for source in dict.fromkeys(sources) if (path := source / GENERATION).is_file()]
         if len(found) == 1:
@@ -88,7 +88,7 @@ class ExtraFiles:
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """There is a file of a tokenizer's."""
+    """Whether there is a tokenizer file."""
     return any((folder / name).is_file() for name in FILES)
 
 
@@ -103,7 +103,7 @@ def keep(source: Path, checkpoint: Path) -> None:
 def write_config(
     folder: Path, described: Described, dtype: torch.dtype, extra: ExtraFiles, needs_code: bool = False
 ) -> None:
-    """Write config.json, last of all: a folder without it does not pass for a model."""
+    """Write config.json, last of all: a folder without it does not count as a model."""
     content = _own_config(described, extra)
     content["architectures"] = [described.architecture.class_name(described.head)]
     content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -123,7 +123,7 @@ def write_config(
 
 
 def _own_config(described: Described, extra: ExtraFiles) -> dict[str, Any]:
-    """The config.json that came along, where it still describes the model; else a new one."""
+    """The original model's config.json, where it still describes the model; else a new one."""
     if extra.config is not None:
         content = read_json(extra.config / CONFIG)
         if content.get("model_type") == described.architecture.model_type:
@@ -135,7 +135,7 @@ def _own_config(described: Described, extra: ExtraFiles) -> dict[str, Any]:
 
 
 def _lineage(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Folders where extra files may be: what a checkpoint holds, then what its run's config.yaml names, and so on back."""
+    """Folders where extra files may be: the checkpoint's, then what its run's config.yaml names, and so on back."""
     folder = folder.resolve()
     if folder in seen or not folder.is_dir():
         return

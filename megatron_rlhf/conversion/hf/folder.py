@@ -63,14 +63,14 @@ class TensorFiles:
         part = (rows, columns)[: len(self.shapes[name])]
         if self.files[name].suffix != ".safetensors":
             return unpickle(self.files[name])[name][part].clone()
-        # Opened anew each time: a file kept open would keep the pages read from it in memory.
+        # Opened each time: a file kept open would keep the pages read from it in memory.
         with safe_open(str(self.files[name]), framework="pt") as file:
             return file.get_slice(name)[part]
 
 
 @functools.lru_cache(maxsize=1)
 def unpickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, mapped into memory: only tensors and plain containers are let through."""
+    """The tensors of a pickled file, mapped into memory: only tensors and plain containers are allowed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def _find_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path, dic
                 raise UserError(f"{index}: weight_map must name the file of every tensor")
             if outside := next((file for file in listed.values() if Path(file).name != file), None):
                 raise UserError(f"{index}: names {outside}, which is no file beside it")
-            if not whole or name in listed.values():  # else it was left behind: transformers, too, takes the whole file
+            if not whole or name in listed.values():  # else a leftover: transformers, too, uses the whole file
                 return sorted({folder / file for file in listed.values()}), index, listed
         if whole:
             return [folder / name], index, None

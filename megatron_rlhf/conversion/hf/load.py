@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def is_hf_folder(path: str | Path) -> bool:
-    """The folder holds a Hugging Face model, not a checkpoint of ours."""
+    """The folder holds a Hugging Face model, not one of our checkpoints."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / META).exists()
 
 
@@ -28,19 +28,19 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, bool]:
     """Shape of the model in a Hugging Face folder, and whether it has a scalar head.
 
     Raises:
-        UserError: for an architecture, or a feature of one, that our modules do not have.
+        UserError: for an architecture, or a feature of one, that our modules do not support.
     """
     described = Described.read(Path(folder))
     return described.model, described.scalar
 
 
 def load_into(role: Role, folder: str | Path) -> None:
-    """Fill a role's weights, at its layout, from a Hugging Face folder; each rank reads only what it holds.
+    """Load a role's weights, at its layout, from a Hugging Face folder; each rank reads only what it holds.
 
-    A scalar role filled from a language model keeps the head that it was built with.
+    A scalar role loaded from a language model keeps the head that it was built with.
 
     Raises:
-        UserError: when a tensor is missing, unknown, of another shape, or the role cannot take this model.
+        UserError: when a tensor is missing, unknown, of another shape, or the model does not fit the role.
     """
     described = Described.read(Path(folder))
     if described.scalar and not role.scalar:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is, in our names; and its weights, read as our tensors block by block."""
+"""A Hugging Face model's shape in our terms, and its weights, read as our tensors block by block."""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Described:
 
     @classmethod
     def read(cls, folder: Path) -> "Described":
-        """What a folder's config.json says; UserError for what cannot be carried."""
+        """What a folder's config.json says; UserError for what cannot be converted."""
         content, where = read_json(folder / CONFIG), str(folder / CONFIG)
         architecture = hf_config.find_architecture(content, where)
         head = hf_config.read_head(content, architecture, where)
@@ -45,7 +45,7 @@ class Described:
 
     @property
     def scalar(self) -> bool:
-        """It gives one number a token."""
+        """It gives one number per token."""
         return self.head is not Head.language
 
     @cached_property
@@ -58,11 +58,11 @@ class Described:
         return self.architecture.theirs(key, self.head)
 
     def runs(self, place: Place) -> list[Run]:
-        """Our tensor's rows, first to last, as runs of theirs."""
+        """Our tensor's rows, first to last, as runs of Hugging Face's."""
         return self.theirs(place.key).runs(self.shapes[place.key][0], self.model, place.layer)
 
     def their_shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors of theirs that one of ours holds."""
+        """Names and shapes of the Hugging Face tensors that one of our tensors holds."""
         counts: dict[str, int] = {}
         for run in self.runs(place):
             counts[run.name] = counts.get(run.name, 0) + run.count
@@ -71,7 +71,7 @@ class Described:
         return {name: (*rest, count) if transposed else (count, *rest) for name, count in counts.items()}
 
     def to_theirs(self, place: Place, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of theirs that one of ours holds, with their values."""
+        """The Hugging Face tensors that one of our tensors holds, with their values."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         position = 0
         for run in self.runs(place):
@@ -91,11 +91,11 @@ class Weights:
     described: Described
     files: TensorFiles
     shapes: dict[str, tuple[int, ...]]
-    """Our tensors that can be read from here, whole."""
+    """Our tensors that can be read from this folder, whole."""
     stored_shapes: dict[str, tuple[int, ...]]
-    """Those of them that are in the files: a sequence classifier's head has no bias, and ours is then 0."""
+    """Those of them that are in the files: a sequence classifier's head has no bias, and our bias is then 0."""
     missing_prefix: str
-    """What names in the files lack: the base model's prefix, where it was saved without a head."""
+    """What is missing from names in the files: the base model's prefix, where it was saved without a head."""
 
     @classmethod
     def open(cls, folder: Path, described: Described, with_head: bool = True, allow_pickle: bool = False) -> "Weights":
@@ -152,7 +152,7 @@ class Weights:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def require_one_type_a_tensor(self) -> None:
-        """Raise UserError where layers differ in the type of a tensor: a checkpoint keeps it stacked, in one type."""
+        """Raise UserError where layers differ in the type of a tensor: a checkpoint stores it stacked, in one type."""
         for place in places(self.stored_shapes, self.num_layers):
             wanted = self.dtype(place.key)
             for name in map(self.stored, self.described.their_shapes(place)):
@@ -160,7 +160,7 @@ class Weights:
                     raise UserError(f"{self.files.files[name]}: tensor {name} is {found}, its like elsewhere {wanted}")
 
     def stored(self, name: str) -> str:
-        """The name in the files of a tensor of theirs."""
+        """The name that a Hugging Face tensor has in the files."""
         return name.removeprefix(self.missing_prefix)
 
     def _require_exactly_these_tensors(self) -> None:

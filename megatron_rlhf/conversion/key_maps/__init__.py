@@ -1,4 +1,4 @@
-"""Hugging Face architectures: one file each, named after the `model_type`; adding a file adds the architecture."""
+"""Hugging Face architectures, one file each, named after the `model_type`; adding a file adds the architecture."""
 
 import importlib
 import pkgutil
@@ -17,7 +17,7 @@ REFUSED = {
     "qwen2_moe": "mixture of experts",
     "qwen3_moe": "mixture of experts",
 }
-"""Model types that cannot be carried, and what of them our modules lack.
+"""Model types that cannot be converted, and which of their features our modules lack.
 
 Of Gemma 2 and 3, Megatron-Core 0.16.1 has the scale of attention scores (`softmax_scale`) and windows in some layers
 (`window_attn_skip_freq`). It lacks: a place in `TransformerLayerSubmodules` for the norms after attention and MLP (both),
@@ -32,5 +32,5 @@ def names() -> list[str]:
 
 
 def load(model_type: str) -> Architecture:
-    """The architecture of a `model_type` that is among `names()`."""
+    """The architecture of a `model_type` from `names()`."""
     return importlib.import_module(f"{_PACKAGE}.{model_type}").ARCHITECTURE

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: a head's query, key and value stand together, as in Megatron; part of each head is rotated."""
+"""GPT-NeoX and Pythia: a head's query, key and value are together, as in Megatron; part of each head is rotated."""
 
 from megatron_rlhf.config.model import Activation, Norm, Positions
 from megatron_rlhf.conversion import architecture as ours

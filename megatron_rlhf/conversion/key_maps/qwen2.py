@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's tensors, and biases on queries, keys and values."""
+"""Qwen2 and Qwen2.5: Llama's tensors, plus biases on queries, keys and values."""
 
 import dataclasses
 

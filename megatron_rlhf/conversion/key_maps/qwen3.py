@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama's tensors, and a norm on every head's query and key."""
+"""Qwen3 (dense): Llama's tensors, plus a norm on every head's query and key."""
 
 import dataclasses
 

@@ -1,11 +1,11 @@
 """GPT checkpoints of NeMo (`.nemo` archives) as a source of our tensors.
 
-Their tensors are Megatron's, so only names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it.
-What is split over tensor and pipeline ranks in the archive is put together here, one tensor at a time.
+Their tensors are Megatron's, so only the names differ: those of Megatron-Core inside NeMo, or of Megatron-LM before it.
+What is split over tensor and pipeline ranks in the archive is joined here, one tensor at a time.
 
-NeMo is not asked, even where its extra is installed: its reader builds the model that saved the archive, whose class later
-versions dropped, takes the memory of all of it, and unpickles whatever is inside. It serves for what is refused here: open
-such an archive with the NeMo that wrote it and save it again.
+NeMo is not used, even where its extra is installed: its reader builds the model that saved the archive, whose class
+later versions dropped, needs memory for all of it, and unpickles whatever is inside. NeMo helps with what is refused
+here: open such an archive with the NeMo that wrote it and save it again.
 """
 
 import dataclasses
@@ -70,13 +70,13 @@ _OLD_NAMES = {
     f"{FC1}.": _OLD_LAYER + "mlp.dense_h_to_4h.",
     f"{FC2}.": _OLD_LAYER + "mlp.dense_4h_to_h.",
 }
-# Megatron-Core without Transformer Engine keeps a norm apart from the matrix after it.
+# Megatron-Core without Transformer Engine keeps a norm separate from the matrix after it.
 _LOCAL_NAMES = {
     f"{QKV}.layer_norm_": "decoder.layers.{}.input_layernorm.",
     f"{FC1}.layer_norm_": "decoder.layers.{}.pre_mlp_layernorm.",
 }
 _UNUSED = re.compile(r".*(_extra_state|inv_freq|core_attention\..*)")
-# Settings that change the function and that our modules do not have -> the values that leave it alone.
+# Settings that change the function and that our modules lack -> the values that leave it unchanged.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "transformer_block_type": ("pre_ln",),
     "normalize_attention_scores": (True,),
@@ -90,7 +90,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 
 
 def read_shape(config: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfig:
-    """The shape that an archive's model_config.yaml describes; UserError for what our modules cannot do."""
+    """The shape that an archive's model_config.yaml describes; UserError for what our modules do not support."""
     for key, allowed in _ONLY.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where}: {key}={config[key]} is not supported, only {' or '.join(map(str, allowed))}")
@@ -153,7 +153,7 @@ class NemoWeights:
     ranks: tuple[tuple[Path, ...], ...]
     """Files of weights, [pipeline stage][tensor-parallel rank]."""
     _last: dict[Place, Tensor] = field(default_factory=dict)
-    """The tensor read last: its rows are asked for piece by piece."""
+    """The last tensor read, kept because its rows are requested piece by piece."""
 
     @property
     def num_layers(self) -> int:
@@ -196,7 +196,7 @@ class NemoWeights:
         return [_find(unpickle(path), Place(place.key, layer), path) for path in self.ranks[stage]]
 
     def require_no_other_tensors(self) -> None:
-        """Raise UserError for a tensor that the shape does not call for."""
+        """Raise UserError for a tensor that a model of this shape does not have."""
         per_stage = self.num_layers // len(self.ranks)
         known = {
             name
@@ -213,7 +213,7 @@ class NemoWeights:
 
 
 def _names(place: Place) -> list[str]:
-    """What a tensor is called: by Megatron-Core, by its local layers, by Megatron-LM."""
+    """Names of a tensor: in Megatron-Core, in its local layers, in Megatron-LM."""
     names = [str(place)]
     for table in (_LOCAL_NAMES, _OLD_NAMES):
         start = next((start for start in table if place.key.startswith(start)), None)
@@ -237,7 +237,7 @@ def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSour
     """Shape and tensors of an archive, which is extracted into a folder inside `aside` while it is read.
 
     Raises:
-        UserError: for a file that is no `.nemo` archive of a GPT, or one that cannot be carried.
+        UserError: for a file that is not a `.nemo` archive of a GPT, or one that cannot be converted.
     """
     with TemporaryDirectory(prefix=".nemo_", dir=aside) as temporary:
         folder = Path(temporary)
@@ -265,7 +265,7 @@ def _read_config(path: Path, archive: Path) -> Mapping[str, Any]:
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
-    # Files alone, and none outside the folder; tarfile's own filters came with Python 3.11.4.
+    # Only files, and none outside the folder; tarfile's own filters came with Python 3.11.4.
     for member in tar:
         target = (folder / member.name).resolve()
         if not target.is_relative_to(folder.resolve()):

@@ -1,7 +1,7 @@
-"""Tensors of a distributed checkpoint in zarr format, as Megatron-Core wrote them before torch's own.
+"""Tensors of a distributed checkpoint in zarr format, as Megatron-Core wrote them before torch's format.
 
-Its present version reads them no more. It wrote each tensor as a folder of uncompressed chunks (zarr version 2: raw numbers
-in files named by their place in the grid, `.zarray` to describe them), which takes no library to read.
+Its current version cannot read them. It wrote each tensor as a folder of uncompressed chunks (zarr version 2: raw
+numbers in files named by their place in the grid, `.zarray` to describe them), so no library is needed to read it.
 """
 
 import itertools
@@ -68,7 +68,7 @@ class ZarrArray:
         return result
 
     def _chunk(self, place: tuple[int, ...]) -> Tensor:
-        # A chunk at the edge is stored as large as the others.
+        # A chunk at the edge is stored at full size, like the others.
         path, sizes = self.folder / ".".join(map(str, place)), self._description["chunks"]
         count = math.prod(sizes)
         found = path.stat().st_size if path.is_file() else 0
@@ -87,7 +87,7 @@ class ZarrReader:
     prefix: str
 
     def keys(self) -> list[str]:
-        """Every tensor that is there, by our names where it has one."""
+        """Every stored tensor, by our name where it has one."""
         return sorted(path.parent.name.removeprefix(self.prefix) for path in self.folder.glob(f"*/{DESCRIPTION}"))
 
     def dtype(self, key: str) -> torch.dtype:
@@ -95,7 +95,7 @@ class ZarrReader:
         return self._array(key).dtype
 
     def stored_rows(self, key: str) -> int:
-        """Rows of a stored tensor outside the layers, with their padding."""
+        """Rows of a stored tensor outside the layers, including padding."""
         return self._array(key).shape[0]
 
     def read(self, place: Place, rows: slice = EVERY_ROW) -> Tensor:
