@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole InstructGPT recipe in miniature, from a fresh clone, on what hardware there is; ends with a table and report.html.
+# The whole InstructGPT recipe in miniature, from a fresh clone, on the available hardware; ends with a table and report.html.
 #   bash examples/quickstart.sh [output folder] [key=value ...]     each stage takes the keys that it has
 set -euo pipefail
 source "$(dirname "$0")/../tools/venv.sh" requirements.lock

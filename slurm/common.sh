@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the job scripts of this folder share. A script sets STAGE and RECIPE and sources this file; the script's
-# arguments are Hydra overrides. It plans the memory, runs the stage with one task a GPU, and queues the job again when
+# Shared by the job scripts of this folder. A script sets STAGE and RECIPE and sources this file; the script's
+# arguments are Hydra overrides. It plans the memory, runs the stage with one task per GPU, and queues the job again if
 # it was interrupted. The environment says how to run Python and where:
 #
 #   VENV               a virtual environment (default: .venv of the repository, if there is one), or
@@ -111,11 +111,11 @@ check_nodes() {
     done
 }
 
-# One task, before all GPUs are put to work: does the run fit, by its own configuration?
+# One task, before any GPU is used: does the run fit, by its own configuration?
 ask_planner() {
     local code=0 per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))}
     local tasks=$((per_node * SLURM_JOB_NUM_NODES)) part
-    if ((PARTS > 1)); then # as if all nodes had as many GPUs: the most that divides each part's
+    if ((PARTS > 1)); then # as if all nodes had equally many GPUs: the most that divides each part's
         per_node=0 tasks=0
         for ((part = 0; part < PARTS; part++)); do
             tasks=$((tasks + $(of_part SLURM_NTASKS "$part")))
@@ -144,9 +144,9 @@ run_stage() {
         again=0
         last=$code code=0
         wait "$tasks" || code=$?
-        ((code != 127)) || code=$last # they had ended when it came
+        ((code != 127)) || code=$last # they had ended when the signal came
     done
-    # Tasks that were signalled before they could listen end by the signal: they go on from the last checkpoint.
+    # Tasks that were signalled before they could handle it end by the signal: they continue from the last checkpoint.
     if ((code == INTERRUPTED || (signalled && code > 128))); then
         queue_again
     fi

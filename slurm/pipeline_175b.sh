@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # InstructGPT at 175B as a chain of jobs: the SFT run that PPO starts from, the 6B reward model, PPO-ptx. Run it on a
-# login node. Each job starts when the one before has succeeded; when one fails, the rest is cancelled by Slurm.
+# login node. Each job starts when the previous one has succeeded; when one fails, the rest is cancelled by Slurm.
 #
 #   RUNS=/shared/runs TOKENIZER=/shared/gpt2 POLICY=/shared/gpt3_175b REWARD=/shared/gpt3_6b \
 #   DEMONSTRATIONS=/shared/demonstrations.jsonl COMPARISONS=/shared/comparisons.jsonl \
@@ -18,7 +18,7 @@ set -euo pipefail
 : "${PROMPTS:?prompts}" "${PRETRAINING:?pretraining text}"
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# Strings of words, split at blanks.
+# Strings of words, split at spaces.
 read -ra flags <<<"${SBATCH_FLAGS:-}"
 read -ra sft <<<"${SFT_OVERRIDES:-}"
 read -ra reward <<<"${REWARD_OVERRIDES:-}"

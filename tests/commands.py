@@ -1,4 +1,4 @@
-"""Entry points run as commands: real arguments, exit codes and output, without waiting for imports each time."""
+"""Entry points run as commands: real arguments, exit codes and output, without repeating the imports each time."""
 
 import ctypes
 import os
@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 def run_command(rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path) -> None:
-    """What one rank's process does."""
+    """Body of one rank's process."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     os.setpgrp()
     with output.open("w") as file:

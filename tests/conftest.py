@@ -1,4 +1,4 @@
-"""What all tests share: a world of one rank in the test process itself. For more ranks see ranks.py."""
+"""Shared by all tests: a world of one rank in the test process itself. For more ranks see ranks.py."""
 
 import os
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="session")
 def reference_world(tmp_path_factory: pytest.TempPathFactory):
-    """Data and models that the runs of tests/reference and the independent program both read."""
+    """Data and models read by both the runs of tests/reference and the independent program."""
     from reference.world import make_world
 
     return make_world(tmp_path_factory.mktemp("reference"))
@@ -45,7 +45,7 @@ def reference_world(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data that is kept beside the repository."""
+    """Real data that is stored beside the repository."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not there: real data is kept outside the repository")
     return SHARED_DATA

@@ -18,7 +18,7 @@ from processes import SCRIPTS, Run
 from recipe import Recipe, file_checksums, make_data, read_metrics
 
 SECONDS_TO_END = 60.0
-"""For the ranks that were not killed. They are told by a broken connection, or by their watchdog."""
+"""For the ranks that were not killed. They learn of it by a broken connection, or by their watchdog."""
 LIMIT = 300.0
 
 
@@ -74,7 +74,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Trial:
-    """One kill and what came of it."""
+    """One kill and its outcome."""
 
     stage: str
     killed: str
@@ -101,7 +101,7 @@ HEADER = (
 
 
 def kill_once(stage: Stage, run: str, reference: str, victims: list[int], after: float) -> Trial | None:
-    """Kill the victims that many seconds after the first step has begun; None if the run was done before."""
+    """Kill the victims that many seconds after the first step has begun; None if the run finished before."""
     started = stage.start(run)
     deadline = time.monotonic() + LIMIT
     while started.label(0) == "start" and started.is_running() and time.monotonic() < deadline:
@@ -124,7 +124,7 @@ def kill_once(stage: Stage, run: str, reference: str, victims: list[int], after:
 
 
 def bench(recipe: Recipe, stages: list[str], kills: int, ranks: int, seed: int, more: tuple[str, ...]) -> list[Trial]:
-    """So many kills, spread over the stages; prints the table as it grows."""
+    """The requested number of kills, spread over the stages; prints the table row by row."""
     draw = random.Random(seed)
     trials: list[Trial] = []
     print(HEADER, flush=True)

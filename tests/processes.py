@@ -1,4 +1,4 @@
-"""Ranks as processes that can be killed, and that let their killer see what they are doing."""
+"""Ranks as processes that can be killed, and that show the killer what they are doing."""
 
 import mmap
 import os
@@ -14,12 +14,12 @@ from ranks import CONTEXT
 
 SCRIPTS = {"sft": "train_sft", "reward_model": "train_reward_model", "ppo": "train_ppo"}
 LABEL = 80
-"""Bytes for what a rank is doing."""
+"""Bytes reserved for a rank's description of what it is doing."""
 
 
 @dataclass
 class Run:
-    """The processes of one start of a stage, and a word of each about what it is doing."""
+    """The processes of one start of a stage, and what each of them is doing."""
 
     processes: list[Any]
     labels: Path
@@ -107,7 +107,7 @@ def _rank(
 
 
 def _label_phases(rank: int, labels: Path) -> None:
-    """Have this process note the innermost thing it is doing, where its killer can read it."""
+    """Have this process record the innermost thing it is doing, where the killer can read it."""
     import contextlib
 
     from megatron_rlhf.monitoring.progress import PhaseTimer

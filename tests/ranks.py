@@ -49,7 +49,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         timeout: seconds for everything together.
 
     Raises:
-        RankFailed: at the first rank that fails, with its traceback; the other ranks are killed then.
+        RankFailed: at the first rank that fails, with its traceback; the other ranks are then killed.
     """
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         ranks = [_start(number, world_size, Path(folder), function, args, timeout) for number in range(world_size)]
@@ -93,13 +93,13 @@ def _gather(ranks: list[_Rank], deadline: float, timeout: float) -> list[Any]:
                 results[rank.number] = value
             else:
                 failures.append((True, f"rank {rank.number} failed:\n{value}"))
-        if failures:  # a rank that vanished comes first: its neighbours' errors are only its consequence
+        if failures:  # a rank that vanished comes first: its neighbours' errors only follow from that
             raise RankFailed("\n".join(message for _, message in sorted(failures)))
     return [results[rank.number] for rank in ranks]
 
 
 def _stack(rank: _Rank) -> str:
-    """Where a rank stands now."""
+    """The current stack of a rank."""
     os.kill(rank.process.pid, signal.SIGUSR2)
     for _ in range(20):
         if rank.stack_file.exists() and rank.stack_file.stat().st_size:
@@ -111,7 +111,7 @@ def _stack(rank: _Rank) -> str:
 
 def _kill(rank: _Rank) -> None:
     try:
-        os.killpg(rank.process.pid, signal.SIGKILL)  # with the helpers that it may have started
+        os.killpg(rank.process.pid, signal.SIGKILL)  # including helpers it may have started
     except ProcessLookupError:
         rank.process.kill()
     rank.process.join()
@@ -139,7 +139,7 @@ def _run_rank(
             result = False, traceback.format_exc()
         sender.send(result)
         sender.close()
-        # A process group torn down by one rank breaks a neighbour's last collective: the parent ends all of us.
+        # A process group torn down by one rank breaks a neighbour's last collective: the parent ends all ranks.
         signal.pause()
 
 

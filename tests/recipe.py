@@ -1,4 +1,4 @@
-"""The recipe on data made on the spot: a few words, a small model, seconds a stage."""
+"""The recipe on generated data: a few words, a small model, seconds per stage."""
 
 import json
 import random
@@ -33,7 +33,7 @@ class Recipe:
         return [f"data.tokenizer={self.root / 'tokenizer'}"]
 
     def sft(self, name: str, *overrides: str) -> list[str]:
-        """A model from random weights: 3 steps an epoch, of demonstrations and text."""
+        """A model from random weights: 3 steps per epoch, of demonstrations and text."""
         return [
             f"run.dir={self.root / name}",
             *MODEL,
@@ -51,7 +51,7 @@ class Recipe:
         ]
 
     def reward_model(self, name: str, start: Path, *overrides: str) -> list[str]:
-        """Four steps; a prompt with five completions in several records, which is trained in parts."""
+        """Four steps; one prompt has five completions in several records and is trained in parts."""
         return [
             f"run.dir={self.root / name}",
             *self.data,
@@ -65,7 +65,7 @@ class Recipe:
         ]
 
     def ppo(self, name: str, policy: Path, reward: Path, *overrides: str) -> list[str]:
-        """Two updates an iteration, of 5 episodes and 10 sequences of text."""
+        """Two updates per iteration, of 5 episodes and 10 sequences of text."""
         return [
             f"run.dir={self.root / name}",
             *self.data,
@@ -104,7 +104,7 @@ def make_data(root: Path) -> Recipe:
         ranks = [sorted(counts).index(count) for count in counts]
         prompt = f"{'say' if index < len(WORDS) else 'tell'} {word}:"
         comparisons.append({"prompt": prompt, "responses": [f" {word}" * n for n in counts], "ranks": ranks})
-    for chosen, rejected in ((1, 3), (2, 5), (3, 4)):  # more of the first prompt's, a pair a record
+    for chosen, rejected in ((1, 3), (2, 5), (3, 4)):  # more for the first prompt, one pair per record
         texts = {"chosen": f" {WORDS[0]}" * chosen, "rejected": f" {WORDS[0]}" * rejected}
         comparisons.append({"prompt": comparisons[0]["prompt"], **texts})
     documents = [" ".join(noise.choices(WORDS, k=noise.randint(5, 30))) for _ in range(60)]
@@ -122,7 +122,7 @@ def write_lines(path: Path, records: Sequence[Any]) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what the clock and the machine decide."""
+    """metrics.jsonl without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if not name.startswith(UNREPEATABLE)} for row in rows]
 
@@ -135,7 +135,7 @@ def file_checksums(step: Path) -> dict[str, str]:
 
 
 def run_stage(stage: str, overrides: Sequence[str]) -> dict[str, list[Block]]:
-    """Run one stage on this rank, as its command does; returns this rank's blocks of the weights that it trained."""
+    """Run one stage on this rank, as its command does; returns this rank's blocks of the trained weights."""
     from megatron_rlhf import cli
 
     trainer = cli.run_stage(stage, overrides)

@@ -1,4 +1,4 @@
-"""Settings from the command line: text as it stands, and mistakes named before anything is composed."""
+"""Settings from the command line: text taken literally, and mistakes reported before anything is composed."""
 
 import pytest
 

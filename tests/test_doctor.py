@@ -1,4 +1,4 @@
-"""tools/doctor.py: what it calls broken, what merely absent, and what it says to do."""
+"""tools/doctor.py: what it reports as broken, what as merely absent, and what it advises."""
 
 import importlib.util
 import subprocess
@@ -55,7 +55,7 @@ def test_the_reason_is_the_first_ranks_exception():
 
 
 def test_a_machine_with_nothing_installed_is_told_what_to_install(tmp_path):
-    """The tool runs from the clone, by a Python that has no package at all."""
+    """The tool runs from the clone, with a Python that has no packages at all."""
     bare = [sys.executable, "-I", "-S", str(TOOL)]
     done = subprocess.run(bare, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_rlhf"
 
-# Part -> parts it may import besides itself. `config.errors` holds one exception class and may be used by all.
+# Part -> parts it may import in addition to itself. `config.errors` holds one exception class and may be used by all.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "algorithms": set(),
@@ -36,7 +36,7 @@ FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.
 COMMAND_LINE = {"hydra": {"compose", "cli"}, "omegaconf": {"compose", "cli"}}
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "enum", "typing"}
-# Parts -> all that they may import besides the package, and how a message calls it.
+# Parts -> all that they may import outside the package, and what a message calls it.
 ONLY = {
     "algorithms": (STANDARD | {"torch", "math"}, "math and torch"),
     "config": (sys.stdlib_module_names, "the standard library"),

@@ -1,4 +1,4 @@
-"""What the README quotes is what the files say."""
+"""Quotes in the README match the files."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_training_step_is_quoted_from_its_file():
-    """Shortened, and with comments of its own, but each line stands there, in this order."""
+    """The quote is shortened and has its own comments, but each line is in the file, in this order."""
     (block,) = re.findall(r"## The training step.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     quoted = [line.partition("  # ")[0].strip() for line in block.splitlines()]
     assert len(quoted) >= 10

@@ -71,11 +71,11 @@ def train(role: Role, **optimizer: object) -> TrainedRole:
 
 @torch.no_grad()
 def fill_weights(role: Role, seed: int) -> None:
-    """Random weights that are large enough for attention and norms to matter: wrong ones show."""
+    """Random weights that are large enough for attention and norms to matter: errors show."""
     for tensor in _sharded(role):
         random = np.random.default_rng([seed, zlib.crc32(tensor.key.encode())])
         scale = 0.1 if tensor.key.endswith("bias") else 0.15
-        # Row after row: rows that pad the vocabulary come last and change none of the others.
+        # Row by row: rows that pad the vocabulary come last and do not change the others.
         is_gain = "norm" in tensor.key and tensor.key.endswith("weight")
         whole = random.standard_normal(tensor.global_shape) * scale + float(is_gain)
         part = whole[_place(tensor)].reshape(tuple(tensor.data.shape))
@@ -127,9 +127,9 @@ def assemble(ranks: Iterable[Iterable[Block]], vocab_size: int) -> Arrays:
 
 
 def assert_close(actual: Arrays, expected: Arrays, relative: float) -> float:
-    """Every tensor differs from the expected one by at most `relative` times that tensor's largest number; returns the most.
+    """Every tensor differs from the expected one by at most `relative` times that tensor's largest number; returns the maximum.
 
-    A tensor of nothing but rounding (a gradient that is zero by symmetry) is measured by a tenth of the largest of all.
+    A tensor that is only rounding (a gradient that is zero by symmetry) is measured against a tenth of the largest of all.
     """
     assert actual.keys() == expected.keys()
     floor = 0.1 * max(np.abs(array).max() for array in expected.values())

@@ -3,7 +3,7 @@
 python tools/benchmark.py rollout [--arch llama]     sampling, against `generate` of transformers
 python tools/benchmark.py interleave --pipeline 2 4  one pipeline schedule for PPO and pretraining, against two
 python tools/benchmark.py scoring                    judging a rollout, against padding to its longest row
-python tools/benchmark.py reward [--data FILE]       rankings, against pairs and against a copy of the prompt each
+python tools/benchmark.py reward [--data FILE]       rankings, against pairs and against one copy of the prompt per response
 python tools/benchmark.py train                      an update, against bare matrix products and transformers
 python tools/benchmark.py layouts                    every figure of every stage at many layouts, against one rank
 

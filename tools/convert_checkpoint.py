@@ -11,13 +11,13 @@ Training takes a Hugging Face folder as it is (policy.init_from=DIR): import one
 Nothing is trusted: when a conversion is written, every tensor is compared bit by bit, and both models run on the same
 tokens in fp32, padded on the right as in training and on the left as in sampling. A result that differs is deleted.
 Tensors are streamed, so memory is needed for one layer and one output file, not for the model: the check takes a layer
-in fp32 and its activations over --check-length tokens, and an embedding in pieces. What it took is printed.
+in fp32 and its activations over --check-length tokens, and an embedding in pieces. The peak memory is printed.
 
 A policy becomes ...ForCausalLM, a reward model ...ForSequenceClassification with one label, a value model
 ...ForTokenClassification with one label.
 
-Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input, which the message names. (torchrun makes
-1 of any failure.)
+Exit code: 0 converted and checked; 1 the check failed; 2 a mistake in the input, which the message names. (torchrun
+turns any failure into 1.)
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(message: str, code: int, rank: int) -> None:
-    """The first rank speaks; another one does where the first has not met the same failure."""
+    """The first rank reports; another rank does so if the first has not had the same failure."""
     if code and rank > 0:
         time.sleep(SECONDS_TO_LEAVE)  # the launcher ends all ranks when one leaves
     new = code != 0 and runtime.is_first_to_report(message)
@@ -116,12 +116,12 @@ def _only_role(checkpoint: Path) -> str:
 
 
 def _tokenizer(folder: Path | None, none: str) -> tuple[Tokenizer | None, str]:
-    """A folder's tokenizer, and what to remark where there is none, or none that can be used."""
+    """A folder's tokenizer, and a remark if there is none, or none that can be used."""
     if folder is None or not holds_tokenizer(folder):
         return None, f"; {none}"
     try:
         return load_tokenizer(folder), ""
-    except UserError as error:  # the model is converted all the same
+    except UserError as error:  # the model is converted anyway
         return None, f"; tried on random tokens alone, since its tokenizer cannot be used: {error}"
 
 

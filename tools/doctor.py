@@ -3,7 +3,7 @@
     python tools/doctor.py [--no-self-test]
     DOCTOR=1 sbatch slurm/ppo_175b.sh ...      on every node of a job, before it starts
 
-Exit code 1, and what to do, if something is broken; what is merely absent is listed with what it would buy.
+Exit code 1, and what to do, if something is broken; what is merely absent is listed with its benefit.
 """
 
 import argparse

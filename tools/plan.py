@@ -1,4 +1,4 @@
-"""Memory, time and money of a run, before a GPU is asked for.
+"""Memory, time and cost of a run, before a GPU is requested.
 
     python tools/plan.py recipe=instructgpt_175b cluster=h100_80gb cluster.nodes=64
     python tools/plan.py --stage ppo recipe=instructgpt_6b parallel.tensor=4 --json
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _presets(overrides: Sequence[str]) -> list[tuple[str, Plan]]:
-    """Every recipe that says for how many nodes it is made, and each of its stages."""
+    """Every recipe that states its number of nodes, and each of its stages."""
     return [
         (name, _plan(stage, [f"recipe={name}", *overrides], layouts=0)[0])
         for name in sorted(recipes("plan"), key=_size_in_name)
@@ -85,7 +85,7 @@ def _plan(stage: str, overrides: Sequence[str], layouts: int) -> tuple[Plan, lis
 
 
 def _recipe_with_nodes(overrides: Sequence[str]) -> list[str]:
-    """The recipe, if it says for how many nodes it is made."""
+    """The recipe, if it states its number of nodes."""
     names = [o.split("=")[1].split("/")[0] for o in overrides if _key(o) == "recipe"]
     return [f"recipe={name}" for name in names[-1:] if name in recipes("plan")]
 

@@ -103,7 +103,7 @@ def _columns(assignments: list[str]) -> dict[str, str]:
 
 
 def _texts(sources: list[str]) -> Iterator[str]:
-    """The texts of all sources, under a bar that fills with the bytes read."""
+    """The texts of all sources, with a progress bar over the bytes read."""
     total = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
     with tqdm(total=total or None, unit="B", unit_scale=True, mininterval=0.5) as bar:
         for source in sources:

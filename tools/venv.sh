@@ -1,7 +1,7 @@
 # Sourced by examples/quickstart.sh and tests/run.sh: makes or reuses .venv and installs the pinned versions.
 #   source tools/venv.sh requirements.lock [requirements-dev.lock ...]
-# PYTHON=python3.12 chooses the Python (python3 otherwise; an environment that is there keeps its own), VENV=.venv the folder.
-# A change of a lock file installs again; otherwise a second call takes no time.
+# PYTHON=python3.12 chooses the Python (python3 otherwise; an existing environment keeps its own), VENV=.venv the folder.
+# A changed lock file is installed again; otherwise a second call takes no time.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root" || exit 1
@@ -39,5 +39,5 @@ if [ ! -f "$stamp" ]; then
     touch "$stamp"
 fi
 source "$venv/bin/activate"
-# Two ranks on two cores: one thread each, or they take turns on both.
+# Two ranks on two cores: one thread each, otherwise they compete for both.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false

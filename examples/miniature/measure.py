@@ -21,7 +21,7 @@ class Answers:
     rows: list[dict[str, Any]]
     pretraining_loss: float
     kl: float | None
-    """Divergence from the SFT model over the last iterations of its training, in nats an answer; None without PPO."""
+    """Divergence from the SFT model over the last iterations of its training, in nats per answer; None without PPO."""
 
     @classmethod
     def read(cls, evaluation: Path, run: Path) -> "Answers":
@@ -31,7 +31,7 @@ class Answers:
         return cls(rows, loss, mean(trained[-5:]) if trained else None)
 
     def first_paragraphs(self) -> "Answers":
-        """As people read a few-shot answer: up to the blank line after which the model invents the next question."""
+        """The part people read of a few-shot answer: up to the blank line after which the model invents the next question."""
         rows = []
         for row in self.rows:
             text, separator, _ = row["response"].partition("\n\n")
@@ -45,7 +45,7 @@ class Answers:
 
 
 def closing_table(answers: dict[str, Answers]) -> list[dict[str, Any]]:
-    """One row a model: gold score, win rate against SFT on the same prompts (ties count half), KL, loss on held-out text."""
+    """One row per model: gold score, win rate against SFT on the same prompts (ties count half), KL, loss on held-out text."""
     sft = answers["SFT"].gold
     rows = []
     for name, result in answers.items():

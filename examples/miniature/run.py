@@ -64,20 +64,20 @@ class Miniature:
         on_first_rank(lambda: write_results(self.output, closing_table(answers), accuracy))
 
     def stage(self, stage: str, name: str, *overrides: str, always: Sequence[str] = ()):
-        """Run one stage in `output/name`; returns its trainer. The user's overrides win, but for what is `always` so."""
+        """Run one stage in `output/name`; returns its trainer. The user's overrides win, except over `always`."""
         if dist.is_initialized() and dist.get_rank() == 0:
             print(f"\n== {name}: examples/{'evaluate' if stage == 'evaluate' else f'train_{stage}'}.py", flush=True)
         recipe = [] if any(override.startswith("recipe=") for override in overrides) else ["recipe=miniature"]
         ours = [f"run.dir={self.output / name}", f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
         theirs = self.overrides[stage]
-        if name != "pretrain":  # the others take the shape of what they start from
+        if name != "pretrain":  # the others take the shape of the model they start from
             theirs = [override for override in theirs if not override.startswith(("model=", "model."))]
         return run_stage(stage, [*recipe, *ours, *theirs, *always])
 
     def write_data(self) -> None:
         """Corpus, tokenizer, demonstrations and prompts."""
         self.data.mkdir(parents=True, exist_ok=True)
-        texts = list(corpus(self.documented[:1200]))  # the documentation of tested names stays unread
+        texts = list(corpus(self.documented[:1200]))  # the documentation of tested names is left out
         (self.data / "corpus.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
         rng = random.Random(SEED)
         shown = [(entry.prompt, demonstration(entry, rng)) for entry in self.shown for _ in range(2)]
@@ -91,7 +91,7 @@ class Miniature:
         (self.data / "few_shot.txt").write_text("".join(f"{prompt}{answer}\n\n" for prompt, answer in good))
 
     def collect_rankings(self) -> None:
-        """K = 4..9 completions a prompt from the SFT model, ranked by the labelers."""
+        """K = 4..9 completions per prompt from the SFT model, ranked by the labelers."""
         rng = random.Random(SEED + 1)
         asked = [(entry, rng.randint(4, 9)) for entry in self.asked]
         repeated = [{"prompt": entry.prompt} for entry, k in asked for _ in range(k)]
@@ -126,7 +126,7 @@ class Miniature:
         prompts: str = "prompts_test.jsonl",
         always: Sequence[str] = (),
     ) -> Answers:
-        """Sample answers of a model; its loss on held-out text comes along."""
+        """Sample answers of a model; also measures its loss on held-out text."""
         folder = f"answers_{name or model}"
         source = [f"policy.init_from={self.output / model}", f"data.prompts={self.data / prompts}"]
         self.stage("evaluate", folder, *source, *self.text(), *overrides, always=always)

@@ -1,8 +1,8 @@
-"""A world small enough to learn in minutes: questions about Python, answers in several styles, labelers of known taste.
+"""A world small enough to learn in minutes: questions about Python, answers in several styles, labelers of known preferences.
 
 The text is the documentation that comes with every Python: nothing is downloaded. People who write demonstrations have
 different habits; labelers rank completions by a utility that we know, plus the noise of human judgement. What the
-recipe learns can therefore be measured against the truth ("gold score"), which with real people it never can.
+recipe learns can therefore be measured against the truth ("gold score"), which is impossible with real people.
 """
 
 import importlib
@@ -26,7 +26,7 @@ MODULES = """
 """.split()
 
 NOISE = 0.5
-"""Scale of a labeler's Gumbel noise: answers one unit of utility apart are ranked rightly by 88 in 100."""
+"""Scale of a labeler's Gumbel noise: answers one unit of utility apart are ranked correctly by 88 in 100."""
 
 HEDGES = ("I think it may do this: ", "Maybe, but I am not sure: ")
 FILLER = "Well, that is a very good question. "
@@ -53,7 +53,7 @@ def entries(seed: int) -> list[Entry]:
     for module_name in MODULES:
         try:
             module = importlib.import_module(module_name)
-        except ImportError:  # some are optional in a Python build
+        except ImportError:  # some modules are optional in a Python build
             continue
         for name, value in sorted(vars(module).items()):
             text = inspect.getdoc(value) if callable(value) and not name.startswith("_") else None
@@ -87,7 +87,7 @@ def demonstration(entry: Entry, rng: random.Random) -> str:
 
 
 def utility(response: str, stopped: bool, weights: dict[str, float]) -> float:
-    """What a labeler values, in units of its own noise: a weighted sum of properties of the text."""
+    """A labeler's utility, in units of its own noise: a weighted sum of properties of the text."""
     return sum(weight * FEATURES[name](response.strip(), stopped) for name, weight in weights.items())
 
 
@@ -107,7 +107,7 @@ FEATURES: dict[str, Callable[[str, bool], float]] = {
     "brief": lambda text, stopped: -max(len(text.split()) - 20, 0) / 10,
 }
 
-# The labelers whose rankings train the reward model, and one whose taste it never sees.
+# The labelers whose rankings train the reward model, and one whose preferences it never sees.
 TRAINING_TASTE = {
     "finished": 2.5,
     "example": 2.0,

@@ -95,12 +95,12 @@ class HappierStories:
         last = self.tested + self.ranked
         parts = {"test": found[: self.tested], "ranked": found[self.tested : last], "trained": found[last:]}
         parts["ranked"] = [prompt for prompt in parts["ranked"] for _ in range(rng.randint(4, 9))]
-        begin = tokenizer.hf.bos_token  # as every text that the model was trained on
+        begin = tokenizer.hf.bos_token  # like every text that the model was trained on
         for name, prompts in parts.items():
             write_lines(self.output / f"prompts_{name}.jsonl", [{"prompt": begin + prompt} for prompt in prompts])
 
     def write_rankings(self, continuations: list[dict]) -> None:
-        """K = 4..9 continuations a prompt, ranked by the rule; equal counts tie."""
+        """K = 4..9 continuations per prompt, ranked by the rule; equal counts tie."""
         comparisons = []
         for prompt, rows in groupby(continuations, key=lambda row: row["prompt"]):
             responses = [row["response"] for row in rows if row["response"].strip()]
@@ -117,7 +117,7 @@ class HappierStories:
         run_stage("ppo", [*self.overrides["ppo"], *self.common, folder, *sources, *data, *overrides])
 
     def sample(self, name: str, policy: Path, prompts: str, *overrides: str) -> list[dict]:
-        """One continuation a prompt; the loss on held-out stories comes along in the run's metrics."""
+        """One continuation per prompt; the loss on held-out stories is in the run's metrics."""
         data = [f"data.prompts={self.output / prompts}", f"data.pretraining.source={self.text}"]
         folder = self.output / name
         common = [*self.overrides["evaluate"], *self.common, f"run.dir={folder}"]

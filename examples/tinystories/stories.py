@@ -1,4 +1,4 @@
-"""Stories as token files: documents kept apart, each begun as the model's own training text began."""
+"""Stories as token files: separate documents, each beginning as in the model's own training text."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ PERHAPS = re.compile(r"One day\b|One \w+( \w+)? (day|morning|night|evening)\b")
 
 
 def split_stories(text: str) -> list[str]:
-    """The stories of a text that has no marks between them."""
+    """The stories of a text without separators."""
     stories: list[list[str]] = []
     for paragraph in filter(None, map(str.strip, text.split("\n\n"))):
         is_second = bool(stories) and len(stories[-1]) == 1
@@ -26,15 +26,15 @@ def split_stories(text: str) -> list[str]:
 
 
 def write_stories(text: str, tokenizer: Tokenizer, context: int, prefix: Path) -> None:
-    """Each story behind the beginning of text, which is all that parts them: the model has never seen an end of text."""
+    """Each story after a beginning-of-text token, the only separator: the model has never seen an end of text."""
     assert tokenizer.bos_id is not None, "a tokenizer without a beginning of text"
     stories = [[tokenizer.bos_id, *tokenizer.encode(story)] for story in split_stories(text)]
     write_documents(rows_of(stories, context), tokenizer, prefix)
 
 
 def rows_of(stories: Sequence[Sequence[int]], length: int) -> Iterator[list[int]]:
-    """Rows of so many tokens that each begin where a story begins, as the model read them; one that is cut short by the end of
-    a row begins the next, unless it is longer than a row."""
+    """Rows of `length` tokens, each beginning where a story begins, as in the model's training; a story that the end of a row
+    cuts short begins the next row, unless it is longer than a row."""
     first = 0
     while first < len(stories):
         row, last = [*stories[first]], first

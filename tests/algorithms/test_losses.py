@@ -26,7 +26,7 @@ def items(statistics):
 
 
 def combine(parts):
-    """Adds up the statistics of microbatches as the module's docstring says to."""
+    """Adds up the statistics of microbatches as the module's docstring prescribes."""
     whole = {name: (max if name.endswith("_max_gap") else sum)(p[name] for p in parts) for name in parts[0]}
     if "accuracy" in whole:
         whole["accuracy"] = whole["correct_pairs"] / whole["pairs"]
@@ -68,7 +68,7 @@ def test_masked_garbage_reaches_neither_value_nor_gradient(loss_of, garbage, dty
 
     (clean_loss, clean_statistics), (loss, statistics) = loss_of(clean, mask), loss_of(dirty, mask.to(dtype))
     clean_loss.backward()
-    with torch.autograd.detect_anomaly():  # no NaN on the way either
+    with torch.autograd.detect_anomaly():  # no NaN in intermediate results either
         loss.backward()
     assert loss == clean_loss
     assert items(statistics) == items(clean_statistics)
@@ -196,7 +196,7 @@ def test_ranking_loss_of_one_pair():
 
 def test_ranking_loss_by_hand():
     # prompt 30: scores 1, 0, 3 ranked 0, 1, 2     three pairs, margins 1 - 0, 1 - 3, 0 - 3
-    # prompt -5: scores 2, 2, 5 ranked 1, 0, 1     two pairs, margins 2 - 2, 2 - 5; the tie is no pair
+    # prompt -5: scores 2, 2, 5 ranked 1, 0, 1     two pairs, margins 2 - 2, 2 - 5; the tie is not a pair
     # prompt 8:  scores 4, 9    ranked 0, 0        all tie
     # prompt 2:  score 6                           alone
     prompt_index = torch.tensor([30, -5, 8, 30, 2, -5, 30, 8, -5])
@@ -238,7 +238,7 @@ def test_ranking_microbatches_sum_to_the_batch():
     scores = torch.randn(24, generator=generator, dtype=torch.float64).requires_grad_()
     ranks = torch.randint(4, (24,), generator=generator)
     prompt_index = torch.randint(5, (24,), generator=generator)
-    ranks[prompt_index == 3] = 0  # a prompt that only ties
+    ranks[prompt_index == 3] = 0  # a prompt whose responses all tie
     loss, statistics = ranking_loss(scores, ranks, prompt_index)
     loss.backward()
     whole_grad, scores.grad = scores.grad, None

@@ -35,7 +35,7 @@ def test_whiten_by_hand():
     expected = torch.tensor([[-2 / root, -1 / root, 0], [3 / root, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(whiten(VALUES, MASK, eps=0.0), expected)
     torch.testing.assert_close(whiten(VALUES, MASK, shift_mean=False, eps=0.0), expected + 3 * MASK)
-    # eps stands beside the variance: 7 + 2 = 3^2.
+    # eps is added to the variance: 7 + 2 = 3^2.
     expected = torch.tensor([[-2 / 3, -1 / 3, 0], [1, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(whiten(VALUES, MASK, eps=2.0), expected)
 

@@ -21,7 +21,7 @@ def test_the_first_measurement_decides_at_once():
     assert weight.coef == 1.0
     weight.update(3.0, 12.0)  # the text's gradient is 12 at coefficient 1; twice PPO's would be 6
     assert weight.coef == pytest.approx(0.5)
-    weight.update(3.0, 6.0)  # as it was to be: nothing changes
+    weight.update(3.0, 6.0)  # on target: nothing changes
     assert weight.coef == pytest.approx(0.5)
 
 
@@ -37,7 +37,7 @@ def test_the_ratio_holds_while_both_norms_drift_and_scatter():
     noise, weight, ratios = random.Random(0), BalancedTextWeight(ratio=3.0), []
     for step in range(400):
         ppo = 1.5 * noise.uniform(0.7, 1.3)
-        text = weight.coef * (5.0 - step / 100) * noise.uniform(0.7, 1.3)  # its loss is learned: the gradient shrinks
+        text = weight.coef * (5.0 - step / 100) * noise.uniform(0.7, 1.3)  # text is learned: its gradient shrinks
         ratios.append(text / ppo)
         weight.update(ppo, text)
     assert sum(ratios[1:]) / len(ratios[1:]) == pytest.approx(3.0, rel=0.1)

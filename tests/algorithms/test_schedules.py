@@ -13,7 +13,7 @@ def test_cosine_ends_are_exact():
 
 
 def test_cosine_by_hand():
-    # f = 0.1: at the half (1 + 0.1) / 2; at a quarter 0.1 + 0.9 (1 + sqrt(1/2)) / 2.
+    # f = 0.1: halfway (1 + 0.1) / 2; at a quarter 0.1 + 0.9 (1 + sqrt(1/2)) / 2.
     assert cosine_lr(50, 100, 2.0) == pytest.approx(2 * 0.55, rel=1e-12)
     assert cosine_lr(25, 100, 2.0) == pytest.approx(2 * (0.1 + 0.45 * (1 + math.sqrt(0.5))), rel=1e-12)
 
@@ -21,7 +21,7 @@ def test_cosine_by_hand():
 def test_cosine_warmup():
     rates = [cosine_lr(step, 14, 8.0, warmup=4) for step in range(15)]
     assert rates[:5] == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert rates[4:] == [cosine_lr(step, 10, 8.0) for step in range(11)]  # afterwards as without one
+    assert rates[4:] == [cosine_lr(step, 10, 8.0) for step in range(11)]  # after the warmup, the same as without one
 
 
 def test_cosine_of_a_run_shorter_than_its_warmup():

@@ -1,4 +1,4 @@
-"""Disks that are full, on one rank or all, and checkpoints that are written while the run goes on."""
+"""Disks that are full, on one rank or all, and checkpoints that are written while the run continues."""
 
 import resource
 import threading
@@ -18,14 +18,14 @@ from megatron_rlhf.config.model import ParallelConfig
 
 
 def limited_rank(rank, size):
-    """From now on the system lets this rank's files grow to `size` bytes only: its disk is full, as far as it can see."""
+    """From now on the system lets this rank's files grow to `size` bytes only: to the rank, its disk is full."""
     if dist.get_rank() == rank:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
 def save_with_one_full_disk(root, rank, size):
-    """The message that all ranks get, then what a second attempt with room leaves."""
+    """The message that all ranks get, then what a second attempt leaves when there is room."""
     role = make_role(GPT2_LIKE, ParallelConfig(tensor=2))
 
     def save():
@@ -92,7 +92,7 @@ def processes_after_a_save(root):
 
 
 def test_saving_starts_no_processes(tmp_path):
-    """They would outlive a rank that is killed."""
+    """Helper processes would outlive a rank that is killed."""
     assert run_ranks(2, processes_after_a_save, tmp_path) == [0, 0]
 
 

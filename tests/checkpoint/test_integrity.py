@@ -89,7 +89,7 @@ def find(folder):
 
 
 def test_ranks_share_the_reading_and_agree(checkpoint):
-    """Five ranks for seven files: whoever reads the damaged one, all know."""
+    """Five ranks for seven files: whichever rank reads the damaged one, all learn of it."""
     flip(checkpoint / "value" / "__1_0.distcp")
     found = run_ranks(5, find, checkpoint)
     assert found == ["value/__1_0.distcp is not what was written (its checksum differs)"] * 5

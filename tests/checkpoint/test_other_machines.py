@@ -1,4 +1,4 @@
-"""Checkpoints that were written on another kind of machine: a CPU's on a GPU, one without Transformer Engine with it."""
+"""Checkpoints from another kind of machine: a CPU's on a GPU, or one without Transformer Engine on one with it."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from megatron_rlhf.parallel.adam import AdamWithGroupStep
 
 @pytest.mark.parametrize(("device", "same"), [(" x device cpu", True), (" x device cuda", False), ("", True)])
 def test_random_state_of_another_device_is_left_alone(tmp_path, world, device, same):
-    """Checkpoints of the first versions name no device: all were written on CPUs."""
+    """Checkpoints of the first versions do not name a device: all were written on CPUs."""
     trained = trained_role("gpt2", ParallelConfig())
     update(trained, 0)
     folder = tmp_path / "step_1"
@@ -31,7 +31,7 @@ def test_random_state_of_another_device_is_left_alone(tmp_path, world, device, s
 
 
 class OtherAdam(AdamWithGroupStep):
-    """As Transformer Engine's against torch's: another setting in its groups, which its step needs, and one less."""
+    """Like Transformer Engine's Adam against torch's: one more setting in its groups, needed by its step, and one less."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -51,7 +51,7 @@ class OtherAdam(AdamWithGroupStep):
 @pytest.mark.parametrize("layout", ["one_rank", "one_distributed"])
 @pytest.mark.parametrize("first", [AdamWithGroupStep, OtherAdam])
 def test_an_optimizer_of_another_kind_goes_on(tmp_path, world, monkeypatch, layout, first):
-    """A run without Transformer Engine goes on with it, and the other way round."""
+    """A run without Transformer Engine continues with it, and the other way round."""
     figures = []
     second = OtherAdam if first is AdamWithGroupStep else AdamWithGroupStep
     for kind, step in ((first, save), (second, load)):

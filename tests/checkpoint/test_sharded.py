@@ -1,4 +1,4 @@
-"""Checkpoints of ours: any layout loads them exactly, training goes on as if nothing had happened, torn ones are never seen."""
+"""Our checkpoints: any layout loads them exactly, training continues as if uninterrupted, incomplete ones are never visible."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from megatron_rlhf.parallel.vocab import token_logprobs
 from megatron_rlhf.trainers import optimizer
 from megatron_rlhf.trainers.step import TrainedRole
 
-# 67 x 32 tied embeddings are no multiple of 128 numbers: Megatron-Core pads their gradient bucket.
+# 67 x 32 tied embeddings are not a multiple of 128 numbers: Megatron-Core pads their gradient bucket.
 MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
 LAYOUTS = {
     "one_rank": (1, ParallelConfig()),
@@ -41,7 +41,7 @@ def trained_role(model, parallel, seed=0):
 
 
 def update(trained, seed):
-    """One update on four sequences, shared among data-parallel ranks."""
+    """One update on four sequences, divided among data-parallel ranks."""
     layout = trained.role.layout
     tokens = torch.randint(0, 67, (4, 10), generator=torch.Generator().manual_seed(seed))
 
@@ -57,7 +57,7 @@ def update(trained, seed):
 
 
 def save(folder, model, parallel):
-    """Two updates, a checkpoint, two more: what the later ones gave."""
+    """Two updates, a checkpoint, two more updates: the figures of the later ones."""
     trained = trained_role(model, parallel)
     update(trained, 0), update(trained, 1)
     with sharded.writing(folder) as aside:
@@ -68,7 +68,7 @@ def save(folder, model, parallel):
 
 
 def load(folder, model, parallel):
-    """From other weights and moments: what was loaded, and two more updates."""
+    """Load over other weights and moments: the loaded weights, and the figures of two more updates."""
     trained = trained_role(model, parallel, seed=1)
     update(trained, 9)
     sharded.load_role(folder, SavedRole(trained.role, trained.optimizer))
@@ -144,7 +144,7 @@ def save_without_workaround(folder, model, parallel):
 
 
 def test_padded_buckets_need_the_workaround(tmp_path):
-    """Without it Megatron-Core 0.16.1 saves state of other weights. When this fails, the work-around can go."""
+    """Without it Megatron-Core 0.16.1 saves state of other weights. When this fails, the workaround can be removed."""
     parallel = ParallelConfig(pipeline=2, distributed_optimizer=True)
     results = run_ranks(2, save_without_workaround, tmp_path / "step_2", "gpt2", parallel, timeout=400)
     later = [blocks for _, _, blocks in results]

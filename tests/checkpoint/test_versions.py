@@ -1,4 +1,4 @@
-"""Checkpoints of the other supported version of Megatron-Core: training goes on from them bit for bit, in both directions.
+"""Checkpoints of the other supported version of Megatron-Core: training continues from them bit for bit, in both directions.
 
 The other version needs another Python: OTHER_PYTHON names it (`.ci/run` does).
 """

@@ -17,7 +17,7 @@ SALLOC = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
         (TORCHRUN, Launch(5, 8, 1)),
         (SRUN, Launch(3, 4, 1)),
         (SRUN | TORCHRUN, Launch(5, 8, 1)),  # torchrun inside an srun step
-        (SRUN | {"WORLD_SIZE": "4"}, Launch(3, 4, 1)),  # a job script that exports the size alone
+        (SRUN | {"WORLD_SIZE": "4"}, Launch(3, 4, 1)),  # a job script that exports only the world size
         ({"RANK": "0"}, Launch(0, 1, 0)),
         ({"WORLD_SIZE": "1"}, Launch(0, 1, 0)),
         # A shell of salloc, with no step of its own or in the step that Slurm keeps for it; the batch script; extern.

@@ -89,7 +89,7 @@ PRINTED = {
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_what_the_paper_does_not_print_says_so(name: str) -> None:
-    """Every value of the recipes is either the paper's, listed here, or labelled; so is what all of PPO's runs rest on."""
+    """Every value of the recipes is either the paper's, listed here, or labelled; so are the settings common to all PPO runs."""
     lines = (CONF / "recipe" / "instructgpt" / f"{name}.yaml").read_text().splitlines()
     values = [line for line in lines if re.match(r" *\w+: [^#\s]", line)]
     unlabelled = {line.split(":")[0].strip() for line in values if "ours" not in line}

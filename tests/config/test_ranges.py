@@ -1,4 +1,4 @@
-"""Every number of every schema refuses nonsense, when a configuration is composed."""
+"""Every number of every schema rejects nonsense when a configuration is composed."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from megatron_rlhf.config.ranges import RANGES, check_ranges
 
 SCHEMAS = {name: stage.schema for name, stage in STAGES.items()} | {"plan": PlanConfig}
 START = {name: ["model=tiny"] for name in STAGES} | {"ppo": ["model=tiny", "model@critic_model=tiny"], "plan": []}
-# Last words of keys for which 0 means something: off, none, greedy, all.
+# Last words of the keys for which 0 has a meaning: off, none, greedy, all.
 ZERO_MEANS_SOMETHING = set(
     """seed save_every keep_last keep_every timeout_s gate_every position_offset held_out pretraining_mix betas
     weight_decay clip_norm dropout final_lr_fraction warmup_steps temperature top_k validation_fraction critic_ranks gamma
@@ -43,7 +43,7 @@ def numbers() -> list[tuple[str, str, Key, type]]:
 
 @pytest.fixture(scope="module")
 def configs() -> dict[str, Any]:
-    """A configuration of each stage that no range refuses."""
+    """A configuration of each stage that all ranges accept."""
     return {name: compose_config(name, schema, START[name], missing="-")[0] for name, schema in SCHEMAS.items()}
 
 

@@ -1,4 +1,4 @@
-"""Conversions as the tests make them: there, back, and a checkpoint of ours without any."""
+"""Conversions as the tests make them: import, export, and one of our checkpoints made without any."""
 
 import torch
 from safetensors.torch import load_file

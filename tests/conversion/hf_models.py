@@ -1,4 +1,4 @@
-"""Small models of every architecture, made by `transformers`: what conversions are judged against."""
+"""Small models of every architecture, made by `transformers`: the reference that conversions are checked against."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ CASES = {
     "qwen2": ("qwen2", _LLAMA),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 32}),
 }
-# One case an architecture, for what need not be tried on every variant.
+# One case per architecture, for what need not be tested on every variant.
 ARCHITECTURES = ("gpt2", "opt", "pythia", "llama_3.1", "mistral", "qwen2", "qwen3")
 
 CLASSES = {
@@ -68,7 +68,7 @@ def build(case: str, head: str = "language", **changes: object) -> transformers.
 
 
 def save(folder: Path, case: str, head: str = "language", dtype: torch.dtype = torch.float32, **settings) -> Path:
-    """Write such a model as a Hugging Face folder; further settings go to `save_pretrained`."""
+    """Write such a model as a Hugging Face folder; further settings are passed to `save_pretrained`."""
     build(case, head).to(dtype).save_pretrained(folder, **settings)
     return folder
 

@@ -1,4 +1,4 @@
-"""The check of a conversion: what it finds, and that it never has a wide embedding whole in memory."""
+"""The check of a conversion: what it finds, and that it never holds a wide embedding in memory as a whole."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ CHECK = CheckOptions([5, 6, 7, 8] * 4)
 
 @pytest.mark.parametrize("case", hf_models.ARCHITECTURES)
 def test_both_sides_run_the_whole_model(world, tmp_path, case):
-    """Against transformers' own model, all of it in memory: a layer that both sides left out would not show between them."""
+    """Against transformers' own model, held in memory: a layer missing on both sides would not show between the two."""
     folder = hf_models.save(tmp_path, case)
     described = Described.read(folder)
     weights = Weights.open(folder, described)
@@ -72,7 +72,7 @@ def test_a_wide_vocabulary_is_never_whole_in_memory(world, tmp_path, monkeypatch
 @pytest.mark.parametrize("row", [0, 50, 98])
 @pytest.mark.parametrize("head", [False, True])
 def test_every_row_of_an_embedding_counts_in_the_check(world, tmp_path, monkeypatch, row, head):
-    """A row that is wrong on one side alone shows, wherever it is: in the unembedding of all, else of what occurs."""
+    """A row that is wrong on one side only is found: any row of an unembedding; elsewhere, rows of occurring tokens."""
     monkeypatch.setattr(check_tokens, "PIECE_BYTES", 30 * 64 * 4)
     source = hf_models.save(tmp_path / "source", "llama")
     tensor_read, name = TensorFiles.read, "lm_head.weight" if head else "model.embed_tokens.weight"
@@ -94,7 +94,7 @@ def test_every_row_of_an_embedding_counts_in_the_check(world, tmp_path, monkeypa
 
 
 def wrong_table(monkeypatch, key, theirs):
-    """Make GPT-2's table wrong, in import and export alike: a round trip would never show it."""
+    """Make GPT-2's table wrong, for both import and export: a round trip would never show it."""
     right = key_maps.load("gpt2")
     wrong = dataclasses.replace(right, tensors={**right.tensors, key: theirs})
     monkeypatch.setattr(key_maps.gpt2, "ARCHITECTURE", wrong)

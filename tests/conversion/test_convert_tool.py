@@ -1,4 +1,4 @@
-"""The command line of tools/convert_checkpoint.py: what it writes, prints and answers to a mistake."""
+"""The command line of tools/convert_checkpoint.py: what it writes, what it prints, and how it reports mistakes."""
 
 import importlib.util
 import json
@@ -115,7 +115,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_killed_conversion_leaves_no_folder_that_looks_whole(world, run, tmp_path):
-    """Killed when all is written and nothing checked; the next attempt clears up what was left."""
+    """Killed after everything is written and before anything is checked; the next attempt cleans up the remains."""
     source = hf_models.save(tmp_path / "source", "gpt2")
     there = ["hf-to-megatron", "--hf", source, "--output", tmp_path / "ours"]
     killed = subprocess.run([sys.executable, "-c", KILLED_BEFORE_THE_CHECK, TOOL, *there], cwd=ROOT, timeout=120)

@@ -44,7 +44,7 @@ def test_opt_has_no_class_for_a_value_model(world, tmp_path):
 @pytest.mark.parametrize(("model", "needs_code"), [(GPT2_LIKE, False), (LLAMA_LIKE, True)], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_reward_model_scores_texts_as_ours_does(world, tmp_path, model, needs_code, dtype):
-    """The bias that makes demonstrations score 0 is kept, though transformers' classes have no place for it."""
+    """The bias that makes demonstrations score 0 is kept, although transformers' classes have no parameter for it."""
     save_checkpoint(tmp_path / "ours", ParallelConfig(), {"reward": (model, True, 1.75)})
     report = export(tmp_path / "ours", tmp_path / "theirs", "reward", dtype=dtype)
     role = make_role(model, name="reward", scalar=True)
@@ -59,7 +59,7 @@ def test_a_reward_model_scores_texts_as_ours_does(world, tmp_path, model, needs_
     torch.testing.assert_close(scores, role.values(tokens, 4)[:, -1], atol=1e-5, rtol=1e-5)
     assert (tmp_path / "theirs" / "modeling_reward.py").exists() == needs_code
     assert ("load the model with trust_remote_code=True" in str(report)) == needs_code
-    if needs_code:  # the bias is the one thing that transformers' own class leaves out
+    if needs_code:  # the bias is the only thing that transformers' own class leaves out
         plain = hf_models.load(tmp_path / "theirs", "score")
         with torch.no_grad():
             without = (
@@ -70,7 +70,7 @@ def test_a_reward_model_scores_texts_as_ours_does(world, tmp_path, model, needs_
 
 
 def test_a_score_is_never_read_at_padding(world, tmp_path):
-    """Where the end of text doubles as padding, transformers would read the score one token early."""
+    """Where the end of text is also the padding, transformers would read the score one token early."""
     source = hf_models.build("gpt2", "score", eos_token_id=98, pad_token_id=98)
     source.save_pretrained(tmp_path / "source")
     round_trip(tmp_path / "source", tmp_path, "reward")

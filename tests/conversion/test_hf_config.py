@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig: what is understood, what is refused and how the refusal reads."""
+"""config.json <-> ModelConfig: what is understood, what is refused, and with which message."""
 
 import json
 

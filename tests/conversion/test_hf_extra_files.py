@@ -1,4 +1,4 @@
-"""What travels with the weights: tokenizer, chat templates, generation settings."""
+"""What is converted along with the weights: tokenizer, chat templates, generation settings."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_companions_are_found_through_the_runs_that_a_checkpoint_comes_from(tmp_
 
 
 def test_the_tokenizer_of_a_checkpoint_and_all_its_ends_go_out(tmp_path, shared_data):
-    """Before what the run's configuration names; the model's other generation settings stay."""
+    """They take precedence over what the run's configuration names; the model's other generation settings stay."""
     origin, checkpoint = tmp_path / "origin", tmp_path / "run" / "checkpoints" / "step_3"
     shutil.copytree(shared_data / "tinystories_260k", origin, copy_function=shutil.copyfile)
     (origin / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')

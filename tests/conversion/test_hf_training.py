@@ -100,7 +100,7 @@ def test_loss_and_gradients_of_an_sft_step(world, tmp_path, case, layout):
     assert ours.keys() == gradients.keys()
     for name, gradient in gradients.items():
         gap, scale = (ours[name] - gradient).abs().max(), gradient.abs().max()
-        # A key's bias shifts all scores of a query alike: its gradient is 0 but for rounding.
+        # A key's bias shifts all scores of a query alike: its gradient is 0 except for rounding.
         assert gap <= RELATIVE * scale or gap < 1e-6, f"{name}: {gap:.3g} of {scale:.3g}"
 
 
@@ -118,7 +118,7 @@ def greedy_of(role, prompts, length):
 
 
 def their_greedy(folder, prompts, length):
-    """One padded batch, as users of transformers generate."""
+    """One padded batch, the way users of transformers generate."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -144,7 +144,7 @@ def test_greedy_text_over_ranks(tmp_path):
 
 
 def test_greedy_text_of_a_trained_model_before_and_after_ppo(world, tmp_path, shared_data):
-    """Two iterations of PPO on a real model; then its export, by every path, writes the same text as our sampler."""
+    """Two iterations of PPO on a real model; then its export, by every path, generates the same text as our sampler."""
     model, run = shared_data / "tinystories_260k", tmp_path / "run"
     openings = ["Once upon a time, there was a", "Tom and his dog went to the", "The sun"]
     prompts = [load_tokenizer(model).encode(opening, bos=True) for opening in openings]

@@ -1,4 +1,4 @@
-"""NeMo's archives, built here in each of the forms they come in."""
+"""NeMo's archives, built here in each of their formats."""
 
 import pickle
 import tarfile
@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 def weights(model):
-    """Every tensor of a model, whole, by its place."""
+    """Every tensor of a model, unsharded, by its place."""
     generator = torch.Generator().manual_seed(4)
     shapes = tensor_shapes(model, scalar=False)
     return {place: torch.randn(shapes[place.key], generator=generator) for place in places(shapes, model.num_layers)}

@@ -22,12 +22,12 @@ from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.trainers.step import TrainedRole
 
-# Of unlike length: padded on the left.
+# Of different lengths: padded on the left.
 PROMPTS = [[5, 9, 40, 7, 7, 81], [3], [12, 60, 2, 33, 8, 1, 19, 4, 77], [50, 51]]
-# bf16 has 8 bits of mantissa, fp16 11: their roundings, over a few layers, of logits of 6 or so.
+# bf16 has 8 bits of mantissa, fp16 11: their rounding errors, over a few layers, for logits of about 6.
 ROUNDING = {Precision.fp32: 1e-4, Precision.fp16: 0.1, Precision.bf16: 0.5}
 CASES = [*hf_models.ARCHITECTURES, "llama_linear_rope", "gpt_neox_serial"]
-SMALL = 1e-3  # a loss times this does not overflow at the first of fp16's loss scales
+SMALL = 1e-3  # a loss times this does not overflow at fp16's initial loss scale
 DTYPES = {Precision.fp32: torch.float32, Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
 
 
@@ -56,7 +56,7 @@ def logprobs_of(role, texts):
 
 
 def assert_differ_by_rounding(folder, precision, texts, sampled, scored):
-    """Rounding is measured, not guessed: by how much the scores of these very texts differ from those of fp32."""
+    """Rounding is measured, not guessed: how much the scores of these same texts differ from those in fp32."""
     rounding = (scored - logprobs_of(role_of(folder, Precision.fp32), texts)).abs().max()
     assert rounding < ROUNDING[precision]
     assert (sampled - scored).abs().max() <= max(2 * rounding, ROUNDING[Precision.fp32])
@@ -153,7 +153,7 @@ def test_score_sample_train_resume_export(world, tmp_path, case, precision):
     ],
 )
 def test_bf16_at_a_layout(world, tmp_path, case, parallel, offload):
-    """Partial rotation, norms of queries and keys, stretched positions; weights that rest in host memory."""
+    """Partial rotation, norms of queries and keys, scaled positions; weights offloaded to host memory."""
     folder = hf_models.save(tmp_path, case)
     for result in run_ranks(2, sampled_and_scored, folder, Precision.bf16, parallel, offload):
         assert_differ_by_rounding(folder, Precision.bf16, *result)

@@ -1,4 +1,4 @@
-"""A role is filled only by what it is: what is found and what was expected are named before a model is built."""
+"""A role loads only a model of its kind: an error names what was found and what was expected before a model is built."""
 
 import pytest
 from hf_models import save
@@ -17,7 +17,7 @@ from megatron_rlhf.conversion.starting_point import (
 )
 
 LANGUAGE, SCORE, TOKEN = "language", "score", "token"
-# What is there -> the roles that take it.
+# Kind of model -> the roles that accept it.
 HUGGING_FACE = {
     LANGUAGE: [POLICY, TRAINED_REWARD, VALUE],
     SCORE: [REWARD, TRAINED_REWARD, VALUE],

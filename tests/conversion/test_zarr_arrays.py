@@ -1,4 +1,4 @@
-"""Distributed checkpoints in zarr format, as they are inside of NeMo's archives."""
+"""Distributed checkpoints in zarr format, as found in NeMo's archives."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def zarr_archive(tmp_path, whole, dtype=torch.float32, edit=lambda folder: None)
     for key in tensor_shapes(LLAMA_LIKE, scalar=False):
         layers = [whole[Place(key, i)] for i in range(4)] if is_layer(key) else None
         tensor = (torch.stack(layers) if layers else whole[Place(key, None)]).to(dtype)
-        # As two tensor-parallel ranks cut it; the vocabulary does not divide into such pieces.
+        # As two tensor-parallel ranks shard it; the vocabulary does not divide into such pieces.
         chunks = [1, *tensor.shape[1:]] if layers else [-(-tensor.shape[0] // 2), *tensor.shape[1:]]
         chunks[-1] = max(chunks[-1] // 2, 1)
         write_zarr(folder / f"model.{key}", tensor, chunks, "bfloat16" if dtype is torch.bfloat16 else "<f4")
@@ -45,7 +45,7 @@ def zarr_archive(tmp_path, whole, dtype=torch.float32, edit=lambda folder: None)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zarr_inside_an_archive(world, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(whole_tensors, "CHUNK_BYTES", 1000)  # rows are asked for piece by piece
+    monkeypatch.setattr(whole_tensors, "CHUNK_BYTES", 1000)  # rows are requested piece by piece
     whole = weights(LLAMA_LIKE)
     archive = zarr_archive(tmp_path, whole, dtype)
     assert convert.import_nemo(archive, tmp_path / "ours") == len(whole)

@@ -1,4 +1,4 @@
-"""A small tokenizer, and files of records written on the spot."""
+"""A small tokenizer, and files of records written by the tests."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def write_records(tmp_path: Path) -> WriteRecords:
-    """Writes records as JSON lines; the first record stands on line 1."""
+    """Writes records as JSON lines; the first record is on line 1."""
 
     def write(*records: object, name: str = "records.jsonl") -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The order of batches: complete, shuffled by epoch, exact after a resume; and the parts of data-parallel ranks."""
+"""The order of batches: complete, shuffled by epoch, exact after a resume; and the shares of data-parallel ranks."""
 
 import itertools
 import json

@@ -26,7 +26,7 @@ def described(tokenizer, comparison):
             {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: b d"},
             ("\n\nHuman: a\n\nAssistant:", [" b c<|endoftext|>", " b d<|endoftext|>"], [[0, 1]]),
         ),
-        (  # the dialogues part in the second answer; the first belongs to the prompt
+        (  # the dialogues differ from the second answer on; the first belongs to the prompt
             {
                 "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
                 "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
@@ -71,7 +71,7 @@ def test_total_length_counts_prompt_and_response(tokenizer, write_records):
 
 
 def test_records_of_one_prompt_are_one_element(tokenizer, write_records):
-    """Each record's responses are compared with each other alone, and a response of several records is there once."""
+    """Each record's responses are compared only with each other, and a response in several records is stored once."""
     path = write_records(
         {"prompt": "p", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "b", "user": "eva"},
@@ -81,7 +81,7 @@ def test_records_of_one_prompt_are_one_element(tokenizer, write_records):
     examples = load_comparisons(path, tokenizer, **LIMITS)
     end = "<|endoftext|>"
     first, second = examples
-    # a over b; a over c and d, which tie; b over a. Nothing is said of b against c or d.
+    # a over b; a over c and d, which tie; b over a. b is not compared with c or d.
     texts = [f"{text}{end}" for text in "abcd"]
     assert described(tokenizer, first) == ("p", texts, [[0, 1], [0, 2], [0, 3], [1, 0]])
     assert described(tokenizer, second) == ("q", texts[:2], [[0, 1]])

@@ -1,4 +1,4 @@
-"""The command line of tools/prepare_data.py: what it writes, prints and answers to a mistake."""
+"""The command line of tools/prepare_data.py: what it writes, what it prints, and how it reports mistakes."""
 
 import importlib.util
 from pathlib import Path

@@ -82,7 +82,7 @@ def test_documents_are_packed_whole(tokenizer, tmp_path):
 
 
 def test_padding_tokens_in_the_text_are_kept(tokenizer, tmp_path):
-    """Megatron would turn its tokenizer's padding into token 0 and take it out of the loss."""
+    """Megatron would turn its tokenizer's padding into token 0 and exclude it from the loss."""
     build_indexed_dataset(["a<|pad|>" * 20], tokenizer, tmp_path / "corpus")
     data = load(tmp_path / "corpus", tokenizer, tmp_path / "cache", sequence_length=8, samples=1)
     assert sorted(set(data.train[0].tolist())) == sorted({tokenizer.pad_id, *tokenizer.encode("a")})
@@ -107,7 +107,7 @@ def test_order_depends_on_the_seed_alone(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.001, 0.2, 0.5])
 def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path, fraction):
-    texts = [chr(ord("A") + i) * 30 for i in range(26)]  # a document is told by its letter
+    texts = [chr(ord("A") + i) * 30 for i in range(26)]  # each document is identified by its letter
     build_indexed_dataset(texts, tokenizer, tmp_path / "corpus")
     data = load(tmp_path / "corpus", tokenizer, tmp_path / "cache", samples=200, held_out_fraction=fraction)
     trained, held_out = (
@@ -190,7 +190,7 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer, tmp_path):
     build_indexed_dataset(["abc bcd " * 9], larger, tmp_path / "corpus")
     with pytest.raises(UserError, match="corpus: was made with another tokenizer"):
         load(tmp_path / "corpus", tokenizer, tmp_path / "cache")
-    (tmp_path / "corpus.meta.json").unlink()  # as if Megatron's own tool had made it
+    (tmp_path / "corpus.meta.json").unlink()  # as if made by Megatron's own tool
     with pytest.raises(UserError, match=r"corpus: holds token 26\d, the tokenizer has 259"):
         load(tmp_path / "corpus", tokenizer, tmp_path / "cache")
     (tmp_path / "corpus.idx").write_bytes(b"nonsense")
@@ -240,9 +240,9 @@ def test_real_text(shared_data, tmp_path, capfd):
     source = shared_data / "tinystories.txt"
     data = load(source, tokenizer, tmp_path, sequence_length=256, samples=300, held_out_fraction=0.05)
     text = source.read_text()
-    assert "".join(read_texts(source)).replace("\n", "") == text.replace("\n", "")  # not a letter is lost
+    assert "".join(read_texts(source)).replace("\n", "") == text.replace("\n", "")  # no character is lost
     first = tokenizer.decode(data.train[0], skip_special_tokens=False).split("</s>")[0]
     assert first[3:200] in text
     assert len(data.train) >= 300
-    assert 16 <= len(data.held_out) <= 26  # 5% of some 90,000 tokens, rounded up to whole documents
+    assert 16 <= len(data.held_out) <= 26  # 5% of about 90,000 tokens, rounded up to whole documents
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""Every source gives the same records, and every mistake is named with its file and line."""
+"""Every source gives the same records, and every mistake is reported with its file and line."""
 
 import gzip
 import json
@@ -114,7 +114,7 @@ def test_columns_are_made_from_templates(tmp_path):
     (record,) = read_records(path, columns)
     assert record.text("prompt") == "Add\n:{}"
     assert record.text("response") == "3"
-    assert record.text("output") == "<3>"  # made of what the source had
+    assert record.text("output") == "<3>"  # built from the source's columns
     assert record.text("instruction") == "Add"
     assert record.value("order") == [1]  # a template of one field keeps its type
 

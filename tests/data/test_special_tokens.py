@@ -1,4 +1,4 @@
-"""Beginnings and ends of texts are what the folder says: judged by transformers' own ids for the same folder."""
+"""Beginnings and ends of texts are what the folder says: compared with transformers' own ids for the same folder."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_all_ends_of_all_files(tmp_path, shared_data):
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**config, "eos_token_id": [2, 411]})
     assert set(load_tokenizer(folder).stop_ids) == {2, 411, 426}
-    write_json(folder / "config.json", {**config, "eos_token_id": 99999})  # the model's table is longer than the text's
+    write_json(folder / "config.json", {**config, "eos_token_id": 99999})  # the model has more rows than tokens
     (folder / "generation_config.json").unlink()
     assert load_tokenizer(folder).stop_ids == (2,)
     write_json(folder / "config.json", {**config, "eos_token_id": "</s>"})

@@ -1,4 +1,4 @@
-"""What is held out: a seeded share, with nothing of it left among what is trained on."""
+"""What is held out: a seeded share, with no overlap with the training data."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_hold_out():
 
 
 def test_what_an_owner_has_stays_together():
-    """40 items of 10 owners and 10 of none; two owners are linked by an item of both."""
+    """40 items of 10 owners and 10 without an owner; two owners are linked by an item of both."""
     owners = {i: {i % 10} for i in range(40)} | {i: set() for i in range(40, 50)}
     owners[0] = {0, 5}
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Where a text ends a response: token by token against whole decoding, and against transformers' own criterion."""
+"""Where a stop text ends a response: token by token, compared with decoding the whole, and with transformers' own criterion."""
 
 import random
 
@@ -42,14 +42,14 @@ def test_it_ends_where_the_whole_text_first_holds_one(tmp_path, shared_data, kin
         end = watched_end(tokenizer, tokens)
         assert end == first_end(tokenizer, tokens, texts), text
         found += end is not None
-        if kind == "gpt2":  # theirs has no notion of a continuation, nor of bytes that are not characters yet
+        if kind == "gpt2":  # transformers' knows neither continuations nor incomplete characters
             stops = [bool(theirs(torch.tensor([tokens[:count]]), None)[0]) for count in range(1, len(tokens) + 1)]
             assert end == (stops.index(True) + 1 if any(stops) else None), text
     assert found >= 5
 
 
 def test_after_an_end_it_waits_for_the_next(tmp_path, shared_data):
-    """A response that must go on is not ended by what it held before."""
+    """A response that must continue is not ended by a stop text it already contained."""
     tokenizer = load_tokenizer(KINDS["llama3"](tmp_path / "t", shared_data))
     tokenizer.stop_also_at(["ab"])
     watch = tokenizer.stop_watch()

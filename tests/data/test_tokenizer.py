@@ -1,4 +1,4 @@
-"""Trained and real tokenizers: ids, special tokens, and text that survives the border between prompt and response."""
+"""Trained and real tokenizers: ids, special tokens, and text that is preserved across the border between prompt and response."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_trained_tokenizer(tmp_path):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.bos_id) == (0, 1, (1,), None)
     assert tokenizer.vocab_size <= 300
     ids = tokenizer.encode("the cat 東京 \n x")
-    assert len(ids) < len("the cat 東京 \n x".encode())  # it merges
+    assert len(ids) < len("the cat 東京 \n x".encode())  # merges are applied
     assert tokenizer.decode(ids) == "the cat 東京 \n x"
     assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")  # there is no beginning-of-text token
 
@@ -101,7 +101,7 @@ def test_llama_style(shared_data):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (512, 1, 2, 0)
     hello = [346, 306, 414, 263, 304, 341]
     assert tokenizer.encode("Hello world") == hello
-    assert tokenizer.encode_batch(["Hello world"], bos=True) == [hello]  # as by its own post-processor
+    assert tokenizer.encode_batch(["Hello world"], bos=True) == [hello]  # the same as by its own post-processor
 
 
 @pytest.mark.parametrize("folder", ["gpt2_tokenizer", "tinystories_260k"])

@@ -38,7 +38,7 @@ def opt(folder: Path, add_bos_token: bool = True) -> Path:
 
 
 def llama3(folder: Path, chat_template: str | None = LLAMA3_CHAT) -> Path:
-    """A beginning by the post-processor; answers end with a token of their own, texts with another."""
+    """A beginning added by the post-processor; answers end with a token of their own, texts with another."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=bytes_alone(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -68,7 +68,7 @@ def sentencepiece(folder: Path, shared_data: Path, template: str = "<s> $A") -> 
 
 
 def word_level(folder: Path, words: str = "[UNK] a b end stop", **settings: Any) -> Path:
-    """Words alone: no token of it is called an end."""
+    """Words only: no token is declared as an end."""
     backend = tokenizers.Tokenizer(
         models.WordLevel({word: id for id, word in enumerate(words.split())}, unk_token="[UNK]")
     )
@@ -78,7 +78,7 @@ def word_level(folder: Path, words: str = "[UNK] a b end stop", **settings: Any)
 
 
 def gpt2(folder: Path, shared_data: Path) -> Path:
-    """GPT-2's own files, which name no special token."""
+    """GPT-2's own files, which do not name special tokens."""
     shutil.copytree(shared_data / "gpt2_tokenizer", folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
     return folder

@@ -1,13 +1,13 @@
-"""SFT, reward model and PPO-ptx from one checkpoint at many layouts: every figure, every sample and the weights of one rank.
+"""SFT, reward model and PPO-ptx from one checkpoint at many layouts: all figures, samples and weights equal those of one rank.
 
-Tolerances, all in fp32, where one rounding is 6e-8 and sums of some hundred terms are taken in another order:
+Tolerances, all in fp32, where one rounding is 6e-8 and sums of some hundred terms have another order:
 
 - figures and weights: 1e-5 of their size (for a weight: of its tensor's largest). Adam's epsilon is 1e-4, well above the
   rounding of gradients that are zero by symmetry (a key's bias shifts all scores alike); with the default 1e-8 Adam
   would blow that rounding up to whole steps.
-- differences of nearly equal numbers have an absolute tolerance, as their size says nothing of the terms': the policy's
-  loss (advantages have mean 0), log-ratios (KL; a log-probability of some 5 nats is good to 5e-7), and the two gaps that
-  are nothing but rounding.
+- differences of nearly equal numbers have an absolute tolerance, as their size says nothing about the terms': the policy's
+  loss (advantages have mean 0), log-ratios (KL; a log-probability of about 5 nats is accurate to 5e-7), and the two gaps
+  that are nothing but rounding.
 - sampled text: equal.
 
 The reward model starts from one that has a head: a fresh head is drawn by the last pipeline stage, whose seed is its own.
@@ -27,8 +27,8 @@ RELATIVE = 1e-5
 ABSOLUTE = {
     "policy/loss": 1e-6,
     "kl/mean": 2e-5,  # a sum over up to 12 tokens
-    "kl/k3_mean": 3e-8,  # the same, of squares: a log-probability's 5e-7 times log-ratios of some 5e-3
-    "value/explained_variance": 2e-6,  # one less a ratio near one
+    "kl/k3_mean": 3e-8,  # the same, of squares: a log-probability's 5e-7 times log-ratios of about 5e-3
+    "value/explained_variance": 2e-6,  # one minus a ratio near one
     "policy/approx_kl": 1e-7,
     "rollout/logprob_gap_max": 1e-5,
     "policy/first_ratio_max_gap": 1e-5,
@@ -38,7 +38,7 @@ ABSOLUTE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Ranks, the layout of whatever is trained, and for PPO another one for the critic and other settings."""
+    """Ranks, the layout of the trained models, and for PPO the critic's own layout and further settings."""
 
     ranks: int
     layout: str
@@ -109,7 +109,7 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
     """Arguments of three steps each."""
     sft, reward_model = recipe.root / "sft", recipe.root / "reward_model"
     trained = case.overrides("parallel", case.layout)
-    # Sampling decodes through plain stages.
+    # Sampling decodes without virtual stages.
     policy = [entry for entry in trained if "virtual_stages" not in entry]
     critic = case.overrides("critic_parallel", case.critic)
     epsilon, reward_epsilon = "policy.optimizer.epsilon=1e-4", "reward.optimizer.epsilon=1e-4"
@@ -136,7 +136,7 @@ def is_shape(argument: str) -> bool:
     return argument.startswith("model")
 
 
-# Of PPO alone: roles on ranks of their own, sampling at another layout, weights in host memory.
+# PPO only: roles on ranks of their own, sampling at another layout, weights in host memory.
 PLACEMENTS = {
     "disaggregated_tp2_and_pp2": Case(
         4, "tensor=2", "pipeline=2", "placement=disaggregated placement.critic_ranks=2 offload.optimizer=true"
@@ -191,7 +191,7 @@ def one_rank(recipe):
 
 
 def compare(recipe, one_rank, record_property, name, case, timeout=400, only=STAGES, more=()):
-    """All figures and weights against one rank's; tools/benchmark.py layouts makes a table of what is recorded."""
+    """All figures and weights compared with one rank's; tools/benchmark.py layouts makes a table of what is recorded."""
     weights, metrics, samples = results_of(recipe, name, case, timeout, only, more)
     expected_weights, expected_metrics, expected_samples = one_rank
     figures, gaps = [], []
@@ -225,7 +225,7 @@ def test_every_figure_at_every_layout(name, recipe, one_rank, record_property):
     "name", [*PACKED_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE_PACKED)]
 )
 def test_every_figure_of_packed_sequences(name, recipe, one_rank, record_property):
-    """Against rows padded to the longest of two, on one rank."""
+    """Compared with rows padded to the longest of two, on one rank."""
     compare(recipe, one_rank, record_property, name, (PACKED_CASES | LARGE_PACKED)[name], more=PACKED)
 
 
@@ -260,7 +260,7 @@ def test_the_micro_batch_size_changes_nothing_but_speed(recipe, one_rank):
 
 
 def test_some_responses_stop_and_batches_are_uneven(one_rank):
-    """What the comparisons above rest on."""
+    """The comparisons above depend on this."""
     _, metrics, _ = one_rank
     assert all(0 < row["rollout/stop_fraction"] < 1 for row in metrics["ppo"])
     assert metrics["reward_model"][-1]["rm/pairs"] < metrics["reward_model"][0]["rm/pairs"], (

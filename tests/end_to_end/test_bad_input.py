@@ -1,4 +1,4 @@
-"""What a user can get wrong: exit code 2, one message that names it and says what would be right, and nothing lost."""
+"""What a user can get wrong: exit code 2, one message that names it and says what would be right, and no data lost."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Case:
     says: list[str]
     ranks: int = 1
     lines: list | None = None
-    """Records, or lines as they are, of the file that `wrong` calls {file}."""
+    """Records, or raw lines, of the file that `wrong` calls {file}."""
     without: list[str] = field(default_factory=list)
     """Keys left out of the good arguments."""
 
@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
         [r"data\.pretraining\.held_out=0 leaves no text"],
     ),
     "select_without_reward_model": Case("sft", ["sft.select_by=reward_model"], [r"needs reward\.init_from"]),
-    # Numbers that mean nothing, and schedules that do not fit (each range by itself: tests/config/test_ranges.py).
+    # Meaningless numbers, and schedules that do not fit (each range on its own: tests/config/test_ranges.py).
     "no_epochs": Case("sft", ["sft.epochs=0"], [r"sft\.epochs=0 must be at least 1"]),
     "dropout": Case("sft", ["sft.dropout=1.5"], [r"sft\.dropout=1\.5 must be at least 0 and less than 1"]),
     "negative_decay": Case(
@@ -396,7 +396,7 @@ def test_a_mistake_is_named_and_nothing_is_lost(name, files, recipe, tmp_path):
 
 
 def test_what_is_dropped_is_counted_and_the_rest_is_used(recipe, tmp_path):
-    """Ties, and texts over a limit: no mistakes, but never cut or dropped in silence."""
+    """Ties, and texts over a limit: not errors, but never cut or dropped silently."""
     long = {**RANKED, "responses": [" beta", " beta" * 40], "ranks": [0, 1]}
     good = [{**RANKED, "prompt": f"say {i}"} for i in range(6)]
     mixed = write_lines(tmp_path / "mixed.jsonl", [*good, *[{**RANKED, "ranks": [0, 0]}] * 2, long])

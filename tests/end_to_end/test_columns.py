@@ -15,7 +15,7 @@ def records(path, names):
 
 @pytest.fixture
 def renamed(recipe, tmp_path):
-    """Writes a file of the recipe with other names for its columns; what was `prompt` is two columns now."""
+    """Writes a file of the recipe with other names for its columns; `prompt` becomes two columns."""
 
     def write(name, names):
         rows = []
@@ -63,5 +63,5 @@ def test_prompts(recipe, renamed, tmp_path, stage):
     assert finished.codes == [0], finished.output
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert rows and all(row["prompt"].startswith("say ") for row in rows)
-    # epsilon and eta are of one user
+    # epsilon and eta have the same user
     assert stage == "evaluate" or "over_user_limit" in finished.output

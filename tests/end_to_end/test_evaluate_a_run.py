@@ -1,4 +1,4 @@
-"""An evaluation in the folder of a training adds files of its own, and leaves the training's as they are."""
+"""An evaluation in a training run's folder adds files of its own and leaves the run's unchanged."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def evaluate(recipe, run, *more: str):
 
 @pytest.mark.parametrize("knows_its_stage", [True, False])
 def test_a_training_keeps_all_that_it_has(recipe, run, knows_its_stage):
-    if not knows_its_stage:  # one from before there was such a file
+    if not knows_its_stage:  # a run from before this file existed
         (run / "stage").unlink()
     before = contents(run)
     for samples, output in ((4, "out/answers.jsonl"), (3, "out/answers.jsonl"), (2, "evaluation.jsonl")):

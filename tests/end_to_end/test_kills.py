@@ -14,7 +14,7 @@ def test_a_killed_run_ends_with_the_same_bytes(recipe, name):
     reference = f"killed_{name}_undisturbed"
     length = stage.finish(reference)
     draw, trial, attempt = random.Random(len(name)), None, 0
-    while trial is None:  # the run may have been done before
+    while trial is None:  # the run may have finished before
         trial = kill_once(stage, f"killed_{name}_{attempt}", reference, KILLS[name], draw.uniform(0, length / 2))
         attempt += 1
     assert trial.passed, trial.row()

@@ -1,4 +1,4 @@
-"""Folders may be named as people name them."""
+"""Folder names may contain any character that people use."""
 
 import shutil
 

@@ -1,5 +1,5 @@
-"""Every kind of file that is read from a folder that somebody gave (docs/security.md), with code planted in it: a UserError
-that names the file, and the code has not run."""
+"""Every kind of file that is read from a user-supplied folder (docs/security.md), with code planted in it: a UserError names
+the file, and the code does not run."""
 
 import io
 import json
@@ -51,14 +51,14 @@ class Planted:
 
 @pytest.fixture
 def trace(tmp_path):
-    """Where code that runs would leave a folder; checked after every test."""
+    """Where planted code would create a folder if it ran; checked after every test."""
     path = tmp_path / "code_was_run"
     yield path
     assert not path.exists(), "the planted code was run"
 
 
 def seal(checkpoint: Path) -> None:
-    """Checksums that fit: whoever plants code can write them, too."""
+    """Matching checksums: whoever plants code can write them, too."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     lines = "".join(f"{digest(path)}  {path.relative_to(checkpoint)}\n" for path in files)
     (checkpoint / MANIFEST).write_text(lines)
@@ -93,7 +93,7 @@ def plant_in_common(checkpoint: Path, trace: Path) -> None:
 
 
 def plant_in_objects(checkpoint: Path, trace: Path) -> None:
-    """In place of an object that lies between the tensors of a .distcp file."""
+    """Replaces an object that lies between the tensors of a .distcp file."""
     metadata = restricted.load_metadata(checkpoint / "policy")
     places = [place for index, place in metadata.storage_data.items() if index.fqn.startswith("random/")]
     content = io.BytesIO()
@@ -126,7 +126,7 @@ def load_role(folder: Path) -> None:
     [
         (plant_in_metadata, ["init_from", "weights", "role", "resume", "convert"]),
         (plant_in_common, ["init_from", "weights", "role", "resume"]),
-        (plant_in_objects, ["role"]),  # weights alone read no objects
+        (plant_in_objects, ["role"]),  # loading only weights reads no objects
     ],
 )
 def test_checkpoints(checkpoint, trace, plant, readers):
@@ -159,7 +159,7 @@ def test_pointers_and_checksums_name_nothing_outside_of_their_folder(checkpoint)
 
 @pytest.mark.parametrize("form", ["bytes", "tensor", "torch"])
 def test_scales_of_layers_in_fp8(trace, form):
-    """Transformer Engine unpickles them when a module takes its state."""
+    """Transformer Engine unpickles them when a module loads its state."""
     plain = {"scale": torch.ones(2), "history": [1.0], "steps": 3}
 
     def packed(value: object) -> object:
@@ -177,7 +177,7 @@ def test_scales_of_layers_in_fp8(trace, form):
 
 
 class Fetched:
-    """As Python before 3.11.4 pickles members of enumerations."""
+    """The way Python before 3.11.4 pickles members of enumerations."""
 
     def __init__(self, owner: object, name: str) -> None:
         self.arguments = owner, name

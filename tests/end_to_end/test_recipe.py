@@ -1,4 +1,4 @@
-"""SFT, reward model, PPO-ptx and evaluation, each by its command; what they learn, and what they leave behind."""
+"""SFT, reward model, PPO-ptx and evaluation, each run by its command; what they learn, and what they write."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ COMMON |= {"memory/step_peak_bytes"}
 SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
 SFT |= {"sft/demonstration_loss", "sft/pretraining_loss", "sft/pretraining_share"}
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
-# The list of the shared design, and what a run says beyond it.
+# The list of the shared design, and what a run logs beyond it.
 PPO = COMMON | set(
     """samples tokens reward/score_mean reward/score_std reward/total_mean kl/mean kl/k3_mean kl/coef policy/loss
     policy/ratio_mean policy/first_ratio_max_gap policy/clip_fraction policy/entropy policy/grad_norm policy/lr value/loss
@@ -117,7 +117,7 @@ def test_every_figure_is_finite_and_no_phase_takes_longer_than_its_step(runs):
         for row in metrics(folder):
             assert all(value is not None for value in row.values())
     for row in metrics(runs["ppo"]):
-        # Each is the slowest rank's, so several phases may add up to more than the step.
+        # Each is the slowest rank's time, so several phases may add up to more than the step.
         assert all(
             0 < row[f"time/{phase}_s"] <= row["time/step_s"] for phase in ("rollout", "scoring", "policy", "value")
         )

@@ -47,7 +47,7 @@ def test_rows_begin_with_a_story_and_every_story_is_whole_in_one():
 
 
 def test_the_models_own_text(shared_data, tmp_path):
-    """As token files: rows of the model's context, begun with the beginning of text, and nothing that it has never seen."""
+    """As token files: rows of the model's context, starting with the beginning of text, without tokens new to the model."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     from megatron_rlhf.data.tokenizer import load_tokenizer

@@ -45,7 +45,7 @@ def test_bootstrap_of_independent_values_is_the_normal_interval():
 
 
 def test_bootstrap_resamples_groups():
-    """Four copies of each value in a group say no more than one."""
+    """Four copies of each value in a group carry no more information than one."""
     values = np.random.default_rng(2).normal(size=100)
     alone = bootstrap(values.tolist(), range(100))
     copied = bootstrap(np.repeat(values, 4).tolist(), np.repeat(np.arange(100), 4).tolist())

@@ -1,4 +1,4 @@
-"""What needs a GPU. On a machine without one every test of this folder is skipped, with the reason."""
+"""Tests that need a GPU. On a machine without one every test of this folder is skipped, with the reason."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ def gpu() -> None:
 
 @pytest.fixture(scope="session")
 def fp8_gpu(gpu: None) -> None:
-    """Transformer Engine and a GPU whose matrix products know fp8."""
+    """Transformer Engine and a GPU whose matrix products support fp8."""
     from megatron_rlhf.config.model import Fp8Recipe
     from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 

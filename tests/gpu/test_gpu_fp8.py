@@ -1,4 +1,4 @@
-"""Transformer Engine's fp8 in our models: that it is on, off where it has to be, close enough, and that the gate sees it."""
+"""Transformer Engine's fp8 in our models: that it is on, off where it has to be, accurate enough, and that the gate sees it."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def role(precision: Precision = Precision.fp8_hybrid, recipe: Fp8Recipe = Fp8Rec
 
 @pytest.fixture(params=list(Fp8Recipe), ids=lambda recipe: recipe.name)
 def recipe(request: pytest.FixtureRequest) -> Fp8Recipe:
-    """Each recipe that this Transformer Engine, CUDA and GPU know."""
+    """Each recipe that this Transformer Engine, CUDA and GPU support."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     asked = {

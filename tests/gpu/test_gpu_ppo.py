@@ -1,4 +1,4 @@
-"""One PPO-ptx iteration of the toy recipe on one GPU, in each arithmetic. Each run is a fresh process, as a user's is."""
+"""One PPO-ptx iteration of the toy recipe on one GPU, in each precision. Each run is a fresh process, as a user's is."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_an_iteration(started: Recipe, precision: str, gap: float) -> None:
     row = iteration(started, precision, f"precision={precision}")
     assert row["rollout/logprob_gap_max"] < gap
     assert row["ptx/loss"] > 0
-    if precision != "fp16":  # whose loss scale may have to come down first
+    if precision != "fp16":  # whose loss scale may have to be lowered first
         assert row["skipped_updates"] == 0
 
 

@@ -16,7 +16,7 @@ from megatron_rlhf.planning.state import trained_bytes
 from megatron_rlhf.trainers.step import TrainedRole
 
 MODEL = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=1024, max_sequence_length=256)
-# Large enough that Megatron-Core's and cuBLAS' fixed buffers do not count.
+# Large enough that Megatron-Core's and cuBLAS' fixed buffers are negligible.
 LARGE = ModelConfig(num_layers=8, hidden_size=2048, num_attention_heads=16, vocab_size=8192, max_sequence_length=1024)
 
 
@@ -45,7 +45,7 @@ def test_the_world_is_nccls(world: None) -> None:
 
 
 def test_megatron_core_is_not_patched(world: None) -> None:
-    """The CPU layer answers for CUDA only where there is none."""
+    """The CPU layer stands in for CUDA only where there is none."""
     from megatron_rlhf.parallel import cpu
 
     assert cpu.install() is False

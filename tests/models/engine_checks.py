@@ -35,7 +35,7 @@ def build(model, layout, scalar, engine):
 
 
 def saved_names(role):
-    """Name, shape and place of everything that a checkpoint takes of this rank's part, but Transformer Engine's own state."""
+    """Name, shape and place of all that a checkpoint stores of this rank's part, except Transformer Engine's own state."""
     found = set()
     with role.layout:
         for entry in role.modules[0].sharded_state_dict(metadata={"dp_cp_group": role.layout.groups.dp_cp}).values():
@@ -60,7 +60,7 @@ def check(rank: int, ranks: int, folder: Path) -> None:
             plain, engine = (build(model, layout, scalar, use) for use in (False, True))
             assert saved_names(plain), name
             assert saved_names(plain) == saved_names(engine), f"{name}: {saved_names(plain) ^ saved_names(engine)}"
-    # A run without Transformer Engine goes on with it, and comes back.
+    # A run without Transformer Engine continues with it, and then without it again.
     plain, engine = (build(LLAMA_LIKE, layout, False, use) for use in (False, True))
     for source, target, step in ((plain, engine, "step_1"), (engine, plain, "step_2")):
         with sharded.writing(folder / step) as aside:

@@ -1,7 +1,7 @@
-"""Transformer Engine's Python layers on a CPU: its compiled parts are replaced by names without any arithmetic.
+"""Transformer Engine's Python layers on a CPU: its compiled parts are replaced by stubs that compute nothing.
 
 The layers are those of the package `transformer-engine` itself, whose wheel is plain Python and cannot be imported alone.
-For a process of its own, as it leaves nothing as it was: python engine_stand_in.py RANK RANKS FOLDER prints `ok` at the end.
+Needs a process of its own, as it replaces imported modules: python engine_stand_in.py RANK RANKS FOLDER prints `ok` at the end.
 """
 
 import importlib.abc
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# The compiled extension, and what comes with it or is written in Triton.
+# The compiled extension, what belongs to it, and what is written in Triton.
 _REPLACED = (
     "transformer_engine_torch",
     "transformer_engine.pytorch.onnx_extensions",
@@ -22,7 +22,7 @@ _REPLACED = (
 
 
 class _Enumeration(type):
-    """Has every member that is asked for; `__members__` are those that were."""
+    """Has every member that is asked for; `__members__` are those asked for so far."""
 
     def __getattr__(cls, name):
         asked = cls.__dict__["asked"]
@@ -66,7 +66,7 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Import Megatron-Core as on a GPU with Transformer Engine, then let it build models on the CPU all the same."""
+    """Import Megatron-Core as on a GPU with Transformer Engine, then let it build models on the CPU anyway."""
     torch.cuda.is_available = lambda: True
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # Transformer Engine loads no libraries then
     sys.meta_path.insert(0, _Importer())

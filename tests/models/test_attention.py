@@ -21,7 +21,7 @@ def numbers(*shape):
 
 
 def test_cuda_gets_no_groups_together_with_a_mask(world, monkeypatch):
-    """Its fused kernels take one or the other; keys and values are repeated there, and the result is the same."""
+    """CUDA's fused kernels take one or the other; keys and values are repeated there, and the result is the same."""
     (module,) = make_role(LLAMA_LIKE).modules
     core, kernel, grouped = (
         module.decoder.layers[0].self_attention.core_attention,
@@ -47,7 +47,7 @@ def test_cuda_gets_no_groups_together_with_a_mask(world, monkeypatch):
 
 
 def decoded_logprobs(model, parallel, lengths, responses, slots, static_shapes=False):
-    """Log-probabilities over the vocabulary before each response token, read while decoding these very responses."""
+    """Log-probabilities over the vocabulary before each response token, read while decoding these same responses."""
     role = make_role(MODELS[model], parallel)
     prompts = [numbers(n).tolist() for n in lengths]
     seen = [[] for _ in prompts]
@@ -80,7 +80,7 @@ def full_logprobs(model, lengths, responses):
 
 @pytest.fixture(autouse=True)
 def sampler():
-    """Whatever the test decodes with, others sample."""
+    """Restores the sampler, whatever the test decodes with."""
     original = runner.Sampler
     yield
     runner.Sampler = original

@@ -1,4 +1,4 @@
-"""Slots of the key/value cache, by hand: one layer, one group, heads of one number."""
+"""Slots of the key/value cache, worked by hand: one layer, one group, heads of size 1."""
 
 import pytest
 import torch

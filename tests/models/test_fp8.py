@@ -1,4 +1,4 @@
-"""fp8's switch, its padding and what may be in it; the arithmetic itself is Transformer Engine's (tests/gpu)."""
+"""fp8's switch, its padding and what may use it; the arithmetic itself is Transformer Engine's (tests/gpu)."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 
 
 class CastingLinear(torch.nn.Linear):
-    """As Transformer Engine's under Megatron-Core: [s, b, h] -> (output, bias), with its memory of when it cast its weight."""
+    """Like Transformer Engine's layer under Megatron-Core: [s, b, h] -> (output, bias); remembers when it cast its weight."""
 
     def __init__(self, width: int, multiple: int) -> None:
         super().__init__(width, width, bias=False)
@@ -27,7 +27,7 @@ class CastingLinear(torch.nn.Linear):
 
 
 class Chunk(torch.nn.Module):
-    """What `fp8.decoding` sees of a model."""
+    """The part of a model that `fp8.decoding` uses."""
 
     def __init__(self, multiple: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Chunk(torch.nn.Module):
         return self.second(self.first(x)[0])[0]
 
     def set_is_first_microbatch(self) -> None:
-        """Megatron-Core's, in short: the schedules call it before their first microbatch."""
+        """Megatron-Core's method, abridged: the schedules call it before their first microbatch."""
         if not hasattr(self, "modules_with_is_first_microbatch"):
             self.modules_with_is_first_microbatch = [m for m in self.modules() if hasattr(m, "is_first_microbatch")]
         for module in self.modules_with_is_first_microbatch:
@@ -53,7 +53,7 @@ def test_decoding_pads_any_number_of_tokens_and_casts_weights_once() -> None:
         for s, b in ((5, 3), (1, 3), (1, 2), (1, 16)):
             chunk.set_is_first_microbatch()
             x = torch.randn(s, b, 8)
-            # Products of other shapes may add in another order.
+            # Matrix products of other shapes may sum in another order.
             torch.testing.assert_close(chunk(x), plain(x))
     assert [layer.casts for layer in (chunk.first, chunk.second)] == [1, 1]
     with pytest.raises(AssertionError, match="whole multiples"):
@@ -109,7 +109,7 @@ def test_recipes_reach_megatron_core(world, recipe: Fp8Recipe) -> None:
 
 
 def test_heads_are_no_layers_of_transformer_engine(world) -> None:
-    """Megatron-Core's fp8 context spans the transformer block alone: unembedding and scalar head lie outside."""
+    """Megatron-Core's fp8 context covers only the transformer block: unembedding and scalar head are outside."""
     for scalar in (False, True):
         (module,) = make_role(GPT2_LIKE, precision=Precision.fp8_hybrid, scalar=scalar).modules
         assert module.output_layer not in list(module.decoder.modules())

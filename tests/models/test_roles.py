@@ -1,4 +1,4 @@
-"""Scalar heads, padded vocabularies, parameter counts, and what evaluation changes and puts back."""
+"""Scalar heads, padded vocabularies, parameter counts, and what evaluation changes and restores."""
 
 import dataclasses
 

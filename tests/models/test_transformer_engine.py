@@ -1,4 +1,4 @@
-"""With Transformer Engine's layers a model has the checkpoint of one without them: names, shapes, places, and it loads."""
+"""Checkpoints of models with and without Transformer Engine's layers are the same: names, shapes, places; and they load."""
 
 import os
 import subprocess

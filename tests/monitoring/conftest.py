@@ -1,4 +1,4 @@
-"""Run folders as PPO, SFT and reward-model training leave them, made of sines and seeded noise."""
+"""Run folders as PPO, SFT and reward-model training write them, made of sines and seeded noise."""
 
 import math
 import random

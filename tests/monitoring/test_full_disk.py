@@ -11,7 +11,7 @@ from megatron_rlhf.monitoring.metrics import read_metrics
 
 
 class FullDisk:
-    """Takes so many bytes more, then what the system says of a full disk."""
+    """Takes `room` more bytes, then raises the system's error for a full disk."""
 
     def __init__(self, file, room: int):
         self.file, self.room = file, room

@@ -1,4 +1,4 @@
-"""One rank logs; the others keep quiet unless they are lost."""
+"""One rank logs; the others are silent unless they fail."""
 
 import logging
 import re

@@ -144,7 +144,7 @@ def test_tensorboard_shows_the_resumed_run_once(tmp_path: Path) -> None:
 
 
 class FakeWandb(ModuleType):
-    """Stands for the package: keeps what it is given."""
+    """Stands in for the package: records what it is given."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

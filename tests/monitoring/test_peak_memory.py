@@ -1,4 +1,4 @@
-"""The peak of memory is of the time since it was last asked for."""
+"""The peak of memory covers the time since it was last read."""
 
 import numpy
 

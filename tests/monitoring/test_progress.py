@@ -1,4 +1,4 @@
-"""Progress lines, the bar on a terminal, and the phase timer, on a clock that the test moves."""
+"""Progress lines, the bar on a terminal, and the phase timer, on a clock that the test advances."""
 
 import io
 import logging
@@ -98,7 +98,7 @@ def test_phases_add_up_until_they_are_taken(clock: Clock) -> None:
                 clock.now += seconds
         with suppress(RuntimeError), timer("policy"):
             clock.now += 4.0
-            raise RuntimeError  # time that ended badly was spent all the same
+            raise RuntimeError  # time that ended in an error counts, too
     assert timer.take() == {"time/rollout_s": 3.0, "time/policy_s": 4.0, "time/step_s": 7.0}
     assert timer.take() == {}
 

@@ -1,4 +1,4 @@
-"""The page: complete for every kind of run, safe to open, and alone."""
+"""The page: complete for every kind of run, safe to open, and self-contained."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Accelerators that cannot work are hidden from Megatron-Core, which would use them; without any, Adam can still be saved."""
+"""Unusable accelerators are hidden from Megatron-Core, which would use them; without any, Adam can still be saved."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ WITHOUT_A_GPU = """
 from megatron_rlhf.doctor import _test_rank
 _test_rank()
 """
-# As on a machine with a GPU and nothing else; it is never asked to compute.
+# As on a machine with a GPU and nothing else; nothing is computed on it.
 ON_A_GPU = """
 import torch
 torch.cuda.is_available = lambda: True
@@ -43,7 +43,7 @@ def write_package(folder: Path, name: str, content: str) -> None:
 
 
 def test_a_container_without_a_gpu_trains(tmp_path: Path) -> None:
-    """Apex can be imported and its kernels cannot run; Transformer Engine is not even that far."""
+    """Apex can be imported and its kernels cannot run; Transformer Engine cannot even be imported."""
     write_package(
         tmp_path, "transformer_engine.__init__", "raise AssertionError('Could not find `transformer_engine_torch`')\n"
     )

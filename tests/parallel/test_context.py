@@ -1,4 +1,4 @@
-"""Who holds which tokens under context parallelism, and what becomes of gradients."""
+"""Which rank holds which tokens under context parallelism, and how gradients are combined."""
 
 import pytest
 import torch

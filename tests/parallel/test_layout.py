@@ -1,4 +1,4 @@
-"""Which rank is in which group, with Megatron-Core's own initialisation as the judge; nesting; parts of the world."""
+"""Which rank is in which group, compared with Megatron-Core's own initialisation; nesting; parts of the world."""
 
 import pytest
 import torch.distributed as dist
@@ -16,7 +16,7 @@ LAYOUTS = [
     ParallelConfig(pipeline=4),
     ParallelConfig(pipeline=2, virtual_stages=2),
 ]
-# Not set by Megatron-Core unless asked for, or of no use without several optimizer instances and without experts.
+# Not set by Megatron-Core unless asked for, or unused without several optimizer instances and without experts.
 NOT_OURS = {
     "_EXPERT_MODEL_PARALLEL_RANKS",
     "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
@@ -39,7 +39,7 @@ def installed() -> dict[str, object]:
 
 
 def compare_with_megatron():
-    """For each layout: (what ours installs, what Megatron-Core's own initialisation sets) on this rank."""
+    """For each layout: (what our code installs, what Megatron-Core's own initialisation sets) on this rank."""
     results = []
     for config in LAYOUTS:
         layout = ParallelLayout.create(config)
@@ -64,7 +64,7 @@ def compare_with_megatron():
         results.append((ours, installed()))
         parallel_state.destroy_model_parallel()
         parallel_state._EMBEDDING_GLOBAL_RANKS = (
-            None  # forgotten there: stages in between keep those of the last layout
+            None  # not reset by Megatron-Core: middle stages keep those of the last layout
         )
         parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     return results

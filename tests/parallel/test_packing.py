@@ -1,4 +1,4 @@
-"""Who passes forward with whom: budgets, balance, and where tokens lie; attention by segment against whole sequences."""
+"""Which sequences share a pass: budgets, balance, and where tokens lie; attention by segment against whole sequences."""
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ def sequences(lengths=LENGTHS, **shared):
 @pytest.mark.parametrize(
     ("size", "ranks", "expected"),
     [
-        (2, 1, [[[1, 3], [5, 2], [0, 4]]]),  # longest first, like with like
+        (2, 1, [[[1, 3], [5, 2], [0, 4]]]),  # longest first, similar lengths together
         (9, 1, [[[1, 3, 5, 2, 0, 4]]]),
         (2, 2, [[[1, 5], [4]], [[3, 2], [0]]]),  # 16 tokens each
-        (Budget(tokens=10), 1, [[[1, 4], [3], [5, 2], [0]]]),  # the first that has room
+        (Budget(tokens=10), 1, [[[1, 4], [3], [5, 2], [0]]]),  # first fit
         (Budget(tokens=32), 1, [[[1, 3, 5, 2, 0, 4]]]),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_response_of_one_token_that_is_not_read():
 
 
 def test_blocks_of_a_rank_that_holds_two_pieces_of_the_row():
-    """Under context parallelism queries are a rank's; keys are those of the whole row."""
+    """Under context parallelism queries are those of one rank; keys are those of the whole row."""
     segments = Segments.of([2, 4, 2], [None, 0, None], 6)
     assert segments.blocks([(0, 8)]) == ([2, 4, 2], [Block(0, (0,)), Block(1, (0, 1)), Block(2, (2,))])
     sizes, blocks = segments.blocks([(2, 4), (4, 6)])
@@ -109,7 +109,7 @@ def test_blocks_of_a_rank_that_holds_two_pieces_of_the_row():
 
 
 def test_blocks_attend_as_whole_sequences_do(world):
-    """A prompt of 3 with completions of 4, 1 and 2, then a text of 5, against each of them alone."""
+    """A prompt of 3 with completions of 4, 1 and 2, then a text of 5, compared with each of them alone."""
     lengths, prompts = [7, 4, 5, 5], [3, 3, 3, 0]
     asked = sequences(lengths, prompt_lengths=prompts, prompt_index=[0, 0, 0, 1])
     made = arrange(asked, range(4), 1, packed=True)
@@ -127,7 +127,7 @@ def test_blocks_attend_as_whole_sequences_do(world):
 
 @pytest.mark.parametrize("model", [GPT2_LIKE, LLAMA_LIKE], ids=["learned positions", "rotary"])
 def test_scores_of_several_samples_of_a_prompt(model, world):
-    """Packed, with the prompt read once, against each text alone."""
+    """Packed, with the prompt read once, compared with each text alone."""
     random = torch.Generator().manual_seed(3)
     prompt, other = torch.randint(0, 67, (6,), generator=random), torch.randint(0, 67, (4,), generator=random)
     lengths = [10, 7, 12, 9]

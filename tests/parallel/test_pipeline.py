@@ -14,7 +14,7 @@ from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
 from megatron_rlhf.parallel.vocab import token_logprobs
 
 MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
-LENGTHS = [5, 12, 7, 12, 3, 9]  # tokens that count, one sequence a microbatch
+LENGTHS = [5, 12, 7, 12, 3, 9]  # tokens that count, one sequence per microbatch
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "tp2_sp": ParallelConfig(tensor=2, sequence=True),
@@ -99,7 +99,7 @@ def test_losses_and_gradients_equal_plain_autograd(layout, model, one_rank):
     for _, statistics in results:
         assert statistics["loss"] == pytest.approx(loss, rel=1e-6), "on every rank"
         assert statistics["length_max"] == 12.0, "by maximum, not by sum"
-    # fp32 sums in another order, over tensors whose largest entry is some 10^3 times the typical rounding error.
+    # fp32 sums in another order, over tensors whose largest entry is about 10^3 times the typical rounding error.
     assert_close(assemble([blocks for blocks, _ in results], vocab_size=67), expected, relative=5e-6)
 
 
@@ -129,7 +129,7 @@ def gradients_while_freed_memory_is_overwritten(parallel, times):
     free = schedules.deallocate_output_tensor
 
     def overwrite_and_free(output, deallocate=False):
-        if deallocate and isinstance(output, torch.Tensor):  # 0.19 comes back with each tensor of a list
+        if deallocate and isinstance(output, torch.Tensor):  # 0.19 calls this again for each tensor of a list
             with torch.no_grad():
                 output.detach().fill_(torch.nan)
         free(output, deallocate)
@@ -142,7 +142,7 @@ def gradients_while_freed_memory_is_overwritten(parallel, times):
 
 @pytest.mark.parametrize("layout", ["pp2", "pp2_virtual2", "pp4"])
 def test_nothing_is_freed_while_it_is_sent(layout):
-    """Interleaved over gloo, one update in ten read freed memory: nobody would notice the wrong numbers."""
+    """Interleaved over gloo, one update in ten read freed memory: the wrong numbers would go unnoticed."""
     times = 30 if layout == "pp2_virtual2" else 3
     finite = run_ranks(RANKS.get(layout, 2), gradients_while_freed_memory_is_overwritten, LAYOUTS[layout], times)
     assert all(all(rank) for rank in finite)

@@ -22,7 +22,7 @@ def test_initialize_twice_is_one_world(world):
 
 @pytest.mark.parametrize(("visible", "expected"), [(8, 5), (1, 0), (4, 1)])
 def test_a_rank_takes_its_own_gpu_of_those_it_sees(monkeypatch, visible, expected):
-    """With srun --gpus-per-task each task sees one GPU, whatever its local rank is."""
+    """With srun --gpus-per-task each task sees one GPU, regardless of its local rank."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
@@ -90,8 +90,8 @@ def test_where_to_meet_must_be_known(environment, says):
 
 
 def join_and_leave(folder):
-    """Files that one rank makes in the folder for temporary files, after the world has come and gone."""
-    dist.destroy_process_group()  # that of the test
+    """Files that one rank leaves in the folder for temporary files, after the world was joined and left."""
+    dist.destroy_process_group()  # the test's own
     tempfile.tempdir = str(folder)
     runtime.initialize()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy over a split vocabulary: literals, autograd as the judge, two ranks against one."""
+"""Log-probabilities and entropy over a split vocabulary: literals, compared with autograd, two ranks compared with one."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_shapes_and_temperature_are_checked():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_in_parts(dtype):
-    """More logits than are worked on at once, and the entropy from the same pass."""
+    """More logits than are processed at once, and the entropy from the same pass."""
     random = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(7, 60, 2000, generator=random)).to(dtype).requires_grad_()
     tokens = torch.randint(0, 2000, (7, 60), generator=random)
@@ -108,7 +108,7 @@ def test_many_rows_in_parts(dtype):
 def whole_logits():
     generator = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(2, 6, 12, generator=generator)
-    logits[0, 0, :6] = -torch.inf  # all of the first rank's part
+    logits[0, 0, :6] = -torch.inf  # the first rank's whole part
     return logits, torch.randint(6, 12, (2, 6), generator=generator)
 
 

@@ -1,4 +1,4 @@
-"""Bytes that real roles hold on a CPU: the tensors themselves, what autograd saves, and what the allocator gave out."""
+"""Bytes that real roles hold on a CPU: the tensors themselves, what autograd saves, and what the allocator handed out."""
 
 import weakref
 from collections import Counter
@@ -53,14 +53,14 @@ def state_bytes(trained: TrainedRole) -> dict[str, int]:
 
 
 def saved_peak(trained: TrainedRole, work: Callable[[], Any]) -> int:
-    """Most bytes that autograd has saved at any time, weights apart; each storage counts once."""
+    """Most bytes that autograd has saved at any time, except weights; each storage counts once."""
     weights = _storages(p.data for chunk in trained.role.chunks for p in chunk.parameters())
     uses: Counter[int] = Counter()
     sizes: dict[int, int] = {}
     held = peak = 0
 
     class Box:
-        """What stands for a saved tensor until nobody needs it."""
+        """Stands in for a saved tensor until it is no longer needed."""
 
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
@@ -110,14 +110,14 @@ def measure_state(model: ModelConfig, parallel: ParallelConfig, precision: str) 
 
 
 def measure_saved(model: ModelConfig, parallel: ParallelConfig, precision: str, microbatches: int) -> int:
-    """On every rank, for `run_ranks`: two rows of 128 tokens a microbatch."""
+    """On every rank, for `run_ranks`: two rows of 128 tokens per microbatch."""
     trained = trained_role(model, parallel, precision)
     batch = text_batch(trained, 2 * microbatches * trained.role.layout.dp_size, 128, 2)
     return saved_peak(trained, lambda: trained.update(batch, 1e-4))
 
 
 def measure_kept(model: ModelConfig, parallel: ParallelConfig, precision: str) -> int:
-    """On every rank, for `run_ranks`: bytes of the copy of a gradient that is told apart from the rest."""
+    """On every rank, for `run_ranks`: bytes of the copy of a gradient that is kept separate from the rest."""
     trained = trained_role(model, parallel, precision)
     kept = trained.accumulate(text_batch(trained, 4, 16, 1), keep=True).kept
     assert kept is not None

@@ -101,9 +101,9 @@ def test_activations_are_what_autograd_saves(
         if placed.recomputes:
             planned += (
                 layer_saved(placed, Shape(2, 128)) - 2 * 128 * 64 * FP32
-            )  # the layer run again; its input is kept
+            )  # the recomputed layer; its input is kept
         elif stage == parallel.pipeline - 1:
-            planned += 2 * 127 * 500 / parallel.tensor * placed.element  # the logits, of all that they take
+            planned += 2 * 127 * 500 / parallel.tensor * placed.element  # of everything for the loss, only the logits
         assert planned == pytest.approx(real, rel=0.15), f"rank {rank}"
 
 

@@ -1,4 +1,4 @@
-"""Plans: what they add up to, which presets fit, what is refused and how, and the command line of tools/plan.py."""
+"""Plans: their totals, which presets fit, what is refused with which message, and the command line of tools/plan.py."""
 
 import importlib.util
 import json
@@ -63,7 +63,7 @@ def plan(stage: str, *overrides: str, ours: tuple[str, ...] = ()) -> Plan:
 
 
 def sized_recipes() -> list[str]:
-    """Recipes that say for how many nodes they are made."""
+    """Recipes that state the number of nodes they are made for."""
     return recipes("plan")
 
 
@@ -106,7 +106,7 @@ def test_job_scripts_ask_for_the_nodes_of_their_recipe(script: str, stage: str, 
 def test_flops_of_the_175b_run_are_the_papers() -> None:
     made = plan("ppo", "recipe=instructgpt_175b", ours=("recipe=instructgpt_175b",))
     ptx = next(phase for phase in made.phases if phase.name == "ptx")
-    # 256k episodes x 8 examples x 2048 tokens x 6 x 175e9 weights; ours adds attention's scores, 3%.
+    # 256k episodes x 8 examples x 2048 tokens x 6 x 175e9 weights; the plan adds attention scores, 3%.
     assert made.steps * ptx.flops == pytest.approx(256_000 * 8 * 2048 * 6 * 175e9, rel=0.05)
     # The paper: 60 petaflop/s-days for PPO-ptx at 175B.
     assert made.flops / 8.64e19 == pytest.approx(60, rel=0.1)
@@ -147,8 +147,8 @@ def test_roles_on_ranks_of_their_own_hold_nothing_elsewhere_and_work_side_by_sid
     roles = {role.name: role for role in apart.roles}
     assert roles["policy"].placed.ranks == range(448) and roles["value"].placed.ranks == range(448, 512)
     assert roles["value"].bytes_on(0, "policy") == roles["policy"].bytes_on(448, "policy") == {}
-    # A GPU of the policy's side holds what the plan of all together counts for the policy; what data parallelism shards is
-    # shared by 7 copies instead of 8.
+    # A GPU of the policy's side holds what the colocated plan counts for the policy; what data parallelism shards is
+    # divided among 7 copies instead of 8.
     shared, alone = (made.roles[0].bytes_on(0, "policy") for made in (together, apart))
     for kind, held in shared.items():
         assert alone[kind] == pytest.approx(held * (8 / 7 if kind in ("optimizer", "ema") else 1)), kind
@@ -238,7 +238,7 @@ def test_the_tool_prints_data(tool: Tool, capsys: pytest.CaptureFixture) -> None
 def test_the_tool_plans_the_whole_recipe_and_sorts_overrides_by_stage(
     tool: Tool, capsys: pytest.CaptureFixture
 ) -> None:
-    # sft.epochs is known to one stage only, workload.* to the planner.
+    # Only one stage knows sft.epochs, only the planner workload.*.
     overrides = ["sft.epochs=1", "workload.demonstrations=32000", "ppo.iterations=10"]
     assert tool("recipe=instructgpt_6b", "--layouts", "0", "--json", *overrides) == 0
     sft, reward, ppo = json.loads(capsys.readouterr().out)
@@ -324,4 +324,4 @@ def test_fp8_is_planned_for_what_trains() -> None:
         for role in ("policy", "reference", "reward", "value")
     }
     assert extra["reference"] == extra["reward"] == 0
-    assert extra["policy"] == extra["value"] == pytest.approx(held["value"]["weights"], rel=0.05)  # 2 bytes a weight
+    assert extra["policy"] == extra["value"] == pytest.approx(held["value"]["weights"], rel=0.05)  # 2 bytes per weight

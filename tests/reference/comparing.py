@@ -1,14 +1,14 @@
-"""A run against the reference: every metric by name, what was read, every weight.
+"""A run compared with the reference: every metric by name, what was read, every weight.
 
 Tolerances, all in fp32, where one rounding is 6e-8 and both sides sum in another order:
 
 - figures: 1e-5 of their size; weights: 1e-5 of their tensor's largest number. Adam's epsilon is 1e-3, well above the
   rounding of gradients that are zero by symmetry (a key's bias shifts all scores alike); with the default 1e-8 Adam
   would blow that rounding up to whole steps.
-- differences of nearly equal numbers have an absolute tolerance, as their size says nothing of the terms': the policy's
+- differences of nearly equal numbers have an absolute tolerance, as their size says nothing about the terms': the policy's
   loss (advantages have mean 0), scores (sums of numbers of either sign around 1), the explained variance (1 less a
-  quotient near 1), log-ratios (KL; a log-probability of some 5 nats is good to 5e-7), and the two gaps that are nothing
-  but rounding.
+  quotient near 1), log-ratios (KL; a log-probability of about 5 nats is accurate to 5e-7), and the two gaps that are
+  nothing but rounding.
 - what was read and what was sampled: equal.
 """
 
@@ -31,7 +31,7 @@ ABSOLUTE = {
     "policy/first_ratio_max_gap": 1e-5,
 }
 UNREPEATABLE = ("time/", "memory/", "throughput/")
-"""Of the clock and the machine. What the throughputs count is compared: `step_tokens` and `step_flops`."""
+"""These depend on the clock and the machine. What the throughputs count is compared: `step_tokens` and `step_flops`."""
 
 
 def assert_same_figures(rows: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]]) -> None:

@@ -24,14 +24,14 @@ class Demonstration:
 
 @dataclass
 class Ranked:
-    """A prompt and all its comparisons, of however many records."""
+    """A prompt and all its comparisons, from any number of records."""
 
     texts: list[list[int]]
     """Prompt, response, end of text; each text once."""
     pairs: list[tuple[int, int, int]]
     """The better text, the worse one, and how many were ranked together."""
     best: list[int]
-    """A best text of each record."""
+    """One of the best texts of each record."""
     users: set[str]
 
 
@@ -52,7 +52,7 @@ def read_lines(path: object) -> list[dict]:
 
 
 def demonstrations(path: object, settings: Settings) -> list[Demonstration]:
-    """Those within both limits, in the file's order. The end of text counts as a token of the response."""
+    """The demonstrations within both limits, in the file's order. The end of text counts as a token of the response."""
     tokenizer = load_tokenizer(settings)
     kept = []
     for record in read_lines(path):
@@ -63,9 +63,9 @@ def demonstrations(path: object, settings: Settings) -> list[Demonstration]:
 
 
 def rankings(path: object, settings: Settings) -> list[Ranked]:
-    """Responses over the limit are left out; records of a prompt over it, or without a preference left, altogether.
+    """Responses over the limit are dropped; so are whole records whose prompt is over it, or that have no preference left.
 
-    Records of one prompt are one item. Equal ranks, and a text against itself, are no preference.
+    Records of one prompt are one item. Equal ranks, and a text compared with itself, are not preferences.
     """
     tokenizer = load_tokenizer(settings)
     items: dict[tuple[int, ...], Ranked] = {}
@@ -91,7 +91,7 @@ def rankings(path: object, settings: Settings) -> list[Ranked]:
 
 
 def prompts(settings: Settings) -> list[Prompt]:
-    """A user's first so many within the limit of tokens; without a user, or with an empty one, no limit."""
+    """Prompts within the limit of tokens, up to a maximum per user; no maximum without a user, or with an empty one."""
     tokenizer = load_tokenizer(settings)
     kept, of_user = [], Counter()
     for number, record in enumerate(read_lines(settings["data.prompts"])):
@@ -105,9 +105,9 @@ def prompts(settings: Settings) -> list[Prompt]:
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int, whole: bool = False) -> Iterator[list[int]]:
-    """Epoch e goes through numpy's permutation seeded by (seed, e); its last batch holds what is left.
+    """Epoch e follows numpy's permutation seeded by (seed, e); its last batch holds the remainder.
 
-    With `whole`, that is filled up from the next epoch.
+    With `whole`, that batch is filled up from the next epoch.
     """
     left: list[int] = []
     for epoch in itertools.count():
@@ -120,7 +120,7 @@ def shuffled_batches(size: int, batch_size: int, seed: int, whole: bool = False)
 def hold_out(items: list[Ranked], fraction: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
     """(training, validation), both in the file's order: prompts with a user in common stay together.
 
-    numpy's permutation says in which order the groups are asked; one is held out if it fits into what is wanted.
+    Groups are tried in the order of numpy's permutation; one is held out if it fits into what is still wanted.
     """
     groups: list[list[int]] = []
     for i, item in enumerate(items):
@@ -143,7 +143,7 @@ class PretrainingText:
 
 
 def pretraining_text(settings: Settings, wanted: int) -> PretrainingText:
-    """Documents, each begun and closed as the tokenizer does a text; the last ones, with their share of all tokens, are held out.
+    """Documents, with the beginning and end that the tokenizer gives a text; the last ones, by share of tokens, are held out.
 
     Megatron-Core's GPTDataset: whole epochs until there are `wanted` sequences; documents in shuffled order make one
     stream, which is cut; the pieces are shuffled. Where less than 80% of the last epoch is needed, it is shuffled on its

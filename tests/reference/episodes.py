@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass
 class Episode:
-    """A prompt, a response, and what the models thought of it before any update."""
+    """A prompt, a response, and the models' judgements of it before any update."""
 
     prompt: list[int]
     response: Response
     score: float
-    """The reward model's own."""
+    """The reward model's own score."""
     total: float
     """The score less the penalty."""
     logprobs: Tensor
@@ -48,14 +48,14 @@ def rollout_metrics(episodes: list[Episode]) -> dict[str, float]:
         "rollout/logprob_gap_max": 0.0,
         "reward/total_mean": statistics.fmean(episode.total for episode in episodes),
         "kl/mean": statistics.fmean(float(episode.kl.sum()) for episode in episodes),
-        # Schulman's k3, of tokens drawn from the policy
+        # Schulman's k3, for tokens drawn from the policy
         "kl/k3_mean": statistics.fmean(float((torch.exp(-e.kl) - 1 + e.kl).sum()) for e in episodes),
         "value/explained_variance": float(1 - errors.var() / returns.var()),
     }
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an iteration's updates; the gap and what the first alone has are the first's, the norm is the last's."""
+    """Means over an iteration's updates; the gap and what only the first has are the first's, the norm is the last's."""
     if not updates:
         return {}
     means = {name: statistics.fmean(update[name] for update in updates) for name in updates[-1]}

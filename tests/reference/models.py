@@ -16,7 +16,7 @@ def language_model(folder: object) -> torch.nn.Module:
 
 
 def scalar_model(folder: object, head_seed: int | None = None) -> torch.nn.Module:
-    """One number a token; a new head is N(0, 1 / (width + 1)) (Stiennon et al. 2020, appendix B.1), a missing bias 0."""
+    """One number per token; a new head is N(0, 1 / (width + 1)) (Stiennon et al. 2020, appendix B.1), a missing bias 0."""
     model = LlamaForTokenClassification.from_pretrained(str(folder), dtype=torch.float32, num_labels=1).eval()
     if head_seed is not None:
         width = model.config.hidden_size
@@ -35,21 +35,21 @@ def count_weights(model: torch.nn.Module) -> int:
 
 
 def cost(model: torch.nn.Module, tokens: int) -> dict[str, float]:
-    """Of a step that trains on so many tokens: 6 FLOPs a weight and token (Kaplan et al. 2020)."""
+    """Cost of a step that trains on `tokens` tokens: 6 FLOPs per weight and token (Kaplan et al. 2020)."""
     return {"step_tokens": tokens, "step_flops": 6 * tokens * count_weights(model)}
 
 
 def logprobs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0, known: int | None = None) -> Tensor:
-    """[length - 1, known] whole distributions: row i is of the token after tokens[: i + 1].
+    """[length - 1, known] whole distributions: row i is that of the token after tokens[: i + 1].
 
-    `known`: only so many of the embedding's rows are tokens, the others have no probability; None: all are.
+    `known`: only this many of the embedding's rows are tokens, the others have no probability; None: all are.
     """
     logits = model(input_ids=torch.tensor([tokens[:-1]])).logits[0, :, :known]
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def of_tokens(distributions: Tensor, tokens: list[int]) -> Tensor:
-    """[length - 1] log-probability of each token but the first."""
+    """[length - 1] log-probability of each token except the first."""
     return distributions.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
 
 
@@ -61,7 +61,7 @@ def scalars(model: torch.nn.Module, tokens: list[int]) -> Tensor:
 def text_loss(
     model: torch.nn.Module, sequences: Iterable[tuple[list[int], int]], then: Callable[[Tensor], object]
 ) -> float:
-    """Mean over target tokens of -log p, of (tokens, first target); `then` gets each sequence's part of it."""
+    """Mean over target tokens of -log p, given (tokens, first target); `then` gets each sequence's part of it."""
     sequences = list(sequences)
     targets = sum(len(tokens) - first for tokens, first in sequences)
     total = 0.0
@@ -87,7 +87,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, rate: float) -> float:
-        """One update by the gradients, which are cleared. Returns their norm before it is clipped."""
+        """One update with the gradients, which are then cleared. Returns their norm before clipping."""
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self.parameters))
         scale = self.clip_norm / max(norm, self.clip_norm)
         self.steps += 1

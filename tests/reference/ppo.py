@@ -36,7 +36,7 @@ class Run:
         self.trained_tokens = 0
 
     def collect(self, iteration: int) -> list[Episode]:
-        """The policy answers, all models judge. A prompt that comes twice gets another sample."""
+        """The policy answers, all models judge. A repeated prompt gets a different sample."""
         s, temperature, seen, episodes = self.s, self.s["rollout.temperature"], [], []
         for number in next(self.batches):
             prompt = self.prompts[number]
@@ -71,7 +71,7 @@ class Run:
         for episode in episodes:
             rewards = -self.kl_coef * episode.kl
             rewards[-1] += episode.total
-            values = [*episode.values, 0.0]  # the episode is over
+            values = [*episode.values, 0.0]  # the episode has ended
             deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(episode.length)]
             episode.advantages = torch.stack(
                 [
@@ -96,7 +96,7 @@ class Run:
     ) -> tuple[dict[str, float], list[list[int]]]:
         """PPO's loss plus the text's times its coefficient (equation 2); the texts that were read.
 
-        `report`: norms of the two gradients and the cosine of the angle between them as well.
+        `report`: also the norms of the two gradients and the cosine of the angle between them.
         """
         s, weights = self.s, list(self.policy.parameters())
         texts = list(itertools.islice(self.next_text, s["ppo.ptx_ratio"] * s["ppo.minibatch_size"]))
@@ -116,7 +116,7 @@ class Run:
         return figures, texts
 
     def clipped_objective(self, minibatch: list[Episode]) -> dict[str, float]:
-        """Gradients of the clipped objective (Schulman et al. 2017, equation 7), and what is to be seen of it."""
+        """Gradients of the clipped objective (Schulman et al. 2017, equation 7), and its metrics."""
         s, clip = self.s, self.s["ppo.clip"]
         tokens = sum(episode.length for episode in minibatch)
         names = ("loss", "ratio_mean", "clip_fraction", "approx_kl", "entropy")
@@ -134,7 +134,7 @@ class Run:
                 loss,
                 ratio.sum() / tokens,
                 (clipped < gain).sum() / tokens,
-                # KL(old || new) by Schulman's k3, of tokens drawn from the old
+                # KL(old || new) by Schulman's k3, for tokens drawn from the old
                 (log_ratio.exp() - 1 - log_ratio).sum() / tokens,
                 -(every.exp() * every).sum() / tokens,
             )
@@ -163,7 +163,7 @@ class Run:
         self.judge(episodes)
         read = {"prompt": [episode.prompt for episode in episodes], "text": []}
         rate, warmup = s["policy.optimizer.lr"], s["ppo.warmup_iterations"]
-        done = iteration - s["ppo.critic_warmup_iterations"]  # by the policy; none while only the critic learns
+        done = iteration - s["ppo.critic_warmup_iterations"]  # of the policy; none while only the critic learns
         learns = done >= 0
         report = s["ppo.ptx_coef"] == "auto" or (iteration + 1) % s["ppo.gradient_report_every"] == 0
         if done < warmup:  # from one tenth of the peak (appendix C.4)
@@ -201,7 +201,7 @@ class Run:
             self.kl_coef *= 1 + error * self.s["ppo.batch_size"] / self.s["ppo.kl_horizon"]
 
     def balance_text(self, row: dict[str, float]) -> None:
-        """The text's gradient at a multiple of PPO's: a quotient of two averages of norms, the text's without coefficient."""
+        """Holds the text's gradient at a multiple of PPO's: a quotient of averaged norms, the text's without coefficient."""
         if self.s["ppo.ptx_coef"] == "auto":
             norms = {"ppo": row["policy/ppo_grad_norm"], "text": row["policy/ptx_grad_norm"] / self.ptx_coef}
             self.averages = {name: 0.9 * x + 0.1 * norms[name] for name, x in self.averages.items()}
@@ -217,7 +217,7 @@ class Run:
         return {"tax/pretraining_loss": policy, "tax/reference_pretraining_loss": reference}
 
     def costs(self, episodes: list[Episode], texts: list[list[int]], learns: bool) -> dict[str, float]:
-        """Tokens that the policy trained on; 2 FLOPs a weight and token forward, 6 with backward (Kaplan et al. 2020)."""
+        """Tokens that the policy trained on; 2 FLOPs per weight and token forward, 6 with backward (Kaplan et al. 2020)."""
         policy, critic = models.count_weights(self.policy), models.count_weights(self.value)
         sampled = sum(len(episode.tokens) for episode in episodes)
         learned = self.s["ppo.inner_epochs"] * sampled

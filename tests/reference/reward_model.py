@@ -12,7 +12,7 @@ from reference.sft import Result
 
 def run(s: Settings) -> Result:
     reward = models.scalar_model(s["reward.init_from"], head_seed=s["run.seed"])
-    reward.score.bias.requires_grad_(False)  # no comparison depends on it: it is set in the end
+    reward.score.bias.requires_grad_(False)  # no comparison depends on it: it is set at the end
     adam = Adam(reward, s, "reward")
     training = data.rankings(s["data.comparisons"], s)
     if "data.validation" in s:

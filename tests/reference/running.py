@@ -1,4 +1,4 @@
-"""A stage as its command runs it, on some ranks, and what it leaves behind."""
+"""A stage as its command runs it, on some ranks, and its results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ class Export(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What a run leaves behind."""
+    """The results of a run."""
 
     rows: list[dict[str, float]]
     read: list[dict[str, list[list[int]]]]
@@ -40,7 +40,7 @@ def run(
 
 
 def _figures(path: Path) -> list[dict[str, float]]:
-    """The metrics; what each step cost, out of its rates."""
+    """The metrics, and the cost of each step computed from its rates."""
     rows = read_lines(path)
     for row in rows:
         for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):

@@ -1,6 +1,6 @@
-"""What the policy answers: one sequence at a time, one whole forward pass a token.
+"""What the policy answers: one sequence at a time, one whole forward pass per token.
 
-A token is drawn by Gumbel's trick from numbers that hash what is drawn: run, iteration, prompt, which of its samples,
+A token is drawn by the Gumbel trick from numbers that hash what is drawn: run, iteration, prompt, which of its samples,
 position and token. So the text can be computed here, whatever batch or rank it was drawn in.
 """
 
@@ -19,7 +19,7 @@ MASK = 2**32 - 1
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What can be sampled, and what ends a response: the policy's own end tokens, and data.stop's tokens and texts."""
+    """Which tokens can be sampled, and what ends a response: the policy's own end tokens, and data.stop's tokens and texts."""
 
     tokenizer: PreTrainedTokenizerFast
     stops: set[int]
@@ -38,7 +38,7 @@ class Vocabulary:
         return len(self.tokenizer)
 
     def ends(self, response: list[int]) -> bool:
-        """With its last token, and not before."""
+        """Whether the response ends with its last token, and not before."""
         now, before = (self.tokenizer.decode(tokens) for tokens in (response, response[:-1]))
         return response[-1] in self.stops or any(now.count(text) > before.count(text) for text in self.texts)
 
@@ -47,7 +47,7 @@ class Vocabulary:
 class Response:
     tokens: list[int]
     stopped: bool
-    """It ended by itself, not at the limit."""
+    """Whether it ended by itself, not at the limit."""
 
 
 def row_key(run_seed: int, iteration: int, prompt: int, sample: int) -> int:

@@ -1,4 +1,4 @@
-"""What the three runs are asked for: nothing that changes a figure is at its default (test_reference_settings.py sees to it)."""
+"""Settings of the three runs: nothing that changes a figure is at its default (checked by test_reference_settings.py)."""
 
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def ppo(world: World, folder: Path) -> Settings:
 
 
 def _optimizer(role: str, **values: object) -> Settings:
-    """Epsilon is well above the rounding of gradients, see comparing.py."""
+    """Epsilon is well above the rounding of gradients; see comparing.py."""
     return {f"{role}.optimizer.{name}": value for name, value in {"epsilon": 1e-3, **values}.items()}
 
 

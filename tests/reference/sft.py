@@ -14,10 +14,10 @@ from reference.sampling import Vocabulary, respond, row_key
 
 @dataclass
 class Result:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     rows: list[dict[str, float]]
-    """Of metrics.jsonl."""
+    """The rows of metrics.jsonl."""
     read: list[dict[str, list[list[int]]]]
     """Token ids of each step, by kind."""
     weights: dict[str, Weights]
@@ -85,8 +85,8 @@ def run(s: Settings) -> Result:
 
 
 def _counts(mix: Fraction, batch_size: int, demonstrations: int, epochs: int) -> list[tuple[int, int]]:
-    """(texts, demonstrations) of each step: of all examples so far, `mix` are text, rounded down; an epoch's last step has
-    the demonstrations that are left."""
+    """(texts, demonstrations) of each step: of all examples so far, a share `mix` is text, rounded down; an epoch's last
+    step has the remaining demonstrations."""
     counts: list[tuple[int, int]] = []
     for _ in range(epochs):
         left = demonstrations
@@ -99,7 +99,7 @@ def _counts(mix: Fraction, batch_size: int, demonstrations: int, epochs: int) ->
 
 
 def _text_share(mix: float, batch_size: int, texts: int) -> float:
-    """What the mean over the text counts: the mix, and one example's share at least where only some batches have a text."""
+    """Weight of the mean over the text: the mix, but at least one example's share where only some batches have a text."""
     return min(max(mix, 1 / batch_size), 1 - 1 / batch_size) if texts else 0.0
 
 
@@ -107,7 +107,7 @@ def _text_share(mix: float, batch_size: int, texts: int) -> float:
 def mean_reward(
     policy: torch.nn.Module, reward: torch.nn.Module, validation: list[data.Demonstration], s: Settings
 ) -> float:
-    """Of responses to the first validation prompts (appendix C.1: the epoch is chosen by the reward model's score)."""
+    """Of responses to the first validation prompts (appendix C.1: the reward model's score chooses the epoch)."""
     vocabulary = Vocabulary.of(s)
     scores = []
     for number, demonstration in enumerate(itertools.islice(validation, s["sft.selection_samples"])):

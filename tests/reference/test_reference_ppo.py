@@ -1,4 +1,4 @@
-"""PPO-ptx as its command runs it against the reference."""
+"""PPO-ptx as its command runs it, compared with the reference."""
 
 import pytest
 from reference import ppo, settings
@@ -53,7 +53,7 @@ def assert_same_samples(rows, expected):
 
 
 def assert_every_rule_was_at_work(rows, asked):
-    """What the comparison rests on."""
+    """The comparison depends on this."""
     learning = [row for row in rows if "policy/loss" in row]
     for name in ("policy/clip_fraction", "value/clip_fraction"):
         assert any(0 < row[name] < 0.9 for row in learning), name

@@ -1,4 +1,4 @@
-"""The reward model's training as its command runs it against the reference."""
+"""The reward model's training as its command runs it, compared with the reference."""
 
 import pytest
 from reference import data, reward_model, settings
@@ -33,7 +33,7 @@ def test_reward_model(name, reference_world, tmp_path):
 
 
 def assert_every_rule_was_at_work(expected, asked):
-    """What the comparison rests on."""
+    """The comparison depends on this."""
     norms = [row["rm/grad_norm"] for row in expected.rows]
     assert min(norms) < asked["reward.optimizer.clip_norm"] < max(norms), "gradients were clipped, and were not"
     rankings = data.rankings(asked["data.comparisons"], asked)

@@ -1,4 +1,4 @@
-"""Each setting of a stage either is away from its default in the reference runs, or cannot change a figure there."""
+"""Each setting of a stage either differs from its default in the reference runs, or cannot change a figure there."""
 
 import dataclasses
 from enum import Enum
@@ -10,26 +10,26 @@ from reference.world import World
 
 from megatron_rlhf.config.stages import PPOConfig, RewardModelConfig, SFTConfig
 
-# Groups or keys that change no figure: tests/distributed, tests/checkpoint and others show that of most.
+# Groups or keys that change no figure: tests/distributed, tests/checkpoint and others show this for most of them.
 NO_FIGURE = (
     *("run", "watchdog", "parallel", "critic_parallel", "placement", "offload", "rollout.parallel"),
     *("ppo.max_logprob_gap", "data.allow_other_tokenizer"),
-    # Instead of sizes in sequences: tests/distributed and tests/trainers.
+    # Alternatives to sizes in sequences: tests/distributed and tests/trainers.
     *(
         "sft.micro_batch_tokens",
         "reward_model.micro_batch_tokens",
         "ppo.micro_batch_tokens",
         "ppo.ptx_micro_batch_tokens",
     ),
-    # Arithmetic of lower precision, and shapes where no starting point brings one.
+    # Lower precision, and shapes for when no starting point provides one.
     *("precision", "fp8", "sampling.precision", "rollout.precision", "model", "critic_model"),
 )
-# Of another case of the same test.
+# Covered by another case of the same test.
 ELSEWHERE = {
     SFTConfig: ("sft.max_steps", "data.pretraining.held_out_samples"),
     # Columns of comparisons that come in several forms: tests/data.
     RewardModelConfig: ("data.validation", "data.stop", "data.columns"),
-    # Which prompts are left: tests/data, tests/trainers/test_prompts_of_a_part.py.
+    # Which prompts remain: tests/data, tests/trainers/test_prompts_of_a_part.py.
     PPOConfig: ("ppo.whiten_advantages", "data.deduplicate_prefix_tokens", "data.part", "data.part_shares"),
 }
 

@@ -1,4 +1,4 @@
-"""SFT as its command runs it against the reference."""
+"""SFT as its command runs it, compared with the reference."""
 
 import pytest
 from reference import settings, sft
@@ -9,7 +9,7 @@ EXPORTS = {"policy": Export("latest", "policy", "gpt2"), "best": Export("best", 
 CASES = {
     # Ranks, layout, and what differs from the settings.
     "one_rank": (1, (), {}),
-    # A share with room for a text in every other batch only.
+    # A share small enough that only every other batch has a text.
     "dp2_by_loss": (
         2,
         ("parallel.distributed_optimizer=true",),
@@ -31,7 +31,7 @@ def test_sft(name, reference_world, tmp_path):
 
 
 def assert_every_rule_was_at_work(expected, asked):
-    """What the comparison rests on."""
+    """The comparison depends on this."""
     norms = [row["sft/grad_norm"] for row in expected.rows]
     assert min(norms) < asked["policy.optimizer.clip_norm"] < max(norms), "gradients were clipped, and were not"
     texts = [str(text) for step in expected.read for text in step["text"]]

@@ -1,6 +1,6 @@
-"""What the reference and the runs both read: a tokenizer, data with every oddity that has a rule, models by `transformers`.
+"""Input of both the reference and the runs: a tokenizer, data with every oddity that has a rule, models by `transformers`.
 
-Nothing of ours is used to make it.
+It is made without any of our code.
 """
 
 import json
@@ -93,7 +93,7 @@ def _comparisons(text) -> list[dict]:
     ranked.insert(4, {"prompt": text(9, 9), "responses": [text(1, 3), text(1, 3)], "ranks": [0, 1]})  # too long
     ranked[5]["responses"][1] = text(9, 9)  # one response too long, the others stay
     pairs = [{"prompt": text(1, 6), "chosen": text(1, 5), "rejected": text(1, 5)} for _ in range(3)]
-    # Of a prompt that is there already: one response anew, and one compared with itself as well.
+    # Of a prompt that occurs already: one response again, and one compared with itself as well.
     again = {"prompt": ranked[1]["prompt"], "chosen": text(1, 5), "rejected": ranked[1]["responses"][0]}
     pairs += [again, {**again, "rejected": again["chosen"]}]
     for record, user in zip(ranked, ["ann", "bob", "", "bob", "ann", "cy"], strict=False):
@@ -102,7 +102,7 @@ def _comparisons(text) -> list[dict]:
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """A word, a token; a text begins with <s>, as the post-processor says."""
+    """One token per word; a text begins with <s>, as the post-processor says."""
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -111,7 +111,7 @@ def _save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-# transformers gives the padding's row of an embedding no gradient, although the policy may sample it: none is named.
+# transformers gives the padding's row of an embedding no gradient, although the policy may sample it: no padding is named.
 _IDS = {"bos_token_id": 1, "eos_token_id": [2, 9], "pad_token_id": None}
 
 

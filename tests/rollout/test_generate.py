@@ -51,7 +51,7 @@ def on_one_rank(world):
 
 
 def test_some_responses_stop_and_some_do_not(on_one_rank):
-    """The other tests would prove little without."""
+    """Otherwise the other tests would prove little."""
     for done in on_one_rank.values():
         assert 2 <= sum(c.stopped for c in done) <= len(LENGTHS) - 2
         assert len({len(c.tokens) for c in done}) > 3
@@ -77,7 +77,7 @@ def test_order_and_company_change_nothing(on_one_rank):
 
 @pytest.mark.parametrize("stop_ids", [STOPS, ()])
 def test_a_token_asks_the_device_once(world, monkeypatch, stop_ids):
-    """On a GPU every answer to Python is a wait for all that was asked before."""
+    """On a GPU, every value that Python reads waits for all work queued before."""
     role, config, texts_before, row_keys_b = make_role(GPT2_LIKE), sampling(batch_size=16), prompts(), keys()
     asked = []
 
@@ -130,7 +130,7 @@ def test_sampled_logprobs_are_those_of_a_full_forward_pass(model, on_one_rank):
     for prompt, completion in zip(prompts(), done, strict=True):
         text = torch.tensor([prompt + completion.tokens])
         recomputed = role.logprobs(text, 1, temperature=0.7)[0, len(prompt) - 1 :]
-        # fp32, other kernels for one query than for many: measured 3e-6.
+        # fp32, different kernels for one query and for many: measured 3e-6.
         assert completion.logprobs == pytest.approx(recomputed.tolist(), abs=2e-5)
 
 
@@ -166,7 +166,7 @@ def test_without_stop_tokens_every_response_has_the_maximum_length(world):
 
 @pytest.mark.parametrize("minimum", [2, 6, 20])
 def test_minimum_length_and_the_logprobs_that_training_recomputes(minimum, world):
-    """Half of all probability on the stop tokens: log-probabilities that left it out would be off by 0.7."""
+    """Half of the probability is on the stop tokens: log-probabilities that left it out would be off by 0.7."""
     role = make_role(GPT2_LIKE)
     every_second = tuple(range(0, 66, 2))
     done = generate(role, prompts(), keys(), sampling(min_response_tokens=minimum), every_second)
@@ -200,7 +200,7 @@ def test_one_prompt_twice_gives_two_samples_and_seeds_and_iterations_differ(worl
 
 
 def test_a_prompt_that_is_sampled_several_times_is_read_once(monkeypatch, world):
-    """Its samples are those that it gets alone."""
+    """Its samples are the same as when it is sampled alone."""
     role, read, repeated = make_role(LLAMA_LIKE), [], [prompts()[i] for i in (1, 0, 1, 1, 0, 1)]
     row = torch.arange(len(repeated))
     sample_keys = row_keys(5, 0, row, torch.zeros_like(row))

@@ -1,4 +1,4 @@
-"""Rows of the embedding that are no token of the tokenizer's: never sampled, and no part of what is compared with sampling."""
+"""Embedding rows without a token in the tokenizer: never sampled, and left out of what is compared with sampling."""
 
 from dataclasses import replace
 

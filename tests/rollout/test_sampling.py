@@ -1,4 +1,4 @@
-"""Choosing a token: filters against hand-worked literals, the distribution by chi-square, keys that nothing else moves."""
+"""Choosing a token: filters against hand-worked literals, the distribution by chi-square, keys that depend on nothing else."""
 
 import math
 
@@ -16,7 +16,7 @@ def log(*probabilities):
 
 
 def draws(sampler, logits, count):
-    """Tokens of `count` rows that differ in their key alone."""
+    """Tokens of `count` rows that differ only in their key."""
     keys = row_keys(7, 0, torch.arange(count), torch.zeros(count, dtype=torch.long))
     tokens, _ = sampler(logits.expand(count, -1), keys, torch.zeros(count, dtype=torch.long))
     return tokens
@@ -142,7 +142,7 @@ def test_uniform_numbers_are_uniform_and_inside_the_open_interval():
 
 @pytest.mark.parametrize("bits", [0, 1, 2**32 - 1, 2**32 - 2, 2**32 - 256, 2**31])
 def test_the_ends_of_the_interval_are_never_reached(bits, monkeypatch):
-    """A number that rounds to 0 or 1 would make its token win, or lose, whatever its probability."""
+    """A number that rounds to 0 or 1 would make its token win, or lose, regardless of its probability."""
     import megatron_rlhf.rollout.sampling as sampling
 
     monkeypatch.setattr(sampling, "_scramble", lambda x: torch.full_like(x, bits))

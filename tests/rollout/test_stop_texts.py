@@ -1,4 +1,4 @@
-"""Responses that a text ends: at the same token in every batch and at every layout."""
+"""Responses that a stop text ends: at the same token in every batch and at every layout."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def completions(folder, texts, parallel=None, **settings):
 
 @pytest.fixture(scope="module")
 def unstopped(world, tmp_path_factory):
-    """Texts that nothing ends, and for two of them a piece of three tokens from the middle."""
+    """Texts without any stop, and for two of them a piece of three tokens from the middle."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = train_tokenizer(["aa"], 259, folder)
     letters = [i for i in range(2, 259) if tokenizer.decode([i]).isascii()]

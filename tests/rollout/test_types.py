@@ -29,7 +29,7 @@ def test_pack():
 def test_masks_and_positions():
     packed = responses()
     assert packed.mask_bt.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    # Response token t is predicted at prompt_length - 1 + t; what is masked stays inside the sequence.
+    # Response token t is predicted at prompt_length - 1 + t; masked positions stay inside the sequence.
     assert packed.positions_bt.tolist() == [[2, 3, 3, 3], [0, 1, 2, 3], [1, 2, 3, 3]]
     assert packed.last_b.tolist() == [4, 4, 2]
     targets = packed.tokens_bs.gather(1, packed.positions_bt + 1)

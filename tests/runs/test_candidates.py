@@ -11,7 +11,7 @@ from megatron_rlhf.runs import candidates
 
 
 class Writer:
-    """Writes what it is given without a model."""
+    """Writes what it is given, without a model."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_from_earlier_makes_later_ones_anew_but_never_the_bes
         offer(writer, f"epoch_{step // 2}", step, figure, keep_last=0)
     candidates.forget_after(writer.root, 3)
     assert names(writer) == ["epoch_1", "epoch_2"]
-    offer(writer, "epoch_2", 4, 1.5, keep_last=0)  # the settings are others now, and it is worse
+    offer(writer, "epoch_2", 4, 1.5, keep_last=0)  # the settings have changed, and it is worse
     assert names(writer) == ["epoch_1", "epoch_2", "epoch_2_v2"]
     assert best(writer) == "epoch_2"
     assert read_meta(writer.root / "epoch_2")["state"]["figure"] == 1.0

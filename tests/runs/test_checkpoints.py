@@ -46,7 +46,7 @@ def small_disk(tmp_path: Path):
 
 
 def fill(path: Path) -> None:
-    """Until the disk takes no more bytes."""
+    """Writes until the disk is full."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(recipe,
 
 
 def save_slowly(overrides: list[str]) -> list[str]:
-    """Writing begins only when the update after the saved step is done. Returns what happened, in order."""
+    """Writing begins only after the update that follows the saved step. Returns the events in order."""
     from megatron_rlhf.checkpoint.role_files import RoleFiles
     from megatron_rlhf.trainers.sft import SFTTrainer
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_written_while_later_steps_run_is_of_its_own_step(recipe, u
         )
 
 
-# --- which one to go on from -----------------------------------------------------------------------------------------
+# --- which one to continue from --------------------------------------------------------------------------------------
 
 
 def damage(step: Path) -> str:

@@ -18,7 +18,7 @@ TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 6, 1, 8, 0, 3, 3, 9, 8, 8, 
 
 
 def round_in_fp8(role: Role) -> Role:
-    """Layers' matrix products leave with 3 bits of mantissa while, and only while, the model's configuration says fp8."""
+    """Layers' matrix products are rounded to 3 bits of mantissa while, and only while, the model's configuration says fp8."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     def rounded(layer, inputs, outputs):
@@ -26,7 +26,7 @@ def round_in_fp8(role: Role) -> Role:
             return outputs
         scale = 448 / outputs[0].detach().abs().max().clamp(min=1e-12)
         coarse = (outputs[0].detach() * scale).to(torch.float8_e4m3fn).to(outputs[0].dtype) / scale
-        return (outputs[0] + (coarse - outputs[0]).detach(), *outputs[1:])  # gradients pass as if nothing had happened
+        return (outputs[0] + (coarse - outputs[0]).detach(), *outputs[1:])  # gradients pass unchanged
 
     for chunk in role.modules:
         for layer in chunk.decoder.modules():
@@ -52,7 +52,7 @@ def test_there_is_no_gate_where_nothing_is_in_fp8(world) -> None:
 def test_the_gap_is_that_of_the_tokens_that_are_compared(world) -> None:
     role = policy()
     mean, largest = gate(role).gap()
-    tokens = torch.tensor(TEXTS[0]).unsqueeze(0)  # alone: no padding at all
+    tokens = torch.tensor(TEXTS[0]).unsqueeze(0)  # alone: without any padding
     quantized = role.logprobs(tokens, 1)
     with role.without_fp8():
         exact = role.logprobs(tokens, 1)
@@ -119,7 +119,7 @@ def test_the_decision_survives_a_resume(world) -> None:
 
 
 def test_delayed_scales_settle_before_the_first_comparison(world) -> None:
-    """Two training passes go through the layers, leave the weights alone and no gradients in the next update."""
+    """Two training passes run through the layers, change no weights and leave no gradients for the next update."""
     from megatron_rlhf.config.training import OptimizerConfig
     from megatron_rlhf.trainers.step import TrainedRole
 
@@ -144,7 +144,7 @@ def ranks_gap(parallel: ParallelConfig) -> tuple[float, dict[str, float]]:
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)])
 def test_all_ranks_decide_alike(parallel: ParallelConfig) -> None:
-    """Also those that hold no logits."""
+    """Including ranks that hold no logits."""
     (first, one), (second, other) = run_ranks(2, ranks_gap, parallel, timeout=120)
     assert first == second > 1e-4
     assert one == other

@@ -36,7 +36,7 @@ def spoil_loss_of_token(overrides: Sequence[str], token: int) -> None:
 
 
 def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe) -> None:
-    """Two data-parallel ranks with microbatches of one sequence: exactly the spoilt samples are named."""
+    """Two data-parallel ranks with microbatches of one sequence: exactly the corrupted samples are named."""
     lines = [json.loads(line) for line in (recipe.root / "demonstrations.jsonl").read_text().splitlines()]
     spoilt = {i for i, line in enumerate(lines) if "iota" in line["response"]}
     from megatron_rlhf.data.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def test_a_gradient_alone_keeps_the_whole_minibatch(recipe: Recipe) -> None:
 
 
 def spoil_role(overrides: Sequence[str], role: str, rows: list[int]) -> None:
-    """What this role says of these rows of the rollout is not finite."""
+    """Makes this role's output for these rows of the rollout not finite."""
     from megatron_rlhf.models.roles import Role
 
     def spoilt(method):

@@ -1,4 +1,4 @@
-"""A signal to one rank: all ranks save and stop after the same step, with an exit code of its own, and go on from there."""
+"""A signal to one rank: all ranks save and stop after the same step, with an exit code of its own, and continue from there."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def leave_interrupted() -> None:
 
 
 def test_the_exit_code_is_the_first_ranks_alone() -> None:
-    """Were it everyone's, a launcher that kills all ranks at the first code would turn it into its own."""
+    """If every rank had it, a launcher that kills all ranks at the first code would replace it with its own."""
     codes = []
     for rank in (0, 1):
         pid = os.fork()

@@ -12,7 +12,7 @@ from megatron_rlhf.config.stages import PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.runs.resume_table import TABLE, Change, compare, compare_content, flat, rule, settings
 
 SCHEMAS = {"sft": SFTConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig}
-# What may be missing: a mistake here trains another model than the log says.
+# The unit that each stage's checkpoints count in: a mistake here trains another model than the log says.
 COUNTED_IN = {"sft": "sft.batch_size", "reward_model": "reward_model.batch_size", "ppo": "ppo.batch_size"}
 
 
@@ -23,7 +23,7 @@ def leaves(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", SCHEMAS)
 def test_every_key_has_a_rule_and_every_rule_a_key(stage):
-    """A new key has to be given one."""
+    """A new key needs a rule."""
     missing = []
     for key in leaves(stage):
         try:

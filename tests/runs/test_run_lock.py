@@ -1,4 +1,4 @@
-"""One job in a run folder: the second is told who the first is; a job that was killed blocks nobody."""
+"""One job in a run folder: the second gets a message that identifies the first; a killed job does not block others."""
 
 import os
 import signal

@@ -11,7 +11,7 @@ from megatron_rlhf.runs import session
 
 
 def try_with_a_read_only_file_system_on(broken_rank, folder):
-    """What each rank hears."""
+    """The message on each rank."""
     import torch.distributed as dist
 
     def refuse(**kwargs):

@@ -1,4 +1,4 @@
-"""Ranks that die, freeze, hang or go another way: the job ends in time, with one message that names them."""
+"""Ranks that die, freeze, hang or diverge: the job ends in time, with one message that names them."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def wait_for_step(run: Run, number: int) -> None:
 
 
 def ended(run: Run, folder: Path, limit: float = 3 * TIMEOUT) -> list[str]:
-    """All ranks end in time and leave nothing; what the ranks printed about it."""
+    """Checks that all ranks end in time and leave nothing behind; returns what they printed about it."""
     began = time.monotonic()
     in_time = run.wait(limit)
     seconds = time.monotonic() - began
@@ -85,7 +85,7 @@ def ended(run: Run, folder: Path, limit: float = 3 * TIMEOUT) -> list[str]:
     return lines
 
 
-# Seen by the rank that speaks: who it is about, and what that one was last seen doing.
+# As seen by the reporting rank: which rank it is about, and what that rank was last seen doing.
 SEEN = r"rank {rank} on {host}: role policy, phase \w+( \w+)?, step \d+, (waiting in [\w ]+|in no collective) \([\w.]+:\d+ \w+\)"
 
 
@@ -95,12 +95,12 @@ SEEN = r"rank {rank} on {host}: role policy, phase \w+( \w+)?, step \d+, (waitin
         (signal.SIGKILL, 1),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
-        (signal.SIGSTOP, 0),  # it takes the rendezvous store with it
+        (signal.SIGSTOP, 0),  # the rendezvous store freezes with it
     ],
 )
 def test_a_rank_that_dies_or_freezes_ends_the_job(recipe, tmp_path, number, victim):
     run = start(recipe, tmp_path)
-    wait_for_step(run, 20)  # a heartbeat is a few of these steps late
+    wait_for_step(run, 20)  # a heartbeat lags a few of these steps
     os.kill(run.processes[victim].pid, number)
     (line,) = ended(run, tmp_path)
     assert f"rank {victim}" in line and "dead or frozen" in line
@@ -182,7 +182,7 @@ def test_torchrun_ends_with_the_message_and_no_process_is_left(recipe, tmp_path,
     assert re.search(r"watchdog: rank 1 is dead or frozen.*last seen: " + SEEN.format(rank=1, host=HOST), printed)
 
 
-# --- who is at fault -------------------------------------------------------------------------------------------------
+# --- which rank is at fault -------------------------------------------------------------------------------------------
 
 
 def beat(rank: int, collective: str | None, line: str = "step.py:1 f", still_s: float = 9.0) -> Beat:

@@ -71,7 +71,7 @@ class Job:
 
     @property
     def seconds(self) -> int:
-        """How long it has run."""
+        """Its run time so far."""
         hours, minutes, seconds = map(int, self.fields["RunTime"].split(":"))
         return 3600 * hours + 60 * minutes + seconds
 
@@ -108,9 +108,9 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For clients; a job must not inherit the test's own virtual environment by accident."""
+        """For clients; a job must not accidentally inherit the test's own virtual environment."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        if (Path(sys.prefix) / "bin" / "activate").is_file():  # as a user would say whose clone has no .venv
+        if (Path(sys.prefix) / "bin" / "activate").is_file():  # as by a user whose clone has no .venv
             kept["VENV"] = sys.prefix
         return {
             **kept,
@@ -143,7 +143,7 @@ class Cluster:
         return Job(number, dict(pair.split("=", 1) for pair in shown if "=" in pair))
 
     def wait(self, number: int, timeout: float, until: Sequence[str] = FINISHED) -> Job:
-        """Until the job is in one of these states."""
+        """Waits until the job is in one of these states."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number)).state not in until:
             assert time.monotonic() < deadline, (
@@ -153,7 +153,7 @@ class Cluster:
         return job
 
     def wait_for_file(self, path: Path, number: int, timeout: float) -> None:
-        """Until the job has written something into a file."""
+        """Waits until the job has written something into a file."""
         deadline = time.monotonic() + timeout
         while not path.exists() or not path.stat().st_size:
             assert self.job(number).state not in FINISHED, self.log(number)
@@ -200,7 +200,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
 
     def _cancel_all(self) -> None:
-        """A test that failed may leave jobs; their tasks would outlive the daemons."""
+        """A failed test may leave jobs; their tasks would outlive the daemons."""
         if not (self.folder / "slurm.conf").exists():
             return
         for signal in ("TERM", "KILL"):

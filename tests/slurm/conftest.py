@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running Slurm. In CI it has to be there; elsewhere its tests are skipped without it."""
+    """A running Slurm. Required in CI; elsewhere its tests are skipped without it."""
     reason = slurm.missing()
     if reason is not None:
         if os.environ.get("CI"):
@@ -29,5 +29,5 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def scripts() -> Path:
-    """The very scripts that users submit."""
+    """The same scripts that users submit."""
     return REPOSITORY / "slurm"

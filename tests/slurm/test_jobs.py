@@ -1,4 +1,4 @@
-"""The scripts of slurm/ under a real Slurm: 2 nodes x 2 tasks over gloo, shrunk by nothing but overrides."""
+"""The scripts of slurm/ under a real Slurm: 2 nodes x 2 tasks over gloo, scaled down only by overrides."""
 
 import socket
 import time
@@ -50,7 +50,7 @@ def test_ppo_runs_on_two_nodes_and_overrides_reach_it(undisturbed: tuple[Path, s
 
 
 def interrupt(cluster: Cluster, number: int, how: str) -> None:
-    """As the cluster would: the signal that comes before the time limit, or a requeue by Slurm itself."""
+    """As a cluster does it: the signal before the time limit, or a requeue by Slurm itself."""
     if how == "signal":
         cluster.client("scancel", "--batch", "--signal=USR1", str(number))
     else:
@@ -82,7 +82,7 @@ def test_interrupted_job_ends_with_the_metrics_of_an_undisturbed_one(
 
 
 def pipeline(cluster: Cluster, scripts: Path, recipe: Recipe, runs: Path, **changed: str) -> list[int]:
-    """Submit the chain, shrunk; returns the ids of its three jobs."""
+    """Submit the chain, scaled down; returns the ids of its three jobs."""
     small = "model=null precision=fp32 parallel.tensor=1 parallel.pipeline=1 parallel.virtual_stages=1"
     settings = {
         "RUNS": str(runs),

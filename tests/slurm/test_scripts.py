@@ -1,4 +1,4 @@
-"""What can be said of the scripts without a Slurm."""
+"""Checks of the scripts that need no Slurm."""
 
 import os
 import shutil

@@ -81,7 +81,7 @@ def test_small_updates_move_it_as_they_move_fp32(world, precision, sharded_maste
 
 
 def trained_average(parallel: dict, precision: Precision, steps: int = STEPS) -> list:
-    trained = make(parallel, precision, epsilon=1e-3)  # drowns gradients that are 0 but for rounding
+    trained = make(parallel, precision, epsilon=1e-3)  # far above gradients that are 0 except for rounding
     for step in range(steps):
         update(trained, step)
     before = weight_blocks(trained.role)
@@ -116,7 +116,7 @@ def save_average(folder, parallel: dict) -> list:
 
 
 def load_average(folder, parallel: dict) -> list:
-    """Into an average that goes on from there."""
+    """Loads into an average that continues from there."""
     trained = make(parallel, Precision.bf16)
     with trained.average.as_weights() as averaged:
         sharded.load_role(folder, SavedRole(averaged))

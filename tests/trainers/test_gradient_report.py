@@ -1,4 +1,4 @@
-"""PPO's and the text's gradient told apart: against two separate backward passes, and without a trace in the run."""
+"""PPO's and the text's gradient measured separately: compared with two backward passes, and without effect on the run."""
 
 import logging
 import math
@@ -32,17 +32,17 @@ LAYOUTS = {
 
 
 def parts(trained):
-    """Microbatches of the text, gamma times, and of PPO."""
+    """Microbatches of the text, weighted by gamma, and of PPO."""
     text = language_model_microbatches(texts(TEXT_ROWS), trained.role, 1, "ptx/loss", weight=GAMMA)
     return text, policy_microbatches(experience(ROWS), trained, config(2))
 
 
 def update_told_apart(parallel, precision=Precision.fp32):
-    """One update whose text was accumulated first and kept."""
+    """One update; the text's gradient was accumulated first and a copy kept."""
     trained = train(make_role(GPT2_LIKE, parallel)) if precision is Precision.fp32 else in_precision(precision)
     text, ppo = parts(trained)
     update = trained.update(ppo, 1e-3, trained.accumulate(text, keep=True))
-    while update.skipped:  # fp16: the loss scale comes down first, and nothing else changes
+    while update.skipped:  # fp16: the loss scale is lowered first, and nothing else changes
         assert update.gradients is None
         update = trained.update(ppo, 1e-3, trained.accumulate(text, keep=True))
     return update.gradients, update.grad_norm, weight_blocks(trained.role)
@@ -89,7 +89,7 @@ def test_norms_and_cosine_are_those_of_two_backward_passes(layout, separate):
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
 def test_in_half_precision_they_are_those_of_the_fp32_buffers(precision, separate):
-    """In fp16 the buffers hold the loss scale as well, which is no part of a norm."""
+    """In fp16 the buffers include the loss scale, which is not part of a norm."""
     ((found, grad_norm, _),) = run_ranks(1, update_told_apart, ParallelConfig(), precision)
     check(found, grad_norm, separate, relative=0.02)
     square = found.first_norm**2 + found.rest_norm**2 + 2 * found.cosine * found.first_norm * found.rest_norm

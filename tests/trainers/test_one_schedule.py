@@ -9,7 +9,7 @@ MICROBATCHES = 3 + 3  # of 5 episodes by 2, and of 10 texts by 4
 
 
 def schedules_of_policy_updates(stage, arguments):
-    """For each update of the policy, this stage's forward (F) and backward (B) passes in their order, and their lengths."""
+    """For each update of the policy, this stage's forward (F) and backward (B) passes in order, and their lengths."""
     from megatron_rlhf import cli
     from megatron_rlhf.trainers.ppo import PPOTrainer
 

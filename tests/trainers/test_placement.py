@@ -1,6 +1,6 @@
-"""Roles on ranks of their own work at the same time, and what rests in host memory is really gone from the device.
+"""Roles on ranks of their own work at the same time, and what is offloaded to host memory is really gone from the device.
 
-That placements change no figure is shown in tests/distributed/test_layout_matrix.py.
+Placements change no figure: this is tested in tests/distributed/test_layout_matrix.py.
 """
 
 import time

@@ -110,7 +110,7 @@ def record_prompts(stage, arguments):
 
 
 def test_every_prompt_is_drawn_equally_often(recipe):
-    """10 prompts in batches of 4: what is left of an epoch opens the next batch. A resume takes up the rest as well."""
+    """10 prompts in batches of 4: the rest of an epoch begins the next batch. A resume includes this rest."""
     sizes = ("ppo.batch_size=4", "ppo.minibatch_size=4", "ppo.iterations=5", "ppo.ptx_coef=0", "run.save_every=3")
     (straight,), _ = run(recipe, "ppo_prompts", *sizes, function=record_prompts)
     drawn = [prompt for rollout in straight for prompt in rollout]
@@ -122,7 +122,7 @@ def test_every_prompt_is_drawn_equally_often(recipe):
 
 
 def test_the_policys_schedules_begin_with_its_first_update(recipe):
-    """Two iterations for the critic alone, then what a policy without them does from the start."""
+    """Two iterations train only the critic; then the policy does what it does from the start without them."""
     settings = ("ppo.kl_control=adaptive", "ppo.kl_target=0.02", "ppo.kl_horizon=50")
     _, rows = run(recipe, "ppo_late", *settings, "ppo.critic_warmup_iterations=2", "ppo.iterations=5")
     assert [row["policy/lr"] for row in rows] == pytest.approx([0, 0, 1e-5, 5.5e-5, 1e-4])
@@ -134,7 +134,7 @@ def test_the_policys_schedules_begin_with_its_first_update(recipe):
 
 
 def test_kl_is_reported_by_two_estimators(recipe, plain):
-    """Both from the samples' log-ratios; k3 is never negative, and the two agree where the policy has hardly moved."""
+    """Both from the samples' log-ratios; k3 is never negative, and the two agree while the policy has hardly moved."""
     (seen,), rows = run(recipe, "ppo_kl", "policy.optimizer.lr=1e-3", function=record_log_ratios)
     for row, sequences in zip(rows, seen, strict=True):
         k1 = sum(sum(ratios) for ratios in sequences) / len(sequences)
@@ -146,7 +146,7 @@ def test_kl_is_reported_by_two_estimators(recipe, plain):
 
 
 def record_log_ratios(stage, arguments):
-    """log pi - log pi_ref of every sampled token, a list a response."""
+    """log pi - log pi_ref of every sampled token, one list per response."""
     from megatron_rlhf import cli
     from megatron_rlhf.trainers.ppo import PPOTrainer
 
@@ -186,7 +186,7 @@ def frozen_policy(folder):
 
 
 def test_a_response_that_never_stops_is_penalised(recipe):
-    """The score stays the reward's own; the total, which the policy is paid by, has the penalty."""
+    """The score remains the reward model's own; the total, which the policy is trained on, includes the penalty."""
     _, rows = run(
         recipe, "ppo_missing_stop", "ppo.missing_stop_penalty=100", "ppo.iterations=1", "ppo.warmup_iterations=1"
     )

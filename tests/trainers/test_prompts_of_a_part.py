@@ -1,4 +1,4 @@
-"""Prompt hygiene by keys: what PPO trains on and what an evaluation asks share no user."""
+"""Prompt hygiene by keys: PPO's prompts and an evaluation's prompts share no user."""
 
 import pytest
 from recipe import write_lines

@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed leaves the metrics and weights of one that never was, bit for bit."""
+"""An interrupted and resumed run has the metrics and weights of an uninterrupted one, bit for bit."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, layout, recipe):
     at = STOPS[stage]
 
     def run(name, *more):
-        # Both save at the same step: a run that is killed has saved on the way, too.
+        # Both save at the same step: a killed run has saved along the way, too.
         every = f"run.save_every={at}"
         return run_ranks(ranks, run_stage, stage, arguments(recipe, stage, name, overrides, every, *more), timeout=400)
 
@@ -62,7 +62,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(stage, layout, recipe):
     name = f"{stage}_{layout}_interrupted"
     run(name, f"run.stop_at_step={at}")
     assert [row["step"] for row in read_metrics(recipe.root / name)] == list(range(1, at + 1))
-    # What a process that went on after its last checkpoint, and was killed while writing, leaves behind.
+    # What remains of a process that continued after its last checkpoint and was killed while writing.
     with (recipe.root / name / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": at + 1, "sft/loss": 0.0}) + '\n{"step": 99, "half')
     resumed = run(name, "run.resume=true")
@@ -91,7 +91,7 @@ def load_average(arguments):
 
 
 def test_the_moving_average_survives(recipe):
-    """It lags far behind the weights, so that starting it anew from them would show."""
+    """It lags far behind the weights, so that restarting it from them would show."""
     from toys import assemble
 
     settings = ("ppo.ema_decay=0.9", "run.save_every=2")
@@ -111,7 +111,7 @@ def test_the_moving_average_survives(recipe):
 
 
 def test_resume_at_another_layout_goes_on_with_the_same_numbers(recipe):
-    """From one rank to two and back: the numbers of the layout matrix, not bits."""
+    """From one rank to two and back: equal to the layout matrix's tolerances, not bit for bit."""
     straight = recipe.root / "ppo_moved_straight"
     base = [recipe.root / "sft", recipe.root / "reward_model"]
     run_ranks(1, run_stage, "ppo", recipe.ppo(straight.name, *base, "run.save_every=1"), timeout=400)

@@ -1,4 +1,4 @@
-"""Each part of a checkpoint's state matters: a resume that forgets one ends with other numbers, and the comparison shows it."""
+"""Each part of a checkpoint's state matters: a resume that omits one ends with other numbers, and the comparison shows it."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Settings that are changed at resume: taken, so that the numbers follow, or refused before anything is built."""
+"""Settings that are changed at resume: applied, so that the numbers change accordingly, or refused before anything is built."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_files_may_have_moved(recipe, tmp_path):
 
 
 def test_ppo_goes_on_with_the_models_and_batches_it_began_with(recipe, stopped):
-    """The reference and the reward model are in no checkpoint: others in their place would go unseen."""
+    """No checkpoint holds the reference and the reward model: replacing them would go unnoticed."""
     sft, reward_model = recipe.root / "sft", recipe.root / "reward_model"
 
     def run(policy, *more):

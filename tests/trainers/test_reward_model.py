@@ -48,7 +48,7 @@ def test_pack_lays_out_one_row_a_completion():
 
 
 def test_validation_counts_pairs_over_all_and_by_k():
-    """Scores given by hand: K = 2 has 1 and a tie (one half) of 3 pairs right, so has K = 3. The last prompt was ranked
+    """Scores given by hand: K = 2 has 1 and a tie (one half) of 3 pairs right, and so does K = 3. The last prompt was ranked
     twice, as three and as a pair."""
     one, two = element([1], ([2, 3], [0, 1])), element([1], ([2, 3], [1, 0]))
     three = element([1], ([2, 3, 4], [0, 1, 2]), ([4, 2], [1, 0]))
@@ -68,7 +68,7 @@ def test_validation_counts_pairs_over_all_and_by_k():
 
 
 def mean_score(recipe, folder):
-    """Of demonstrations, read anew from the checkpoint, one at a time."""
+    """Scores of demonstrations, by the model reloaded from the checkpoint, one at a time."""
     from toys import make_role
 
     from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint
@@ -98,7 +98,7 @@ def test_the_closing_bias_makes_demonstrations_score_zero_on_average(layout, rec
 
 
 def head_biases(stage, arguments):
-    """The head's bias after every update, and in the end."""
+    """The head's bias after every update, and at the end."""
     from megatron_rlhf import cli
     from megatron_rlhf.trainers.step import TrainedRole
 
@@ -117,7 +117,7 @@ def head_biases(stage, arguments):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_bias_does_not_move_before_it_is_centred(precision, recipe, tmp_path):
-    """A ranking says nothing of it; Adam would make whole steps of the rounding of its gradient."""
+    """A ranking does not determine it; Adam would turn the rounding of its gradient into whole steps."""
     arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", f"precision={precision}")
     ((seen, last),) = run_ranks(1, head_biases, "reward_model", arguments, timeout=200)
     assert seen == [0.0] * 4

@@ -27,7 +27,7 @@ def test_only_response_tokens_are_targets():
 
 
 def watch_batches(stage, arguments):
-    """Of each step: texts, demonstrations, and the mean loss over either by the model before the update, one sequence at a
+    """For each step: texts, demonstrations, and the mean loss over either by the model before the update, one sequence at a
     time."""
     from megatron_rlhf import cli
     from megatron_rlhf.trainers.sft import SFTTrainer
@@ -61,7 +61,7 @@ def watch_batches(stage, arguments):
     ("settings", "counts", "weights"),
     [
         ([], [(9, 3)] * 3, [0.25] * 3),
-        # 1 text in 10 examples: now and then a batch has one, which counts as one of its examples.
+        # 1 text in 10 examples: some batches have one, which counts as one of their examples.
         (
             ["sft.batch_size=4", "data.pretraining_mix=0.1"],
             [(4, 0), (4, 0), (3, 1), (4, 0), (3, 1), (4, 0), (4, 0), (1, 1)],
@@ -95,7 +95,7 @@ def test_dropout_and_schedule(recipe):
 
 
 def test_the_epoch_with_the_lowest_validation_loss_is_named_best(recipe):
-    """A learning rate so high that the first epoch is best; of the others the last is kept."""
+    """With a learning rate so high that the first epoch is best; of the others the last is kept."""
     _, rows = run(recipe, "sft_best", "sft.epochs=3", "policy.optimizer.lr=0.3", "sft.dropout=0", "run.keep_last=1")
     losses = [row["sft/validation_loss"] for row in rows if "sft/validation_loss" in row]
     best = losses.index(min(losses)) + 1
@@ -113,7 +113,7 @@ def kept(recipe, name) -> dict[str, float]:
 
 
 def test_a_run_that_ends_inside_an_epoch_takes_no_epochs_name(recipe):
-    """Nor does the end of a longer schedule, when it is resumed: none of them is what another was."""
+    """Nor does the end of a longer schedule, when it is resumed: no candidate reuses another's name."""
     schedule = ("sft.dropout=0", "policy.optimizer.lr=0.3", "run.keep_last=0")
     _, rows = run(recipe, "sft_inside", "sft.max_steps=5", *schedule)
     losses = {row["step"]: row["sft/validation_loss"] for row in rows if "sft/validation_loss" in row}
@@ -128,7 +128,7 @@ def test_a_run_that_ends_inside_an_epoch_takes_no_epochs_name(recipe):
 
 
 def test_the_best_is_untouched_by_a_resume_that_does_worse(recipe):
-    """Stopped after the second epoch, the best, and taken up again from before it with another learning rate."""
+    """Stopped after the second epoch, the best, and resumed from before it with another learning rate."""
     base = ("sft.epochs=4", "sft.dropout=0", "run.save_every=4", "run.keep_last=2")
     run(recipe, "sft_worse", *base, "run.stop_at_step=7")
     folder = recipe.root / "sft_worse" / "checkpoints"

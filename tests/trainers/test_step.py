@@ -42,13 +42,13 @@ def moved(before, after):
 
 
 def test_first_step_of_adam_moves_every_weight_by_the_learning_rate(world):
-    """m / sqrt(v) is the gradient's sign at the first step, whatever its size."""
+    """m / sqrt(v) is the gradient's sign at the first step, regardless of its size."""
     trained = trained_role(epsilon=1e-12)
     before = weights(trained)
     update = trained.update([microbatch(trained.role)], LR)
     steps = moved(before, weights(trained))
     touched = steps["decoder.layers.mlp.linear_fc1.weight"]
-    # Weights near 0.15 hold a step of 0.01 to six digits.
+    # Weights near 0.15 represent a step of 0.01 to six digits.
     assert np.abs(np.abs(touched) - LR).max() < 1e-6
     assert update.grad_norm > 0
     assert not update.skipped
@@ -76,7 +76,7 @@ def test_weight_decay_spares_biases_and_norms(world):
 
 
 def gradient_norm_and_step(scale, clip, parallel=None):
-    """Adam hides the length of its first gradient, not of the first against the second. Epsilon drowns gradients of 0."""
+    """Adam hides the length of its first gradient, but not relative to the second. Epsilon suppresses gradients of 0."""
     trained = trained_role(parallel, clip_norm=clip, betas=(0.0, 0.999), epsilon=1e-4)
     first = trained.update([microbatch(trained.role, 0, scale)], LR)
     trained.update([microbatch(trained.role, 1, 1.0)], LR)

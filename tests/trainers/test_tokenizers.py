@@ -14,7 +14,7 @@ from megatron_rlhf.models.roles import Role
 
 @pytest.fixture
 def other(recipe, tmp_path):
-    """A tokenizer of the same size, of other merges."""
+    """A tokenizer of the same size with other merges."""
     words = [" ".join(reversed(line.split())) for line in (recipe.root / "text.txt").read_text().splitlines()]
     own = load_tokenizer(recipe.root / "tokenizer")
     tokenizer = train_tokenizer([word[::-1] for word in words], own.vocab_size, tmp_path / "other")
@@ -57,7 +57,7 @@ def test_another_tokenizer_is_refused_before_models_are_built(world, recipe, tmp
 
 
 def test_a_reward_model_of_another_tokenizer(recipe, tmp_path, other):
-    """Policy and PPO agree; the reward model was trained on other ids: refused, and taken by those who know."""
+    """Policy and PPO agree; the reward model was trained on other ids: refused, or accepted with an explicit setting."""
     settings = ["data.allow_other_tokenizer=true", f"data.tokenizer={other}"]
     run_ranks(
         1, run_stage, "reward_model", recipe.reward_model(str(tmp_path / "judge"), recipe.root / "sft", *settings)

@@ -80,7 +80,7 @@ def texts(rows=4):
 
 
 def rankings(count=3):
-    """Prompts, each with what was ranked together; the second prompt's first and last response are also a pair."""
+    """Prompts with the responses ranked together; the second prompt's first and last response are also a pair."""
     random = generator(2)
 
     def tokens(n):
@@ -260,7 +260,7 @@ def test_each_loss_at_every_layout_with_uneven_batches(layout, kind, plain):
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_a_rank_with_nothing_to_do(kind, plain):
-    """One row for two data-parallel ranks: the other adds nothing, and nobody waits for ever."""
+    """One row for two data-parallel ranks: the other adds nothing, and no rank waits forever."""
     check(run_ranks(2, trained_gradients, kind, ParallelConfig(), 1, 2, timeout=30), *plain(kind, 1))
 
 
@@ -306,7 +306,7 @@ def test_the_sum_at_every_layout(layout, plain):
 
 
 def test_neither_part_of_the_sum_is_lost_in_the_other(plain):
-    """Were PPO's part smaller than the tolerance, the tests above would not see it."""
+    """If PPO's part were smaller than the tolerance, the tests above would not detect its loss."""
     _, ppo = plain("policy", len(EPISODES))
     _, text = plain("text", len(TEXTS))
     for name in ppo:
@@ -336,7 +336,7 @@ def test_a_prompt_passes_once_with_all_its_completions_and_is_not_split(part, wo
 
 
 def test_a_prompt_with_many_completions_never_passes_whole(world):
-    """Of 2, 4 and 3 completions, those of the second and third prompt are scored, then read in parts."""
+    """Of 2, 4 and 3 completions, those of the second and third prompt are scored first, then trained on in parts."""
     trained = train(make_role(GPT2_LIKE, scalar=True))
     passes = []
     trained.role.modules[0].register_forward_hook(lambda module, args, output: passes.append(torch.is_grad_enabled()))

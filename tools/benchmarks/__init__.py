@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures, one module a command."""
+"""What tools/benchmark.py measures, one module per command."""

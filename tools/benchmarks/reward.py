@@ -1,5 +1,5 @@
 """Training on rankings: a prompt read once for its K responses, against K copies of it, and against a row for each side of each
-pair, as trainers of pairwise comparisons have it. All three have one loss and one gradient.
+pair, as in trainers of pairwise comparisons. All three have the same loss and gradient.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_copies(rankings: list[Comparison], role: Role) -> list[Microbatch]:
-    """A row for each response, its prompt before it: one prompt a microbatch, padded to its longest response."""
+    """A row for each response, its prompt before it: one prompt per microbatch, padded to its longest response."""
 
     def microbatch(one: Comparison) -> Microbatch:
         texts = texts_to_score([[*one.prompt_tokens, *response] for response in one.responses_tokens])

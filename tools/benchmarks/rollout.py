@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tokens["transformers"].append(done)
 
     seconds = alternate({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds)
-    # Each round has sampled its own number of tokens: the time that it would have taken for the usual one.
+    # Each round samples a different number of tokens: its time is scaled to the usual number.
     usual = statistics.mean(tokens["megatron_rlhf"])
     for name, values in seconds.items():
         seconds[name] = [value * usual / count for value, count in zip(values, tokens[name][1:], strict=True)]
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shape(options: argparse.Namespace) -> ModelConfig:
-    """Our model: GPT-2's or Llama's kind."""
+    """Our model, in the style of GPT-2 or Llama."""
     llama: dict[str, Any] = {
         "positions": Positions.rope,
         "norm": Norm.rmsnorm,

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rollout(vocab: int) -> Sequences:
-    """Texts of those lengths in a shuffled order, asked about from the prompt's last token on."""
+    """Texts of those lengths in a shuffled order, scored from the prompt's last token on."""
     lengths = [tuple(map(int, entry.split("+"))) for entry in PROMPT_AND_RESPONSE.split()]
     random = torch.Generator().manual_seed(0)
     lengths = [lengths[i] for i in torch.randperm(len(lengths), generator=random).tolist()]

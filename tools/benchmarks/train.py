@@ -1,7 +1,7 @@
-"""One update of fine-tuning, forward, backward and Adam: which share of the rate of bare matrix products it reaches.
+"""One update of fine-tuning, forward, backward and Adam: its rate as a share of that of bare matrix products.
 
 The products are those of the same shapes, measured in the same run; FLOPs are the model's (attention's causal half
-included), so what is neither a product nor hidden behind one lowers the share. `transformers` with torch's AdamW beside it.
+included), so what is neither a product nor hidden behind one lowers the share. Also `transformers` with torch's AdamW.
 """
 
 import argparse
@@ -30,11 +30,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Ours, theirs and the bare products in turn."""
+    """megatron_rlhf, `transformers` and the bare products in turn."""
     runtime.initialize()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # One token more than is read: the last is only predicted.
+    # One more token than is read: the last is only predicted.
     tokens = torch.randint(0, options.vocab, (options.batch, options.length + 1))
     ours, theirs = our_update(options, tokens), their_update(options, tokens)
     contenders = {"megatron_rlhf": ours, "transformers": theirs, "bare products": bare_products(options)}
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], object]:
-    """As the SFT trainer makes it."""
+    """As the SFT trainer does it."""
     layout = ParallelLayout.create(ParallelConfig())
     layout.seed(0)
     shape = ModelConfig(
