@@ -11,6 +11,8 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_rlhf.models.roles import Role
 
+BRIEF = ("ppo.iterations=1", "ppo.warmup_iterations=1")
+
 
 @pytest.fixture
 def other(recipe, tmp_path):
@@ -31,7 +33,7 @@ def test_a_checkpoint_brings_its_tokenizer(recipe, tmp_path):
     assert "tokenizer/tokenizer.json" in (carried / "checksums.sha256").read_text()
     start = recipe.root / "sft", recipe.root / "reward_model"
     for name, tokenizer in (("named", recipe.root / "tokenizer"), ("carried", "null")):
-        settings = recipe.ppo(str(tmp_path / name), *start, "ppo.iterations=1", f"data.tokenizer={tokenizer}")
+        settings = recipe.ppo(str(tmp_path / name), *start, *BRIEF, f"data.tokenizer={tokenizer}")
         run_ranks(1, run_stage, "ppo", settings)
     assert read_metrics(tmp_path / "named") == read_metrics(tmp_path / "carried")
 
@@ -62,7 +64,7 @@ def test_a_reward_model_of_another_tokenizer(recipe, tmp_path, other):
     run_ranks(
         1, run_stage, "reward_model", recipe.reward_model(str(tmp_path / "judge"), recipe.root / "sft", *settings)
     )
-    ppo = recipe.ppo(str(tmp_path / "ppo"), recipe.root / "sft", tmp_path / "judge", "ppo.iterations=1")
+    ppo = recipe.ppo(str(tmp_path / "ppo"), recipe.root / "sft", tmp_path / "judge", *BRIEF)
     with pytest.raises(AssertionError, match=r"reward.init_from: .*judge.* trained with another tokenizer"):
         run_ranks(1, run_stage, "ppo", ppo)
     allowed = [*ppo, "data.allow_other_tokenizer=true", f"run.dir={tmp_path / 'allowed'}"]
