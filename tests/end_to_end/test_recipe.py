@@ -15,7 +15,7 @@ REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "
 PPO = COMMON | set(
     """samples tokens reward/score_mean reward/score_std reward/total_mean kl/mean kl/k3_mean kl/coef policy/loss
     policy/ratio_mean policy/first_ratio_max_gap policy/clip_fraction policy/entropy policy/grad_norm policy/lr value/loss
-    value/explained_variance value/grad_norm ptx/loss rollout/response_length_mean rollout/stop_fraction
+    value/explained_variance value/grad_norm ptx/loss ptx/coef rollout/response_length_mean rollout/stop_fraction
     rollout/logprob_gap_max time/rollout_s time/scoring_s time/policy_s time/value_s""".split()
 )
 PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates", "time/exchange_s"}
@@ -83,6 +83,7 @@ def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
         "meta.json",
         "policy",
         "policy_ema",
+        "tokenizer",
         "value",
     }
     best = (runs["sft"] / "checkpoints" / "best").read_text()

@@ -20,7 +20,7 @@ def test_checkpoints_with_and_without_transformer_engine_are_the_same(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(program), str(rank), "2", str(tmp_path)],
-            env=environment,
+            env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},  # a world of their own, not pytest's
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
