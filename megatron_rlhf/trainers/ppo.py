@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
 from megatron_rlhf.algorithms.masking import whiten
-from megatron_rlhf.algorithms.mixing import BalancedTextWeight, FixedTextWeight
+from megatron_rlhf.algorithms.mixing import BalancedTextWeight, FixedTextWeight, TextWeight
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.errors import RunFailed
@@ -82,7 +82,7 @@ class PPOTrainer(Trainer):
             if ppo.kl_control is KLControl.fixed
             else AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         )
-        self.text_weight = (
+        self.text_weight: TextWeight = (
             BalancedTextWeight(ppo.ptx_gradient_ratio) if ppo.steers_text else FixedTextWeight(float(ppo.ptx_coef))
         )
         self.dominance = DominanceWatch()
