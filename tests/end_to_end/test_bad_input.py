@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
     "unknown_nested_key": Case(
         "ppo", ["policy.optimizer.learning_rate=1"], [r"policy\.optimizer\.learning_rate", "lr"]
     ),
-    "wrong_type": Case("sft", ["sft.batch_size=many"], [r"sft\.batch_size=many", "Integer", "Sequences an update"]),
+    "wrong_type": Case("sft", ["sft.batch_size=many"], [r"sft\.batch_size=many", "Integer", "Sequences per update"]),
     "float_for_int": Case("sft", ["sft.epochs=1.5"], [r"sft\.epochs=1\.5", "Integer"]),
     "wrong_choice": Case("sft", ["precision=fp31"], ["precision=fp31", "fp32", "bf16"]),
     "wrong_boolean": Case("sft", ["parallel.sequence=maybe"], [r"parallel\.sequence=maybe", "bool"]),
