@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, model, stages, training
+from megatron_rlhf.config import cluster, data, model, ppo, stages, training
 from megatron_rlhf.config.errors import UserError
 
 LARGEST_WHOLE = 2**31 - 1
@@ -96,7 +96,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("max_completions", "validate_every"), COUNT),
         "final_lr_fraction": SHARE,
     },
-    stages.PPOAlgorithmConfig: {
+    ppo.PPOAlgorithmConfig: {
         **dict.fromkeys(
             ("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size", "micro_batch_tokens"),
             COUNT,

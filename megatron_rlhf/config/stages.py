@@ -7,9 +7,9 @@ from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
+from megatron_rlhf.config.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.training import (
     Fp8Config,
-    KLControl,
     OffloadConfig,
     OptimizerConfig,
     RoleConfig,
@@ -150,95 +150,6 @@ class RolloutConfig(SamplingConfig):
     parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
     """If given, the policy's weights are copied every iteration to a second copy at this layout, by Megatron-Core's
     resharding."""
-
-
-@dataclass(kw_only=True)
-class PPOAlgorithmConfig:
-    """PPO-ptx (Ouyang et al. 2022, section 3.5 and appendix C.4)."""
-
-    iterations: int = 500
-    """Rollouts; with batch_size 512 the paper's 256k episodes."""
-    batch_size: int = 512
-    """Episodes per iteration."""
-    minibatch_size: int = 64
-    """Episodes per update; must divide batch_size."""
-    inner_epochs: int = 1
-    """Passes over each rollout."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass, grouped by length; 4 if neither this nor micro_batch_tokens is given. Both change
-    speed and memory, never the numbers."""
-    micro_batch_tokens: int | None = None
-    """Instead of micro_batch_size: tokens per forward pass, packed without padding."""
-    clip: float = 0.2
-    """Policy ratio clipped to 1 +- this."""
-    value_clip: float = 0.2
-    """New values clipped to +- this around the old."""
-    gamma: float = 1.0
-    """Discount; the paper uses none."""
-    lam: float = 0.95
-    """GAE's lambda; the paper does not state it, 0.95 is the convention."""
-    kl_coef: float = 0.02
-    """Weight of the per-token KL penalty against the reference."""
-    kl_control: KLControl = KLControl.fixed
-    """fixed (InstructGPT) or adaptive (Ziegler et al. 2019)."""
-    kl_target: float = 6.0
-    """KL per sequence that adaptive control steers to, in nats."""
-    kl_horizon: int = 10000
-    """Episodes over which adaptive control reacts."""
-    ptx_coef: float | int | str = 27.8
-    """The paper's gamma: the weight of pretraining gradients; 0 is plain PPO; auto: set to reach ptx_gradient_ratio.
-    Its unit, and what to look at first: docs/gamma.md."""
-    ptx_gradient_ratio: float = 1.0
-    """With ptx_coef=auto: the norm of the text's gradient, gamma included, over that of PPO's, to which gamma is steered."""
-    ptx_ratio: int = 8
-    """Pretraining examples for each episode."""
-    ptx_micro_batch_size: int | None = None
-    """Pretraining sequences per forward pass; 4 if neither this nor ptx_micro_batch_tokens is given."""
-    ptx_micro_batch_tokens: int | None = None
-    """Instead of ptx_micro_batch_size: tokens of pretraining text per forward pass."""
-    warmup_iterations: int = 10
-    """The policy's learning rate rises from one tenth of its peak over this many iterations, its first ones."""
-    critic_warmup_iterations: int = 0
-    """First iterations in which only the value model learns; the policy's warmup and adaptive KL control begin after them."""
-    ema_decay: float = 0.992
-    """Decay of the exponential moving average of the policy's weights, per update; 0 keeps none."""
-    missing_stop_penalty: float = 1.0
-    """Subtracted from the score of a response that never stopped, in the reward model's units (log-odds); without it a
-    policy learns to ramble on. `reward/score_mean` is the score without it, `reward/total_mean` with it. The paper does
-    not state how it treats such responses."""
-    whiten_advantages: bool = True
-    """Normalise advantages to mean 0 and variance 1 over the whole rollout."""
-    gradient_report_every: int = 10
-    """Iterations between reports on the gradients of PPO and of the text (norms and cosine, at the iteration's first
-    update); 0 for never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
-    tax_every: int = 10
-    """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
-    max_logprob_gap: float | None = None
-    """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more than this: that
-    would be a bug. Not given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding causes."""
-
-    @property
-    def micro_batch(self) -> Budget:
-        return Budget.given(self.micro_batch_size, self.micro_batch_tokens, 4)
-
-    @property
-    def ptx_micro_batch(self) -> Budget:
-        return Budget.given(self.ptx_micro_batch_size, self.ptx_micro_batch_tokens, 4)
-
-    @property
-    def steers_text(self) -> bool:
-        """The run determines gamma itself."""
-        return self.ptx_coef == "auto"
-
-    @property
-    def mixes_text(self) -> bool:
-        """There are pretraining gradients in addition to PPO's."""
-        return self.steers_text or float(self.ptx_coef) > 0
-
-    @property
-    def reports_gradients(self) -> bool:
-        """The two gradients are measured separately at some iterations."""
-        return self.mixes_text and (self.steers_text or self.gradient_report_every > 0)
 
 
 @dataclass(kw_only=True)
