@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.parallel import compat, megatron_globals
+from megatron_rlhf.parallel.communicators import own_group
 
 # The order of the dimensions is Megatron-Core's: tensor-parallel ranks are neighbours, pipeline stages far apart.
 _DIMENSIONS = ["tp", "cp", "ep", "dp", "pp"]
@@ -64,10 +65,10 @@ class ParallelLayout:
         grid = HyperCommGrid(
             [config.tensor, config.context, 1, data, config.pipeline], _DIMENSIONS, rank_offset=ranks.start
         )
-        groups = {name: _own_group(grid.get_rank_enum(list(dimensions))) for name, dimensions in _GROUPS.items()}
+        groups = {name: own_group(grid.get_rank_enum(list(dimensions))) for name, dimensions in _GROUPS.items()}
         pipelines = grid.get_rank_enum("pp")
-        groups["embd"] = _own_group([sorted({stages[0], stages[-1]}) for stages in pipelines])
-        groups["pos_embd"] = _own_group([[stages[0]] for stages in pipelines])
+        groups["embd"] = own_group([sorted({stages[0], stages[-1]}) for stages in pipelines])
+        groups["pos_embd"] = own_group([[stages[0]] for stages in pipelines])
         for name, source in [*_ALIASES.items(), *compat.GROUP_FIELDS.items()]:
             groups[name] = groups[source]
         collection = ProcessGroupCollection(**{k: v for k, v in groups.items() if k != "tp_dp"}, inter_dist_opt=None)
@@ -136,15 +137,3 @@ class ParallelLayout:
     def describes(self) -> str:
         """For messages: 'tensor 2 x pipeline 2 x data 1'."""
         return f"tensor {self.config.tensor} x pipeline {self.config.pipeline} x data {self.dp_size}"
-
-
-def _own_group(enumeration: list[list[int]]) -> dist.ProcessGroup | None:
-    return _shared_group(dist.group.WORLD, tuple(map(tuple, enumeration)))
-
-
-@functools.cache
-def _shared_group(world: dist.ProcessGroup, enumeration: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
-    """This rank's group among `enumeration`. A group costs threads, sockets and NCCL buffers, and many dimensions, also
-    of other roles' layouts, span the same ranks: they all use one group."""
-    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in enumeration])
-    return group
