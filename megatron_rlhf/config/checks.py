@@ -136,6 +136,7 @@ def check_ppo(config: PPOConfig) -> None:
         raise UserError(f"ppo.ptx_coef={ppo.ptx_coef} must be a number (0: plain PPO), or auto")
     if ppo.mixes_text:
         _check_pretraining(config.data.pretraining, f"ppo.ptx_coef={ppo.ptx_coef}")
+    _check_advantages(config)
     if ppo.critic_warmup_iterations > ppo.iterations:
         raise UserError(
             f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} is longer than the run's {ppo.iterations} iterations"
@@ -155,6 +156,26 @@ def check_ppo(config: PPOConfig) -> None:
     if config.rollout.temperature <= 0:
         raise UserError(
             f"rollout.temperature={config.rollout.temperature} must be positive: greedy text has no gradient"
+        )
+
+
+def _check_advantages(config: PPOConfig) -> None:
+    """Either a value model, or several samples of a prompt to compare."""
+    ppo, samples = config.ppo, config.ppo.samples_per_prompt
+    if ppo.batch_size % samples:
+        raise UserError(f"ppo.samples_per_prompt={samples} does not divide ppo.batch_size={ppo.batch_size}")
+    if ppo.has_critic:
+        return
+    chosen = f"ppo.advantages={ppo.advantages.value}"
+    if samples == 1:
+        raise UserError(
+            f"{chosen} compares the samples of a prompt, and ppo.samples_per_prompt=1: give at least 2, or ppo.advantages=gae"
+        )
+    if config.value.init_from is not None:
+        raise UserError(f"value.init_from={config.value.init_from}: {chosen} has no value model; leave it out")
+    if ppo.critic_warmup_iterations:
+        raise UserError(
+            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations}: {chosen} has no value model to warm up; use 0"
         )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.training import KLControl
+from megatron_rlhf.config.training import AdvantageEstimator, KLControl
 
 
 @dataclass(kw_only=True)
@@ -13,7 +13,12 @@ class PPOAlgorithmConfig:
     iterations: int = 500
     """Rollouts; with batch_size 512 the paper's 256k episodes."""
     batch_size: int = 512
-    """Episodes per iteration."""
+    """Episodes per iteration, those of one prompt included."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt of an iteration: batch_size / samples_per_prompt prompts are answered."""
+    advantages: AdvantageEstimator = AdvantageEstimator.gae
+    """gae (InstructGPT): by a value model. Without one, from several samples of a prompt: rloo, grpo, reinforce_baseline.
+    All estimate the same reward, KL penalty included; docs/rewards.md has the equations."""
     minibatch_size: int = 64
     """Episodes per update; must divide batch_size."""
     inner_epochs: int = 1
@@ -31,6 +36,8 @@ class PPOAlgorithmConfig:
     """Discount; the paper uses none."""
     lam: float = 0.95
     """GAE's lambda; the paper does not state it, 0.95 is the convention."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's mean entropy per token, which is then raised: a bonus beside the clipped objective."""
     kl_coef: float = 0.02
     """Weight of the per-token KL penalty against the reference."""
     kl_control: KLControl = KLControl.fixed
@@ -60,8 +67,9 @@ class PPOAlgorithmConfig:
     """Subtracted from the score of a response that never stopped, in the reward model's units (log-odds); without it a
     policy learns to ramble on. `reward/score_mean` is the score without it, `reward/total_mean` with it. The paper does
     not state how it treats such responses."""
-    whiten_advantages: bool = True
-    """Normalise advantages to mean 0 and variance 1 over the whole rollout."""
+    whiten_advantages: bool | None = None
+    """Normalise advantages to mean 0 and variance 1 over the whole rollout. Not given: as their papers do, true for gae and
+    reinforce_baseline, false for rloo and grpo."""
     gradient_report_every: int = 10
     """Iterations between reports on the gradients of PPO and of the text (norms and cosine, at the iteration's first
     update); 0 for never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
@@ -93,3 +101,15 @@ class PPOAlgorithmConfig:
     def reports_gradients(self) -> bool:
         """The two gradients are measured separately at some iterations."""
         return self.mixes_text and (self.steers_text or self.gradient_report_every > 0)
+
+    @property
+    def has_critic(self) -> bool:
+        """Advantages come from a value model, which is trained too."""
+        return self.advantages is AdvantageEstimator.gae
+
+    @property
+    def whitens(self) -> bool:
+        """Advantages are normalised over the rollout."""
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.advantages in (AdvantageEstimator.gae, AdvantageEstimator.reinforce_baseline)

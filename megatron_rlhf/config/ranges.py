@@ -101,7 +101,9 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
             ("iterations", "batch_size", "minibatch_size", "inner_epochs", "micro_batch_size", "micro_batch_tokens"),
             COUNT,
         ),
-        **dict.fromkeys(("kl_horizon", "ptx_ratio", "ptx_micro_batch_size", "ptx_micro_batch_tokens"), COUNT),
+        **dict.fromkeys(
+            ("samples_per_prompt", "kl_horizon", "ptx_ratio", "ptx_micro_batch_size", "ptx_micro_batch_tokens"), COUNT
+        ),
         **dict.fromkeys(("clip", "value_clip", "kl_target", "ptx_gradient_ratio", "max_logprob_gap"), POSITIVE),
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,

@@ -127,6 +127,15 @@ class KLControl(Enum):
     adaptive = "adaptive"
 
 
+class AdvantageEstimator(Enum):
+    """What a response is compared with: a value model's expectation, or the prompt's other samples."""
+
+    gae = "gae"
+    rloo = "rloo"
+    grpo = "grpo"
+    reinforce_baseline = "reinforce_baseline"
+
+
 @dataclass(kw_only=True)
 class OffloadConfig:
     """What is kept in host memory while it is not used: saves GPU memory at the cost of copies."""

@@ -138,7 +138,7 @@ def _ranking(plans: Sequence[Plan]) -> str:
     for plan in plans:
         layouts = {role.name: describe_layout(role.placed) for role in plan.roles}
         own = layouts[plan.roles[0].name]
-        critic = layouts.get("value", "")
+        critic = layouts.get("reward", "")
         rows.append(
             [
                 own,

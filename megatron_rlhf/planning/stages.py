@@ -104,16 +104,18 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     reward = replace(value, precision=config.precision_of("reward"))
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
     roles = _ppo_roles(config, policy, reference, reward, value)
+    critics = [reward, value] if config.ppo.has_critic else [reward]
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
         sampling = _place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
         roles.append(PlannedRole("sampler", sampling, trained=False))
     phases = [
         _rollout_phase(config, sampling, cluster, workload),
         _scoring_phase(POLICY_SCORING, [policy, reference], config, cluster, workload),
-        _scoring_phase(CRITIC_SCORING, [reward, value], config, cluster, workload),
+        _scoring_phase(CRITIC_SCORING, critics, config, cluster, workload),
         *_policy_phases(config, policy, cluster, workload),
-        _value_phase(config, value, cluster, workload),
     ]
+    if config.ppo.has_critic:
+        phases.append(_value_phase(config, value, cluster, workload))
     ppo = config.ppo
     microbatch = f"micro batch {ppo.micro_batch}, ptx {ppo.ptx_micro_batch}, decoding {config.rollout.batch_size}"
     return Plan("ppo", cluster, roles, phases, ppo.iterations, microbatch)
@@ -122,7 +124,7 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def _ppo_roles(
     config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
 ) -> list[PlannedRole]:
-    """The four roles, and when parts of them are in host memory."""
+    """The four roles, or three where there is no value model, and when parts of them are in host memory."""
     updates = ("policy", "ptx", "value")
     judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
     optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
@@ -131,12 +133,14 @@ def _ppo_roles(
         name: {"weights": ("rollout", other, *updates)} if getattr(config.offload, name) else {}
         for name, other in away.items()
     }
-    return [
+    roles = [
         PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
         PlannedRole("reference", reference, trained=False, rests=rests["reference"]),
         PlannedRole("reward", reward, trained=False, rests=rests["reward"]),
-        PlannedRole("value", value, trained=True, rests=optimizer),
     ]
+    if config.ppo.has_critic:
+        roles.append(PlannedRole("value", value, trained=True, rests=optimizer))
+    return roles
 
 
 def _rollout_phase(

@@ -27,7 +27,8 @@ class Roles:
     """Generates the responses: the policy itself, or a copy of it at the layout for sampling."""
     reference: Role
     reward: Role
-    value: Role
+    value: Role | None
+    """None where advantages come from several samples of a prompt."""
 
 
 def sample_responses(
@@ -91,7 +92,7 @@ def collect_rollout(
     asked = responses.sequences
     with timer("scoring"):
         scores_bs = roles.reward.values(asked, micro_batch_size)
-        values_bs = roles.value.values(asked, micro_batch_size)
+        values_bs = roles.value.values(asked, micro_batch_size) if roles.value else torch.zeros_like(scores_bs)
         logprobs_bs = roles.policy.logprobs(asked, micro_batch_size, temperature, as_response=True)
         ref_logprobs_bs = roles.reference.logprobs(asked, micro_batch_size, temperature, as_response=True)
     meanwhile()
@@ -106,6 +107,7 @@ def collect_rollout(
         )
         return Rollout(
             responses=responses,
+            prompts_b=torch.tensor(prompt_ids, device=tokens_bs.device),
             sampled_logprobs_bt=sampled,
             logprobs_bt=responses.at_response(logprobs_bs),
             ref_logprobs_bt=responses.at_response(ref_logprobs_bs),

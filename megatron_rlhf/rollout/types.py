@@ -100,9 +100,11 @@ class Rollout:
     ref_logprobs_bt: Tensor
     """The reference's."""
     values_bt: Tensor
-    """The value model's, before each token."""
+    """The value model's, before each token; zeros where there is none."""
     scores_b: Tensor
     """The reward model's own, at the last token: penalties come later."""
+    prompts_b: Tensor
+    """Ids of the prompts; several samples of a prompt have the same."""
 
     @property
     def mask_bt(self) -> Tensor:

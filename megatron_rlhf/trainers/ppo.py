@@ -6,14 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_rlhf.algorithms.advantages import gae
 from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
 from megatron_rlhf.algorithms.masking import whiten
 from megatron_rlhf.algorithms.mixing import BalancedTextWeight, FixedTextWeight, TextWeight
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
-from megatron_rlhf.config.errors import RunFailed
-from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.training import KLControl
 from megatron_rlhf.data.batches import ShuffledBatches
@@ -34,6 +31,8 @@ from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.runs.agreement import require_same_batch
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
+from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
 from megatron_rlhf.trainers.gradients import DominanceWatch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.ppo_metrics import (
@@ -45,15 +44,6 @@ from megatron_rlhf.trainers.ppo_metrics import (
 )
 from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.step import Accumulated, TrainedRole, Update
-
-# Largest difference over all tokens of a rollout that rounding explains, in nats. In fp32 it is below 1e-4. 8 bits of
-# mantissa leave logits of 20 or 30 wrong by 0.1, and a rollout of a million tokens has unlikely ones where several such
-# errors add up; but a shifted position or a wrong temperature is off by several nats. fp8 has 3 or 4 bits.
-LOGPROB_GAPS = {Precision.fp32: 0.05, Precision.bf16: 2.0, Precision.fp16: 1.0, Precision.fp8_hybrid: 4.0}
-
-
-class RolloutMismatch(RunFailed):
-    """Sampled and recomputed log-probabilities differ by more than rounding: a bug, not a matter of tuning."""
 
 
 @dataclass
@@ -71,12 +61,13 @@ class PPOTrainer(Trainer):
     prompts: Examples[Prompt]
     pretraining: PretrainingData | None
     policy: TrainedRole
-    value: TrainedRole
+    value: TrainedRole | None
+    """None where advantages come from several samples of a prompt."""
     roles: Roles
 
     def __post_init__(self) -> None:
         ppo, seed = self.config.ppo, self.config.run.seed
-        self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size, seed, whole=True)
+        self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size // ppo.samples_per_prompt, seed, whole=True)
         self.kl_control = (
             FixedKLController(ppo.kl_coef)
             if ppo.kl_control is KLControl.fixed
@@ -91,7 +82,9 @@ class PPOTrainer(Trainer):
         self.pretrained_ahead: Accumulated | None = None
         policy, sampler = self.policy.role, self.roles.sampler
         self.refresh_sampler = None if sampler is policy else WeightCopy(policy.modules, sampler.chunks)
-        self.optimizer_memory = HostMemory(lambda: self.policy.optimizer_tensors() + self.value.optimizer_tensors())
+        self.optimizer_memory = HostMemory(
+            lambda: [tensor for each in self.trained for tensor in each.optimizer_tensors()]
+        )
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch, temperature)
@@ -102,7 +95,7 @@ class PPOTrainer(Trainer):
 
     @property
     def trained(self) -> list[TrainedRole]:
-        return [self.policy, self.value]
+        return [self.policy] if self.value is None else [self.policy, self.value]
 
     @property
     def policy_step(self) -> int:
@@ -116,8 +109,8 @@ class PPOTrainer(Trainer):
         kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
         totals = rollout.scores_b - cfg.missing_stop_penalty * ~rollout.responses.stopped_b
         rewards = token_rewards(totals, kl, rollout.mask_bt, self.kl_control.coef)
-        advantages, returns = gae(rewards, rollout.values_bt, rollout.mask_bt, cfg.gamma, cfg.lam)
-        if cfg.whiten_advantages:  # over the whole rollout: every rank holds all of it
+        advantages, returns = estimate_advantages(rewards, rollout, cfg)
+        if cfg.whitens:  # over the whole rollout: every rank holds all of it
             advantages = whiten(advantages, rollout.mask_bt)
         experience = Experience.of(rollout, advantages, returns)
         policy_updates, value_updates = [], []
@@ -126,14 +119,17 @@ class PPOTrainer(Trainer):
                 if self.policy_step >= 0:
                     with timer("policy"):
                         policy_updates.append(self._update_policy(minibatch))
-                with timer("value"):
-                    value_updates.append(self._update_value(minibatch))
-        policy_updates, value_updates = self.policy.share(policy_updates), self.value.share(value_updates)
+                if self.value is not None:
+                    with timer("value"):
+                        value_updates.append(self._update_value(self.value, minibatch))
+        policy_updates = self.policy.share(policy_updates)
+        if self.value is not None:
+            value_updates = self.value.share(value_updates)
         metrics = self._metrics(rollout, totals, returns, policy_updates, value_updates)
         if self.policy_step >= 0:
             self.kl_control.update(metrics["kl/mean"], cfg.batch_size)
         self._weigh_text(metrics)
-        self._require_on_policy(metrics)
+        require_on_policy(metrics, self.step + 1, cfg.max_logprob_gap, self.config.precision)
         self.session.samples.log(self.step + 1, sample_rows(rollout, totals, kl, self.tokenizer))
         return metrics
 
@@ -146,7 +142,7 @@ class PPOTrainer(Trainer):
             self.text_weight.update(*norms)
 
     def _collect(self) -> Rollout:
-        prompts = [self.prompts[i] for i in next(self.batches)]
+        prompts = [self.prompts[i] for i in next(self.batches) for _ in range(self.config.ppo.samples_per_prompt)]
         require_same_batch(self.step, (prompt.tokens for prompt in prompts))
         self.session.guard.name("prompt", [prompt.id for prompt in prompts], [prompt.tokens for prompt in prompts])
         self._refresh_sampler()
@@ -169,7 +165,8 @@ class PPOTrainer(Trainer):
 
     def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
         roles = self.roles
-        sizes = {role.name: role.layout.dp_size for role in (roles.policy, roles.reference, roles.reward, roles.value)}
+        judges = [roles.policy, roles.reference, roles.reward, *([roles.value] if roles.value else [])]
+        sizes = {role.name: role.layout.dp_size for role in judges}
         self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch, sizes)
 
     def _refresh_sampler(self) -> None:
@@ -206,9 +203,8 @@ class PPOTrainer(Trainer):
             batch, self.policy.role, ppo.ptx_micro_batch, "ptx/loss", weight=self.text_weight.coef
         )
 
-    def _update_value(self, minibatch: Experience) -> Update:
-        optimizer = self.config.value.optimizer
-        return self.value.update(value_microbatches(minibatch, self.value, self.config), optimizer.lr)
+    def _update_value(self, value: TrainedRole, minibatch: Experience) -> Update:
+        return value.update(value_microbatches(minibatch, value, self.config), self.config.value.optimizer.lr)
 
     def policy_lr(self) -> float:
         """Constant after a warmup over the policy's own iterations that starts at a tenth of the peak."""
@@ -254,26 +250,16 @@ class PPOTrainer(Trainer):
                 metrics |= self.pretraining_tax()
         sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * cfg.mixes_text
         cost = iteration_cost(
-            (self.policy.role.num_parameters, self.value.role.num_parameters),
+            policy=self.policy.role.num_parameters,
+            value=self.value.role.num_parameters if self.value is not None else 0,
+            judges=self.roles.reward.num_parameters,
             episode_tokens=int((rollout.responses.last_b + 1).sum()),
             policy_epochs=cfg.inner_epochs * bool(policy),
             value_epochs=cfg.inner_epochs,
-            pretraining_tokens=sequences * self.config.data.pretraining.sequence_length,
+            text_tokens=sequences * self.config.data.pretraining.sequence_length,
         )
         self.tokens_seen += int(cost["step_tokens"])
         return metrics | cost | {"tokens": float(self.tokens_seen)}
-
-    def _require_on_policy(self, metrics: dict[str, float]) -> None:
-        gap = max(metrics["rollout/logprob_gap_max"], metrics.get("policy/first_ratio_max_gap", 0.0))
-        limit, precision = self.config.ppo.max_logprob_gap, self.config.precision
-        if limit is None:
-            limit = LOGPROB_GAPS[precision]
-        if gap > limit:
-            raise RolloutMismatch(
-                f"sampled and trained log-probabilities differ by {gap:.3g} at iteration {self.step + 1}, more than "
-                f"ppo.max_logprob_gap={limit:g}: with precision={precision.value} that is a bug in sampling or masking, "
-                "not rounding"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

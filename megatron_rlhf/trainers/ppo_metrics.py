@@ -83,7 +83,9 @@ def gradient_metrics(updates: Sequence[Update]) -> dict[str, float]:
 
 
 def value_metrics(rollout: Rollout, returns_bt: Tensor, updates: Sequence[Update]) -> dict[str, float]:
-    """Metrics of an iteration's value updates, and how well the old values predicted the returns."""
+    """Metrics of an iteration's value updates, if there is a value model, and how well the old values predicted the returns."""
+    if not updates:
+        return {}
     return {
         **{name: mean_of(updates, name) for name in ("value/loss", "value/clip_fraction")},
         "value/explained_variance": float(explained_variance(rollout.values_bt, returns_bt, rollout.mask_bt)),
@@ -97,20 +99,20 @@ def mean_of(updates: Sequence[Update], name: str) -> float:
 
 
 def iteration_cost(
-    parameters: tuple[int, int], episode_tokens: int, policy_epochs: int, value_epochs: int, pretraining_tokens: int
+    policy: int, value: int, judges: int, episode_tokens: int, policy_epochs: int, value_epochs: int, text_tokens: int
 ) -> dict[str, float]:
     """Tokens that the policy trains on, and model FLOPs: 2 N per token forward, 6 N with backward (Kaplan et al. 2020).
 
     Attention's share is left out.
 
     Args:
-        parameters: of the policy and of the critic.
-        episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value model once each.
+        policy, value: parameters of the two models that learn; 0 without a value model.
+        judges: of the reward models together.
+        episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value models once each.
         policy_epochs, value_epochs: how often each is trained on them.
-        pretraining_tokens: the policy also trains on these.
+        text_tokens: the policy also trains on these.
     """
-    policy, critic = parameters
-    policy_tokens = episode_tokens * policy_epochs + pretraining_tokens
-    forward = 2 * episode_tokens * (3 * policy + 2 * critic)
-    backward = 6 * (policy_tokens * policy + episode_tokens * value_epochs * critic)
+    policy_tokens = episode_tokens * policy_epochs + text_tokens
+    forward = 2 * episode_tokens * (3 * policy + judges + value)
+    backward = 6 * (policy_tokens * policy + episode_tokens * value_epochs * value)
     return {"step_tokens": float(policy_tokens), "step_flops": float(forward + backward)}

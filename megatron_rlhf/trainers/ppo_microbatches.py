@@ -14,25 +14,28 @@ from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.models.microbatches import local_rows
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.vocab import token_logprobs_and_entropy
+from megatron_rlhf.parallel.vocab import entropy, token_logprobs, token_logprobs_and_entropy
 from megatron_rlhf.rollout.types import Experience, ExperienceTokens
 from megatron_rlhf.trainers.step import TrainedRole
 
 
 def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOConfig) -> list[Microbatch]:
-    """The clipped policy loss of a minibatch; the entropy is returned as a statistic."""
-    role, temperature = policy.role, config.rollout.temperature
+    """The clipped policy loss of a minibatch, less `entropy_coef` times the mean entropy, which is a statistic too."""
+    role, temperature, bonus = policy.role, config.rollout.temperature, config.ppo.entropy_coef
     tokens_in_minibatch = minibatch.num_tokens
 
     def loss_of(tokens: ExperienceTokens, logits_nv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs_n, entropy_n = token_logprobs_and_entropy(
-            role.respond(logits_nv), tokens.targets_n, role.layout.groups.tp, temperature
-        )
+        asked = role.respond(logits_nv), tokens.targets_n, role.layout.groups.tp, temperature
+        if bonus:
+            logprobs_n, entropy_n = token_logprobs(*asked), entropy(asked[0] / temperature, role.layout.groups.tp)
+        else:  # a statistic alone comes from the same pass
+            logprobs_n, entropy_n = token_logprobs_and_entropy(*asked)
         loss, statistics = policy_loss(
             logprobs_n, tokens.logprobs_n, tokens.advantages_n, tokens.mask_n, config.ppo.clip, tokens_in_minibatch
         )
-        statistics["entropy"] = masked_sum(entropy_n, tokens.mask_n) / tokens_in_minibatch
-        return loss, _named("policy", loss, statistics)
+        mean_entropy = masked_sum(entropy_n, tokens.mask_n) / tokens_in_minibatch
+        statistics["entropy"] = mean_entropy.detach()
+        return loss - bonus * mean_entropy if bonus else loss, _named("policy", loss, statistics)
 
     return _experience_microbatches(minibatch, role, config, loss_of)
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from megatron_rlhf.config import checks, layout_checks
+from megatron_rlhf.config import checks
 from megatron_rlhf.config.budgets import require_room
-from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, REWARD, TRAINED_REWARD, VALUE
+from megatron_rlhf.config.stages import EvaluateConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, TRAINED_REWARD
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
 from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.mix import Mix
@@ -19,11 +18,10 @@ from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.evaluator import Evaluator, output_file
 from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import parts
-from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
+from megatron_rlhf.trainers.setup_ppo import build_ppo
 from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
@@ -131,73 +129,6 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     role.freeze_head_bias()  # no comparison depends on it, and Adam would amplify rounding errors
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
     return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
-
-
-def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
-    """`examples/train_ppo.py`."""
-    policy_source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
-    reward_source, critic_model = parts.find_start(
-        config.reward.init_from, "reward.init_from", REWARD, config.critic_model, "critic_model"
-    )
-    # The reward model's own weights, unless another model is named: a language model then gets a new random head.
-    value_from, value_key = config.value.init_from, "value.init_from"
-    if value_from is None:
-        value_from, value_key = config.reward.init_from, "reward.init_from"
-    value_source, value_model = parts.find_start(value_from, value_key, VALUE, config.critic_model, "critic_model")
-    parts.keep_start(session, "policy", policy_source, model, "policy.init_from")
-    parts.keep_start(session, "reward model", reward_source, critic_model, "reward.init_from", "critic_model")
-    parts.keep_start(session, "value model", value_source, value_model, value_key, "critic_model")
-    parts.check_role("policy", model, config)
-    if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
-        layout_checks.check_generation(model, sampling, config.parallel)
-        model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
-    parts.check_role("reward", critic_model, config, "critic_parallel")
-    parts.check_role("value", value_model, config, "critic_parallel")
-    for shape in (model, critic_model, value_model):
-        keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
-        checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, shape, keys)
-    starts = {"policy.init_from": policy_source, "reward.init_from": reward_source, "value.init_from": value_source}
-    tokenizer = choose_tokenizer(config.data, starts, session)
-    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
-    require_tokenizer_fits(tokenizer, critic_model.vocab_size, "critic_model.vocab_size")
-    require_tokenizer_fits(tokenizer, value_model.vocab_size, "critic_model.vocab_size")
-    prompts = parts.make_prompts(config.data, tokenizer)
-    chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
-    parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
-    ppo, pretraining = config.ppo, None
-    longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_response_tokens
-    require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
-    if config.data.pretraining.source is not None:
-        text = config.data.pretraining.sequence_length
-        require_room("ppo.ptx_micro_batch_tokens", ppo.ptx_micro_batch_tokens, text, "a pretraining sequence")
-        examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.mixes_text else 1
-        pretraining = parts.make_pretraining(config.data.pretraining, tokenizer, model, examples, session)
-    policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
-    layout = ParallelLayout.create(config.parallel, policy_ranks)
-    critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
-    for each in (critic_layout, layout):
-        each.seed(config.run.seed)
-    policy = parts.make_role("policy", model, layout, config, policy_source)
-    reference = parts.make_role("reference", model, layout, config, policy_source).frozen()
-    reward = parts.make_role("reward", critic_model, critic_layout, config, reward_source, scalar=True).frozen()
-    value = parts.make_role("value", value_model, critic_layout, config, value_source, scalar=True)
-    for role, rests in ((reference, config.offload.reference), (reward, config.offload.reward)):
-        if rests:
-            role.offload()
-    roles = Roles(policy, parts.make_sampler(policy, config), reference, reward, value)
-    for role in (policy, roles.sampler, reference):
-        role.know_only(tokenizer.known_ids)
-    skips = config.run.max_skipped_steps
-    return PPOTrainer(
-        config,
-        session,
-        tokenizer,
-        prompts,
-        pretraining,
-        TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay),
-        TrainedRole.create(value, config.value.optimizer, config.precision, skips),
-        roles,
-    )
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:

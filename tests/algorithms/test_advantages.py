@@ -1,7 +1,9 @@
+import statistics
+
 import pytest
 import torch
 
-from megatron_rlhf.algorithms.advantages import gae
+from megatron_rlhf.algorithms.advantages import gae, grpo, reinforce_baseline, returns_to_go, rloo
 
 NAN = float("nan")
 
@@ -90,3 +92,69 @@ def test_no_gradient_and_inputs_untouched():
     assert not returns.requires_grad
     assert torch.equal(rewards, before[0])
     assert torch.equal(values, before[1])
+
+
+# Two prompts, 7 and 3, their samples mixed: 7 has scores 1, 4, 7; 3 has 2, 8.
+SCORES, PROMPTS = torch.tensor([1.0, 2.0, 4.0, 8.0, 7.0]), torch.tensor([7, 3, 7, 3, 7])
+
+
+def test_rloo_by_hand():
+    # 1 - (4 + 7) / 2, 2 - 8, 4 - (1 + 7) / 2, 8 - 2, 7 - (1 + 4) / 2
+    assert rloo(SCORES, PROMPTS).tolist() == [-4.5, -6.0, 0.0, 6.0, 4.5]
+
+
+def test_grpo_by_hand():
+    # Mean 4, deviations -3, 0, 3, unbiased std 3; mean 5, deviations -3, 3, unbiased std sqrt(18).
+    expected = [-1.0, -3 / 18**0.5, 0.0, 3 / 18**0.5, 1.0]
+    torch.testing.assert_close(grpo(SCORES, PROMPTS), torch.tensor(expected))
+    torch.testing.assert_close(grpo(SCORES, PROMPTS, eps=3.0)[0], torch.tensor(-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_against_the_definition(dtype):
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(40, generator=generator, dtype=dtype)
+    prompts = torch.arange(40) % 7
+    for i, (score, prompt) in enumerate(zip(scores.tolist(), prompts.tolist(), strict=True)):
+        own = [s for j, s in enumerate(scores.tolist()) if prompts[j] == prompt]
+        others = [s for j, s in enumerate(scores.tolist()) if prompts[j] == prompt and j != i]
+        assert float(rloo(scores, prompts)[i]) == pytest.approx(score - statistics.fmean(others), rel=1e-5, abs=1e-6)
+        standardised = (score - statistics.fmean(own)) / statistics.stdev(own)
+        assert float(grpo(scores, prompts)[i]) == pytest.approx(standardised, rel=1e-5, abs=1e-6)
+    assert rloo(scores, prompts).dtype == grpo(scores, prompts).dtype == dtype
+
+
+def test_equal_scores_have_no_advantage():
+    """The mean of three times 0.1 is not 0.1 in fp32, and a standard deviation of that rounding would be all that is left."""
+    for value in (0.1, 0.7, -3.3):
+        for count in (2, 3, 5, 7):
+            scores, prompts = torch.full([count], value), torch.zeros(count, dtype=torch.long)
+            assert rloo(scores, prompts).abs().max() < 1e-6
+            assert grpo(scores, prompts).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("compare", [rloo, grpo])
+def test_one_sample_is_an_error(compare):
+    with pytest.raises(AssertionError, match="at least two samples"):
+        compare(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+
+
+def test_another_prompt_has_no_influence():
+    changed = SCORES.clone()
+    changed[PROMPTS == 3] = 1000.0
+    for compare in (rloo, grpo):
+        assert compare(changed, PROMPTS)[PROMPTS == 7].tolist() == compare(SCORES, PROMPTS)[PROMPTS == 7].tolist()
+
+
+def test_returns_to_go_by_hand():
+    rewards, mask = torch.tensor([[1.0, NAN, 4.0, 8.0]]), torch.tensor([[1, 0, 1, 1]])
+    # 8; 4 + 8/2; 1 + 8/2
+    assert returns_to_go(rewards, mask, gamma=0.5).tolist() == [[5.0, 0.0, 8.0, 8.0]]
+
+
+def test_reinforce_baseline_by_hand():
+    # Returns to go 3, 4 | 7, 6 | 1 | 1; whole returns 3 and 7 of prompt 0, whose mean is 5, and 1 and 1 of prompt 9.
+    rewards = torch.tensor([[-1.0, 4.0], [1.0, 6.0], [1.0, NAN], [1.0, NAN]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0]])
+    advantages = reinforce_baseline(rewards, mask, torch.tensor([0, 0, 9, 9]))
+    assert advantages.tolist() == [[-2.0, -1.0], [2.0, 1.0], [0.0, 0.0], [0.0, 0.0]]

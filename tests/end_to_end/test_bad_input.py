@@ -161,6 +161,23 @@ CASES: dict[str, Case] = {
     "micro_batch_shorter_than_pretraining_text": Case(
         "ppo", ["ppo.ptx_micro_batch_tokens=23"], [r"ppo\.ptx_micro_batch_tokens=23", "a pretraining sequence of 24"]
     ),
+    "no_other_samples": Case(
+        "ppo", ["ppo.advantages=rloo"], [r"ppo\.advantages=rloo compares", r"samples_per_prompt=1: give at least 2"]
+    ),
+    "samples_per_prompt": Case(
+        "ppo", ["ppo.samples_per_prompt=3"], [r"samples_per_prompt=3 does not divide ppo\.batch_size=10"]
+    ),
+    "unknown_advantages": Case("ppo", ["ppo.advantages=vtrace"], [r"ppo\.advantages=vtrace", "grpo"]),
+    "value_model_that_nothing_needs": Case(
+        "ppo",
+        ["ppo.advantages=grpo", "ppo.samples_per_prompt=2", "value.init_from={recipe}/reward_model"],
+        [r"value\.init_from=.*ppo\.advantages=grpo has no value model"],
+    ),
+    "warmup_of_no_critic": Case(
+        "ppo",
+        ["ppo.advantages=rloo", "ppo.samples_per_prompt=2", "ppo.critic_warmup_iterations=1"],
+        [r"critic_warmup_iterations=1: ppo\.advantages=rloo has no value model"],
+    ),
     "greedy_ppo": Case("ppo", ["rollout.temperature=0"], [r"rollout\.temperature=0", "positive"]),
     "virtual_ppo": Case(
         "ppo", ["parallel.pipeline=2", "parallel.virtual_stages=2"], [r"parallel\.virtual_stages=2"], ranks=2

@@ -128,7 +128,9 @@ def test_peak_of_a_policy_update_is_what_the_allocator_saw(world: None) -> None:
     trained = trained_role(GPT, layout())
     packed = Responses.pack([[1] * 64] * 4, [Completion([2] * 64, [-1.0] * 64, True)] * 4, 0, torch.device("cpu"))
     table = torch.zeros(4, 64)
-    experience = Experience.of(Rollout(packed, table, table, table, table, torch.zeros(4)), table, table)
+    experience = Experience.of(
+        Rollout(packed, table, table, table, table, torch.zeros(4), torch.arange(4)), table, table
+    )
     config = PPOConfig(
         run=RunConfig(dir="-"),
         data=PromptDataConfig(tokenizer="-", prompts="-"),

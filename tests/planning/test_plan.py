@@ -325,3 +325,18 @@ def test_fp8_is_planned_for_what_trains() -> None:
     }
     assert extra["reference"] == extra["reward"] == 0
     assert extra["policy"] == extra["value"] == pytest.approx(held["value"]["weights"], rel=0.05)  # 2 bytes per weight
+
+
+def test_without_a_critic_there_is_no_value_model_and_no_memory_or_time_for_one() -> None:
+    base = ("recipe=instructgpt_1_3b",)
+    gae, rloo = (
+        plan("ppo", *base, *more, ours=base) for more in ((), ("ppo.advantages=rloo", "ppo.samples_per_prompt=4"))
+    )
+    assert {role.name for role in gae.roles} - {role.name for role in rloo.roles} == {"value"}
+    assert {phase.name for phase in gae.phases} - {phase.name for phase in rloo.phases} == {"value"}
+    (rank, phase, _) = rloo.fullest
+    value = next(role for role in gae.roles if role.name == "value")
+    assert gae.peak_bytes >= rloo.peak_bytes + sum(value.bytes_on(rank, phase.name).values())
+    assert rloo.step_seconds < gae.step_seconds
+    scoring = [next(phase for phase in made.phases if "reward" in phase.name) for made in (gae, rloo)]
+    assert scoring[0].flops == pytest.approx(2 * scoring[1].flops)

@@ -12,6 +12,8 @@ from torch import Tensor
 class Episode:
     """A prompt, a response, and the models' judgements of it before any update."""
 
+    number: int
+    """Of the prompt."""
     prompt: list[int]
     response: Response
     score: float
@@ -38,8 +40,6 @@ class Episode:
 
 def rollout_metrics(episodes: list[Episode]) -> dict[str, float]:
     scores = [episode.score for episode in episodes]
-    returns = torch.cat([episode.returns for episode in episodes])
-    errors = returns - torch.cat([episode.values for episode in episodes])
     return {
         "reward/score_mean": statistics.fmean(scores),
         "reward/score_std": statistics.pstdev(scores),
@@ -50,8 +50,13 @@ def rollout_metrics(episodes: list[Episode]) -> dict[str, float]:
         "kl/mean": statistics.fmean(float(episode.kl.sum()) for episode in episodes),
         # Schulman's k3, for tokens drawn from the policy
         "kl/k3_mean": statistics.fmean(float((torch.exp(-e.kl) - 1 + e.kl).sum()) for e in episodes),
-        "value/explained_variance": float(1 - errors.var() / returns.var()),
     }
+
+
+def explained_variance(episodes: list[Episode]) -> dict[str, float]:
+    returns = torch.cat([episode.returns for episode in episodes])
+    errors = returns - torch.cat([episode.values for episode in episodes])
+    return {"value/explained_variance": float(1 - errors.var() / returns.var())}
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

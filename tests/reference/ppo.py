@@ -3,14 +3,16 @@
 import copy
 import itertools
 import math
+import statistics
 
 import torch
 from reference import data, models
 from reference.data import Settings
-from reference.episodes import Episode, rollout_metrics, update_metrics
+from reference.episodes import Episode, explained_variance, rollout_metrics, update_metrics
 from reference.models import Adam
 from reference.sampling import Vocabulary, respond, row_key
 from reference.sft import Result
+from torch import Tensor
 
 
 class Run:
@@ -21,12 +23,15 @@ class Run:
         self.policy = models.language_model(s["policy.init_from"])
         self.reference = models.language_model(s["policy.init_from"])
         self.reward = models.scalar_model(s["reward.init_from"])
-        self.value = models.scalar_model(s["value.init_from"])
+        self.value = models.scalar_model(s["value.init_from"]) if s["ppo.advantages"] == "gae" else None
         self.average = copy.deepcopy(self.policy)
-        self.policy_adam, self.value_adam = Adam(self.policy, s, "policy"), Adam(self.value, s, "value")
+        self.policy_adam = Adam(self.policy, s, "policy")
+        self.value_adam = Adam(self.value, s, "value") if self.value else None
         self.vocabulary = Vocabulary.of(s)
         self.prompts = data.prompts(s)
-        self.batches = data.shuffled_batches(len(self.prompts), s["ppo.batch_size"], s["run.seed"], whole=True)
+        self.batches = data.shuffled_batches(
+            len(self.prompts), s["ppo.batch_size"] // s["ppo.samples_per_prompt"], s["run.seed"], whole=True
+        )
         updates = s["ppo.iterations"] * s["ppo.inner_epochs"] * s["ppo.batch_size"] // s["ppo.minibatch_size"]
         self.text = data.pretraining_text(s, updates * s["ppo.minibatch_size"] * s["ppo.ptx_ratio"])
         self.next_text = itertools.cycle(self.text.train)
@@ -38,7 +43,7 @@ class Run:
     def collect(self, iteration: int) -> list[Episode]:
         """The policy answers, all models judge. A repeated prompt gets a different sample."""
         s, temperature, seen, episodes = self.s, self.s["rollout.temperature"], [], []
-        for number in next(self.batches):
+        for number in [number for number in next(self.batches) for _ in range(s["ppo.samples_per_prompt"])]:
             prompt = self.prompts[number]
             key = row_key(s["run.seed"], iteration, prompt.number, seen.count(number))
             seen.append(number)
@@ -54,23 +59,59 @@ class Run:
                 )
                 episodes.append(
                     Episode(
+                        number,
                         prompt.tokens,
                         response,
                         score,
                         score if response.stopped else score - s["ppo.missing_stop_penalty"],
                         old,
                         old - reference,
-                        models.scalars(self.value, tokens)[first - 1 : -1],
+                        models.scalars(self.value, tokens)[first - 1 : -1] if self.value else torch.zeros(len(old)),
                     )
                 )
         return episodes
 
     def judge(self, episodes: list[Episode]) -> None:
-        """Rewards (equation 2), advantages (Schulman et al. 2016, equations 11 and 16) and returns."""
+        """Rewards (equation 2), advantages and returns; whitening, if it is asked for, or usual for the estimator."""
+        estimator = self.s["ppo.advantages"]
+        if estimator == "gae":
+            self.judge_by_value(episodes)
+        else:
+            self.judge_among_samples(episodes, estimator)
+        whitens = self.s["ppo.whiten_advantages"]
+        if whitens or (whitens is None and estimator in ("gae", "reinforce_baseline")):
+            every = torch.cat([episode.advantages for episode in episodes])
+            for episode in episodes:
+                episode.advantages = (episode.advantages - every.mean()) / (every.var() + 1e-8).sqrt()
+
+    def rewards(self, episode: Episode) -> Tensor:
+        rewards = -self.kl_coef * episode.kl
+        rewards[-1] += episode.total
+        return rewards
+
+    def judge_among_samples(self, episodes: list[Episode], estimator: str) -> None:
+        """Returns less those of the prompt's others (rloo), standardised (grpo), or token by token (reinforce_baseline)."""
+        for episode in episodes:
+            discounts = self.s["ppo.gamma"] ** torch.arange(episode.length)
+            rewards = self.rewards(episode)
+            episode.returns = torch.stack(
+                [rewards[t:] @ discounts[: episode.length - t] for t in range(episode.length)]
+            )
+        for episode in episodes:
+            whole = [float(e.returns[0]) for e in episodes if e.number == episode.number]
+            mine, mean = float(episode.returns[0]), statistics.fmean(whole)
+            if estimator == "rloo":
+                episode.advantages = torch.full([episode.length], mine - (sum(whole) - mine) / (len(whole) - 1))
+            elif estimator == "grpo":
+                episode.advantages = torch.full([episode.length], (mine - mean) / (statistics.stdev(whole) + 1e-8))
+            else:
+                episode.advantages = episode.returns - mean
+
+    def judge_by_value(self, episodes: list[Episode]) -> None:
+        """Schulman et al. 2016, equations 11 and 16."""
         gamma, lam = self.s["ppo.gamma"], self.s["ppo.lam"]
         for episode in episodes:
-            rewards = -self.kl_coef * episode.kl
-            rewards[-1] += episode.total
+            rewards = self.rewards(episode)
             values = [*episode.values, 0.0]  # the episode has ended
             deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(episode.length)]
             episode.advantages = torch.stack(
@@ -80,10 +121,6 @@ class Run:
                 ]
             )
             episode.returns = episode.advantages + episode.values
-        if self.s["ppo.whiten_advantages"]:
-            every = torch.cat([episode.advantages for episode in episodes])
-            for episode in episodes:
-                episode.advantages = (episode.advantages - every.mean()) / (every.var() + 1e-8).sqrt()
 
     def minibatches(self, episodes: list[Episode], iteration: int, epoch: int) -> list[list[Episode]]:
         seed = hash((self.s["run.seed"], iteration, epoch)) % 2**63
@@ -128,7 +165,8 @@ class Run:
             ratio = (new - episode.logprobs).exp()
             gain, clipped = ratio * episode.advantages, ratio.clamp(1 - clip, 1 + clip) * episode.advantages
             loss = -torch.minimum(gain, clipped).sum() / tokens
-            loss.backward()
+            entropy = -(every.exp() * every).sum() / tokens
+            (loss - s["ppo.entropy_coef"] * entropy).backward()
             log_ratio = (new - episode.logprobs).detach()
             figures = (
                 loss,
@@ -136,7 +174,7 @@ class Run:
                 (clipped < gain).sum() / tokens,
                 # KL(old || new) by Schulman's k3, for tokens drawn from the old
                 (log_ratio.exp() - 1 - log_ratio).sum() / tokens,
-                -(every.exp() * every).sum() / tokens,
+                entropy,
             )
             sums = {name: total + float(x.detach()) for (name, total), x in zip(sums.items(), figures, strict=True)}
             gaps.append((ratio.detach() - 1).abs().max().item())
@@ -174,12 +212,14 @@ class Run:
                     update, texts = self.update_policy(minibatch, rate, report and not policy_updates)
                     policy_updates.append(update)
                     read["text"] += texts
-                value_updates.append(self.update_value(minibatch))
+                if self.value:
+                    value_updates.append(self.update_value(minibatch))
         row = {
             "step": iteration + 1,
             "samples": (iteration + 1) * s["ppo.batch_size"],
             "skipped_updates": 0,
             **rollout_metrics(episodes),
+            **(explained_variance(episodes) if self.value else {}),
             "kl/coef": self.kl_coef,
             **update_metrics(value_updates),
             **update_metrics(policy_updates),
@@ -218,17 +258,18 @@ class Run:
 
     def costs(self, episodes: list[Episode], texts: list[list[int]], learns: bool) -> dict[str, float]:
         """Tokens that the policy trained on; 2 FLOPs per weight and token forward, 6 with backward (Kaplan et al. 2020)."""
-        policy, critic = models.count_weights(self.policy), models.count_weights(self.value)
+        policy, reward = models.count_weights(self.policy), models.count_weights(self.reward)
+        value = models.count_weights(self.value) if self.value else 0
         sampled = sum(len(episode.tokens) for episode in episodes)
         learned = self.s["ppo.inner_epochs"] * sampled
         trained = learned * learns + sum(len(text) - 1 for text in texts)
         self.trained_tokens += trained
         # Sampling, policy and reference; reward and value model.
-        forward = 2 * sampled * (3 * policy + 2 * critic)
+        forward = 2 * sampled * (3 * policy + reward + value)
         return {
             "tokens": self.trained_tokens,
             "step_tokens": trained,
-            "step_flops": forward + 6 * (trained * policy + learned * critic),
+            "step_flops": forward + 6 * (trained * policy + learned * value),
         }
 
 
@@ -251,7 +292,7 @@ def run(s: Settings) -> tuple[Result, list[dict[str, object]]]:
             }
             for episode in episodes[:8]
         ]
-    for name in ("policy", "value", "average"):
+    for name in ("policy", "value", "average") if ppo.value else ("policy", "average"):
         result.weights[name] = models.weights_of(getattr(ppo, name))
     assert all(math.isfinite(x) for row in result.rows for x in row.values())
     return result, samples

@@ -83,6 +83,9 @@ def ppo(world: World, folder: Path) -> Settings:
         "ppo.value_clip": 0.06,
         "ppo.gamma": 0.97,
         "ppo.lam": 0.9,
+        "ppo.advantages": "gae",  # the default, with one sample a prompt; other cases have the other estimators
+        "ppo.samples_per_prompt": 1,
+        "ppo.entropy_coef": 0.04,
         "ppo.kl_coef": 0.05,
         "ppo.kl_control": "adaptive",
         "ppo.kl_target": 0.34,
@@ -96,7 +99,7 @@ def ppo(world: World, folder: Path) -> Settings:
         "ppo.critic_warmup_iterations": 1,
         "ppo.ema_decay": 0.9,
         "ppo.missing_stop_penalty": 0.7,
-        "ppo.whiten_advantages": True,  # the default; another case leaves them as they are
+        "ppo.whiten_advantages": True,
         "ppo.tax_every": 3,
     }
 

@@ -11,6 +11,20 @@ EXPORTS = {
     "average": Export("latest", "policy_ema", "gpt2"),
     "value": Export("latest", "value", "llama"),
 }
+
+
+def among(estimator, samples):
+    """Advantages from several samples of a prompt: no value model, whose warmup would have been the first iteration."""
+    return {
+        "ppo.advantages": estimator,
+        "ppo.samples_per_prompt": samples,
+        "ppo.iterations": 3,
+        "ppo.critic_warmup_iterations": 0,
+        "ppo.whiten_advantages": None,
+        "value.init_from": None,
+    }
+
+
 CASES = {
     # Ranks, layout, and what differs from the settings.
     "one_rank": (1, (), {}),
@@ -25,6 +39,13 @@ CASES = {
             "policy.optimizer.clip_norm": 2.0,
         },
     ),
+    "rloo_on_tp2_pp2": (4, ("parallel.tensor=2", "parallel.pipeline=2", "critic_parallel.tensor=4"), among("rloo", 3)),
+    "grpo_on_dp2": (2, ("parallel.distributed_optimizer=true",), among("grpo", 2)),
+    "reinforce_baseline_disaggregated": (
+        3,
+        ("placement=disaggregated", "placement.critic_ranks=1"),
+        among("reinforce_baseline", 2),
+    ),
 }
 
 
@@ -33,7 +54,8 @@ def test_ppo(name, reference_world, tmp_path):
     ranks, layout, changes = CASES[name]
     asked = settings.ppo(reference_world, tmp_path) | changes
     expected, samples = ppo.run(asked)
-    left = run("ppo", asked, EXPORTS, ranks, layout)
+    exports = {name: export for name, export in EXPORTS.items() if name in expected.weights}
+    left = run("ppo", asked, exports, ranks, layout)
     assert_same_data(left.read, expected.read)
     assert_same_samples(read_lines(tmp_path / "samples.jsonl"), samples)
     assert_same_figures(left.rows, expected.rows)
@@ -55,9 +77,10 @@ def assert_same_samples(rows, expected):
 def assert_every_rule_was_at_work(rows, asked):
     """The comparison depends on this."""
     learning = [row for row in rows if "policy/loss" in row]
-    for name in ("policy/clip_fraction", "value/clip_fraction"):
-        assert any(0 < row[name] < 0.9 for row in learning), name
-    for role in ("policy", "value"):
+    roles = ("policy", "value") if asked["ppo.advantages"] == "gae" else ("policy",)
+    for role in roles:
+        assert any(0 < row[f"{role}/clip_fraction"] < 0.9 for row in learning), role
+    for role in roles:
         norms, limit = [row[f"{role}/grad_norm"] for row in learning], asked[f"{role}.optimizer.clip_norm"]
         assert min(norms) < limit < max(norms), f"{role}: gradients were clipped, and were not"
     assert sum(0 < row["rollout/stop_fraction"] < 1 for row in rows) > 2

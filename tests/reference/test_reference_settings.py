@@ -30,7 +30,13 @@ ELSEWHERE = {
     # Columns of comparisons that come in several forms: tests/data.
     RewardModelConfig: ("data.validation", "data.stop", "data.columns"),
     # Which prompts remain: tests/data, tests/trainers/test_prompts_of_a_part.py.
-    PPOConfig: ("ppo.whiten_advantages", "data.deduplicate_prefix_tokens", "data.part", "data.part_shares"),
+    PPOConfig: (
+        "ppo.advantages",
+        "ppo.samples_per_prompt",
+        "data.deduplicate_prefix_tokens",
+        "data.part",
+        "data.part_shares",
+    ),
 }
 
 

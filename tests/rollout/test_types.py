@@ -57,7 +57,7 @@ def packed_has_nan(values):
 def experience():
     packed = responses()
     table = torch.arange(12.0).reshape(3, 4)
-    rollout = Rollout(packed, table, table + 1, table + 2, table + 3, torch.zeros(3))
+    rollout = Rollout(packed, table, table + 1, table + 2, table + 3, torch.zeros(3), torch.arange(3))
     return Experience.of(rollout, table + 4, table + 5)
 
 

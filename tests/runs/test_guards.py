@@ -131,7 +131,7 @@ def test_the_microbatch_that_is_named_is_the_one_that_the_row_was_in(size, spoil
     table, scores = torch.zeros(responses.mask_bt.shape), torch.zeros(6)
     bad = table.clone()
     (scores if spoilt == "score" else bad)[4] = torch.nan
-    rollout = Rollout(responses, table, table, bad, table, scores)
+    rollout = Rollout(responses, table, table, bad, table, scores, torch.arange(len(scores)))
     role = make_role(GPT2_LIKE, scalar=spoilt == "score")
     read: list[list[int]] = []
     role.modules[0].register_forward_hook(lambda module, args, output: read.append(args[0].flatten().tolist()))

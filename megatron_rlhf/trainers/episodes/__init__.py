@@ -1,0 +1,1 @@
+"""What PPO makes of its episodes: advantages, checks."""

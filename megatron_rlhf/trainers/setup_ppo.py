@@ -1,0 +1,115 @@
+"""PPO's roles and data: checked first, then built."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_rlhf.config import checks, layout_checks
+from megatron_rlhf.config.budgets import require_room
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.conversion.starting_point import POLICY, REWARD, VALUE, StartingPoint
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.pretraining import PretrainingData
+from megatron_rlhf.data.prompts import Prompt
+from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
+from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.rollout.collect import Roles
+from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers.ppo import PPOTrainer
+from megatron_rlhf.trainers.step import TrainedRole
+from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a role's weights come from, and its shape."""
+
+    key: str
+    source: StartingPoint | None
+    model: ModelConfig
+
+
+def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
+    """`examples/train_ppo.py`."""
+    starts = _find_starts(config, session)
+    policy_start = starts["policy"]
+    sources = {start.key: start.source for start in starts.values()}
+    tokenizer = choose_tokenizer(config.data, sources, session)
+    for name, start in starts.items():
+        shape_key = "model.vocab_size" if name == "policy" else "critic_model.vocab_size"
+        require_tokenizer_fits(tokenizer, start.model.vocab_size, shape_key)
+    prompts, pretraining = _read_data(config, tokenizer, policy_start.model, session)
+    policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
+    layout = ParallelLayout.create(config.parallel, policy_ranks)
+    critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
+    for each in (critic_layout, layout):
+        each.seed(config.run.seed)
+    policy = parts.make_role("policy", policy_start.model, layout, config, policy_start.source)
+    reference = parts.make_role("reference", policy_start.model, layout, config, policy_start.source).frozen()
+    critics = {
+        name: parts.make_role(name, start.model, critic_layout, config, start.source, scalar=True)
+        for name, start in starts.items()
+        if name != "policy"
+    }
+    reward, value = critics["reward"].frozen(), critics.get("value")
+    for role, rests in ((reference, config.offload.reference), (reward, config.offload.reward)):
+        if rests:
+            role.offload()
+    roles = Roles(policy, parts.make_sampler(policy, config), reference, reward, value)
+    for role in (policy, roles.sampler, reference):
+        role.know_only(tokenizer.known_ids)
+    skips = config.run.max_skipped_steps
+    trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay)
+    trained_value = TrainedRole.create(value, config.value.optimizer, config.precision, skips) if value else None
+    return PPOTrainer(config, session, tokenizer, prompts, pretraining, trained, trained_value, roles)
+
+
+def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
+    """Policy, reward model and, if advantages need one, value model: found, and checked against layouts and lengths.
+
+    The value model starts from the reward model's own weights, unless another model is named: a language model then gets
+    a new random head.
+    """
+    policy_source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
+    parts.keep_start(session, "policy", policy_source, model, "policy.init_from")
+    parts.check_role("policy", model, config)
+    if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
+        layout_checks.check_generation(model, sampling, config.parallel)
+        model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
+    starts = {"policy": Start("policy.init_from", policy_source, model)}
+    critics = [("reward", REWARD, config.reward.init_from, "reward.init_from")]
+    if config.ppo.has_critic:
+        own = config.value.init_from
+        critics.append(
+            ("value", VALUE, own or config.reward.init_from, "value.init_from" if own else "reward.init_from")
+        )
+    for name, wanted, init_from, key in critics:
+        source, shape = parts.find_start(init_from, key, wanted, config.critic_model, "critic_model")
+        parts.keep_start(session, f"{name} model", source, shape, key, "critic_model")
+        parts.check_role(name, shape, config, "critic_parallel")
+        starts[name] = Start(key, source, shape)
+    for start in starts.values():
+        keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
+        checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, start.model, keys)
+    return starts
+
+
+def _read_data(
+    config: PPOConfig, tokenizer: Tokenizer, model: ModelConfig, session: Session
+) -> tuple[Examples[Prompt], PretrainingData | None]:
+    """Prompts and, where there is some, pretraining text; budgets in tokens must have room for both."""
+    prompts = parts.make_prompts(config.data, tokenizer)
+    chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
+    parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
+    ppo, pretraining = config.ppo, None
+    longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_response_tokens
+    require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
+    if config.data.pretraining.source is not None:
+        text = config.data.pretraining.sequence_length
+        require_room("ppo.ptx_micro_batch_tokens", ppo.ptx_micro_batch_tokens, text, "a pretraining sequence")
+        examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.mixes_text else 1
+        pretraining = parts.make_pretraining(config.data.pretraining, tokenizer, model, examples, session)
+    return prompts, pretraining
