@@ -28,7 +28,7 @@ from omegaconf.errors import (
 )
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.keys import Key, keys, nearest
+from megatron_rlhf.config.keys import Key, keys, nearest, unnamed
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.ranges import check_ranges
 
@@ -129,7 +129,14 @@ def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
         return f"~{path}"
     if path == "recipe":
         return f"{name}={_recipe_file(stage, override, value)}"
-    key = known.get(path)
+    key = known.get(unnamed(path, known))
+    if key is not None and path not in known:  # in a dictionary, whose entries are only merged whole
+        group, entry, name = path.split(".", 2)
+        return (
+            f"+{group}={{{entry}: {{{name}: {_quoted(value, key) if key.holds_text and value != 'null' else value}}}}}"
+        )
+    if key is not None and key.named_schema is not None:
+        return f"+{path}={value}"
     if key is None or not (key.holds_text or key.holds_texts) or value == MISSING or (value == "null" and key.optional):
         return override
     if key.holds_texts and not key.holds_text:
@@ -176,7 +183,7 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
 
 def knows(known: Mapping[str, Key], path: str) -> bool:
     """Whether a stage with these keys has this one, which may be `GROUP@KEY`, or a name in a dictionary."""
-    key = path.split("@")[-1]
+    key = unnamed(path.split("@")[-1], known)
     parent = known.get(key.rpartition(".")[0])
     in_dictionary = parent is not None and any(typing.get_origin(kind) is dict for kind in parent.types)
     return key in known or key == "recipe" or in_dictionary

@@ -7,6 +7,8 @@ from megatron_rlhf.config.budgets import check_micro_batch
 from megatron_rlhf.config.data import PretrainingDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
+from megatron_rlhf.config.placement import PlacementKind
+from megatron_rlhf.config.rewards import check_rewards
 from megatron_rlhf.config.stages import (
     BaseConfig,
     EvaluateConfig,
@@ -145,8 +147,12 @@ def check_ppo(config: PPOConfig) -> None:
         check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
-    if config.reward.init_from is None:
-        raise UserError("reward.init_from is not given: PPO needs a reward model (examples/train_reward_model.py)")
+    check_rewards(config.reward, config.rewards)
+    if not ppo.has_critic and config.placement.kind is PlacementKind.disaggregated and not config.reward_models:
+        raise UserError(
+            f"placement=disaggregated: the critic's ranks would hold nothing, as ppo.advantages={ppo.advantages.value} has no "
+            "value model and the reward is of functions alone; use placement=colocated"
+        )
     if config.parallel.virtual_stages > 1:
         raise UserError(
             f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages, and "

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import Field, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any
@@ -40,6 +40,16 @@ class Key:
         """The dataclass that holds the keys below this one."""
         return next((kind for kind in self.types if isinstance(kind, type) and is_dataclass(kind)), None)
 
+    @property
+    def named_schema(self) -> type | None:
+        """The dataclass of each of several entries that have names of the user's."""
+        arguments = (typing.get_args(kind) for kind in self.types if typing.get_origin(kind) is dict)
+        return next((kind for _, kind in arguments if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+NAME = "NAME"
+"""Stands for any name in the path of a key: `rewards.NAME.weight`."""
+
 
 def keys(schema: type, prefix: str = "") -> dict[str, Key]:
     """Every key of a schema, by its path."""
@@ -50,7 +60,16 @@ def keys(schema: type, prefix: str = "") -> dict[str, Key]:
         found[f"{prefix}{field.name}"] = key
         if key.schema is not None:
             found |= keys(key.schema, f"{prefix}{field.name}.")
+        if key.named_schema is not None:
+            found |= keys(key.named_schema, f"{prefix}{field.name}.{NAME}.")
     return found
+
+
+def unnamed(path: str, known: Container[str]) -> str:
+    """The path with NAME for a user's name, if there is such a key."""
+    group, _, rest = path.partition(".")
+    candidate = ".".join([group, NAME, *rest.split(".")[1:]])
+    return candidate if path not in known and candidate in known else path
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

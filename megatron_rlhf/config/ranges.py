@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, model, ppo, stages, training
+from megatron_rlhf.config import cluster, data, model, ppo, rewards, stages, training
 from megatron_rlhf.config.errors import UserError
 
 LARGEST_WHOLE = 2**31 - 1
@@ -36,6 +36,7 @@ class Range:
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
 
 
+ANY = Range()
 COUNT = Range(least=1)
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(above=0)
@@ -109,6 +110,8 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "ema_decay": PROPER_SHARE,
     },
     stages.EvaluateAlgorithmConfig: {"samples": COUNT},
+    rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
+    rewards.WeightedRewardConfig: {"weight": ANY},
     cluster.ClusterConfig: {
         **dict.fromkeys(("nodes", "gpus_per_node"), COUNT),
         **dict.fromkeys(("memory_gib", "bf16_tflops", "fp32_tflops", "fp8_tflops"), POSITIVE),
@@ -144,6 +147,9 @@ def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):
             yield from _values(value, f"{path}.")
+        for name, entry in value.items() if isinstance(value, dict) else ():
+            if is_dataclass(entry):
+                yield from _values(entry, f"{path}.{name}.")
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, str | int | float) and not isinstance(item, bool):
                 yield path, item, range_of(type(config), field.name)

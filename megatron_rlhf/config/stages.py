@@ -8,6 +8,7 @@ from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataCon
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
 from megatron_rlhf.config.ppo import PPOAlgorithmConfig
+from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
 from megatron_rlhf.config.training import (
     Fp8Config,
     OffloadConfig,
@@ -162,10 +163,13 @@ class PPOConfig(BaseConfig):
     """Prompts, tokenizer, pretraining text."""
     policy: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
     """The model that learns to answer; its starting weights are the frozen reference."""
-    reward: RoleConfig = field(default_factory=RoleConfig)
-    """The frozen reward model."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The frozen reward model, or a function instead of it or beside it."""
+    rewards: dict[str, WeightedRewardConfig] = field(default_factory=dict)
+    """Instead of `reward`: several by name, whose weighted sum it is; `reward/NAME_mean` is the mean of each, without weight."""
     value: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
-    """The critic; starts from the reward model unless init_from names another: a language model gets a new scalar head."""
+    """The critic; starts from the (first) reward model, or from the policy where there is none, unless init_from names
+    another: a language model gets a new scalar head."""
     critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of reward and value model."""
     critic_model: ModelConfig | None = None
@@ -178,6 +182,11 @@ class PPOConfig(BaseConfig):
     """How responses are sampled."""
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
     """Batches, clipping, KL, pretraining mix."""
+
+    @property
+    def reward_models(self) -> list[NamedReward]:
+        """The parts of the reward that are models."""
+        return [part for part in named_rewards(self.reward, self.rewards) if not part.is_function]
 
 
 @dataclass(kw_only=True)

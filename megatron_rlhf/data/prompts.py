@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_rlhf.data.examples import Examples, read_prompt, read_user
 from megatron_rlhf.data.records import read_records
@@ -19,6 +20,8 @@ class Prompt:
     user: str | None
     tokens: Tokens
     """Beginning of text, if the tokenizer adds one, and text, [t]."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of its line."""
 
 
 def load_prompts(
@@ -29,7 +32,7 @@ def load_prompts(
     deduplicate_prefix_tokens: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Examples[Prompt]:
-    """Reads records {"prompt", "user" (optional)}; `source` and `columns` as in `read_records`.
+    """Reads records {"prompt", "user" (optional), others, for reward functions}; `source` and `columns` as in `read_records`.
 
     Args:
         max_prompt_tokens: A longer prompt is dropped, and counted as `prompt_too_long`.
@@ -61,5 +64,6 @@ def load_prompts(
             prefixes.add(prefix)
             if user is not None:
                 of_user[user] += 1
-            items.append(Prompt(index, texts[index], user, tokens))
+            others = {name: value for name, value in records[index].fields.items() if name not in ("prompt", "user")}
+            items.append(Prompt(index, texts[index], user, tokens, others))
     return Examples(str(source), items, dropped)

@@ -138,7 +138,7 @@ def _ranking(plans: Sequence[Plan]) -> str:
     for plan in plans:
         layouts = {role.name: describe_layout(role.placed) for role in plan.roles}
         own = layouts[plan.roles[0].name]
-        critic = layouts.get("reward", "")
+        critic = next((layout for role, layout in layouts.items() if role.startswith(("value", "reward"))), "")
         rows.append(
             [
                 own,

@@ -1,7 +1,6 @@
 """Plans of the three training stages, from the same configurations that would run."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_rlhf.config.budgets import Budget
@@ -9,6 +8,7 @@ from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConf
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.layout_checks import check_layout, check_model, check_placement
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
 from megatron_rlhf.planning.placement import FP32, PlacedModel
@@ -104,14 +104,14 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     reward = replace(value, precision=config.precision_of("reward"))
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
     roles = _ppo_roles(config, policy, reference, reward, value)
-    critics = [reward, value] if config.ppo.has_critic else [reward]
+    critics = [*[reward] * len(_reward_models(config)), *([value] if config.ppo.has_critic else [])]
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
         sampling = _place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
         roles.append(PlannedRole("sampler", sampling, trained=False))
     phases = [
         _rollout_phase(config, sampling, cluster, workload),
         _scoring_phase(POLICY_SCORING, [policy, reference], config, cluster, workload),
-        _scoring_phase(CRITIC_SCORING, critics, config, cluster, workload),
+        *([_scoring_phase(CRITIC_SCORING, critics, config, cluster, workload)] if critics else []),
         *_policy_phases(config, policy, cluster, workload),
     ]
     if config.ppo.has_critic:
@@ -124,7 +124,7 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def _ppo_roles(
     config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
 ) -> list[PlannedRole]:
-    """The four roles, or three where there is no value model, and when parts of them are in host memory."""
+    """Policy, reference, reward models and, where advantages need one, value model; when parts of them are in host memory."""
     updates = ("policy", "ptx", "value")
     judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
     optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
@@ -136,11 +136,19 @@ def _ppo_roles(
     roles = [
         PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
         PlannedRole("reference", reference, trained=False, rests=rests["reference"]),
-        PlannedRole("reward", reward, trained=False, rests=rests["reward"]),
+        *(PlannedRole(name, reward, trained=False, rests=rests["reward"]) for name in _reward_models(config)),
     ]
     if config.ppo.has_critic:
         roles.append(PlannedRole("value", value, trained=True, rests=optimizer))
     return roles
+
+
+def _reward_models(config: PPOConfig) -> list[str]:
+    """Their names in a plan; one is assumed where a configuration names neither models nor functions."""
+    if len(config.reward_models) > 1:
+        return [f"reward {part.name}" for part in config.reward_models]
+    functions_alone = named_rewards(config.reward, config.rewards) and not config.reward_models
+    return [] if functions_alone else ["reward"]
 
 
 def _rollout_phase(
@@ -176,13 +184,9 @@ def _scoring_phase(
     shape, batch = _microbatches(episodes, config.ppo.micro_batch, readers[0], mean, length)
     seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
     flops = sum(forward_flops(placed, episodes * mean, mean) for placed in readers)
-    memory = _on_every_stage(scoring_peak(readers[0], shape))
+    peak = scoring_peak(readers[0], shape)
     idle = bubble(readers[0], batch.microbatches)
-    return PlannedPhase(name, seconds, flops, readers[0], memory, idle, part="scoring")
-
-
-def _on_every_stage(held: dict[str, float]) -> Callable[[int], dict[str, float]]:
-    return lambda stage: held
+    return PlannedPhase(name, seconds, flops, readers[0], lambda stage: peak, idle, part="scoring")
 
 
 def _policy_phases(

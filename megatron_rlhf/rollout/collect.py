@@ -10,6 +10,8 @@ from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
+from megatron_rlhf.rewards.processes import Answers
+from megatron_rlhf.rewards.reward import Reward
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys
 from megatron_rlhf.rollout.sequences import StopWatch
@@ -26,7 +28,7 @@ class Roles:
     sampler: Role
     """Generates the responses: the policy itself, or a copy of it at the layout for sampling."""
     reference: Role
-    reward: Role
+    reward: Reward
     value: Role | None
     """None where advantages come from several samples of a prompt."""
 
@@ -79,11 +81,13 @@ def collect_rollout(
     micro_batch_size: Budget | int,
     timer: Timer,
     meanwhile: Callable[[], None],
+    answers: Callable[[Responses], Answers],
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
 ) -> Rollout:
     """Sample a response to each prompt, then score it. Every rank gets the whole rollout.
 
-    `meanwhile` is what a rank does when its own roles are done, before it waits for the results of other ranks.
+    `meanwhile` is what a rank does when its own roles are done, before it waits for the results of other ranks; `answers`
+    are the responses as reward functions read them.
     """
     with timer("rollout"):
         completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)
@@ -91,14 +95,18 @@ def collect_rollout(
     tokens_bs, temperature = responses.tokens_bs, config.temperature
     asked = responses.sequences
     with timer("scoring"):
-        scores_bs = roles.reward.values(asked, micro_batch_size)
-        values_bs = roles.value.values(asked, micro_batch_size) if roles.value else torch.zeros_like(scores_bs)
+        roles.reward.ask_functions(lambda: answers(responses))
+        read = roles.reward.read(asked, responses.last_b, micro_batch_size)
+        if roles.value is not None:
+            values_bs = roles.value.values(asked, micro_batch_size)
+        else:
+            values_bs = torch.zeros(tokens_bs.shape, device=tokens_bs.device)
         logprobs_bs = roles.policy.logprobs(asked, micro_batch_size, temperature, as_response=True)
         ref_logprobs_bs = roles.reference.logprobs(asked, micro_batch_size, temperature, as_response=True)
     meanwhile()
     with timer("exchange"):
-        for judged in (scores_bs, values_bs):
-            collectives.publish(judged, roles.reward.layout)
+        scores = roles.reward.scores(read)
+        collectives.publish(values_bs, roles.reward.layout)
         for judged in (logprobs_bs, ref_logprobs_bs):
             collectives.publish(judged, roles.policy.layout)
         sampled = torch.zeros(responses.mask_bt.shape, device=tokens_bs.device)
@@ -112,7 +120,8 @@ def collect_rollout(
             logprobs_bt=responses.at_response(logprobs_bs),
             ref_logprobs_bt=responses.at_response(ref_logprobs_bs),
             values_bt=responses.at_response(values_bs),
-            scores_b=scores_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1),
+            scores_b=scores.total_b,
+            parts=scores.parts,
         )
 
 

@@ -4,8 +4,8 @@ Legend: b = episodes (the whole batch, on every rank), s = prompt and response p
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -102,9 +102,11 @@ class Rollout:
     values_bt: Tensor
     """The value model's, before each token; zeros where there is none."""
     scores_b: Tensor
-    """The reward model's own, at the last token: penalties come later."""
+    """The reward's own: penalties come later."""
     prompts_b: Tensor
     """Ids of the prompts; several samples of a prompt have the same."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the score is the weighted sum of, by name, [b]."""
 
     @property
     def mask_bt(self) -> Tensor:

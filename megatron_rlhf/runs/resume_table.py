@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.keys import unnamed
 
 
 class Change(Enum):
@@ -101,7 +102,11 @@ TABLE: dict[str, dict[str, Change]] = {
         **_keys(Change.content, "data.", "deduplicate_prefix_tokens part part_shares"),
         **_trained("policy"),
         **_trained("value"),
-        "reward.init_from": Change.content,
+        **_keys(Change.content, "reward.", "init_from function"),
+        **_keys(Change.content, "rewards.NAME.", "init_from function"),
+        "rewards.NAME.weight": Change.taken,
+        **_keys(Change.free, "reward.", "processes timeout_s"),
+        **_keys(Change.free, "rewards.NAME.", "processes timeout_s"),
         **_parallel("critic_parallel."),
         "critic_model": Change.content,
         **_keys(Change.free, "placement.", "kind critic_ranks"),
@@ -132,6 +137,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             result |= flat(value, f"{prefix}{field.name}.")
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                result |= flat(entry, f"{prefix}{field.name}.{name}.")
         else:
             result[f"{prefix}{field.name}"] = _plain(value)
     return result
@@ -139,7 +147,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def rule(stage: str, key: str) -> Change:
     """The key's own entry, or that of its group. A key without one is a mistake in this table."""
-    parts = key.split(".")
+    parts = unnamed(key, TABLE[stage]).split(".")
     groups = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next(TABLE[stage][group] for group in groups if group in TABLE[stage])
 

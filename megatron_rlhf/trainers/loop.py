@@ -43,6 +43,10 @@ class Trainer(ABC):
         """Work after a step that is not part of its time, such as validation; returns more metrics."""
         return {}
 
+    def close(self) -> None:
+        """The run is over: end what it has started."""
+        return
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything except the roles that an exact resume needs, as JSON."""
@@ -69,6 +73,7 @@ class Trainer(ABC):
                 figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
                 progress.advance(1, **figures)
                 session.checkpoint(self.step, last, self.trained, self._state)
+        self.close()
         session.close()
 
     def _state(self) -> dict[str, Any]:

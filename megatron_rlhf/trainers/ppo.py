@@ -33,6 +33,7 @@ from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
 from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
+from megatron_rlhf.trainers.episodes.texts import texts_of
 from megatron_rlhf.trainers.gradients import DominanceWatch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.ppo_metrics import (
@@ -158,6 +159,7 @@ class PPOTrainer(Trainer):
                 micro_batch_size=self.config.ppo.micro_batch,
                 timer=self.session.timer,
                 meanwhile=self._pretrain_ahead,
+                answers=lambda responses: texts_of(prompts, responses, self.tokenizer),
                 stop_watch=self.tokenizer.stop_watch,
             )
         self._require_finite(rollout, [prompt.id for prompt in prompts])
@@ -165,8 +167,8 @@ class PPOTrainer(Trainer):
 
     def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
         roles = self.roles
-        judges = [roles.policy, roles.reference, roles.reward, *([roles.value] if roles.value else [])]
-        sizes = {role.name: role.layout.dp_size for role in judges}
+        sizes = {role.name: role.layout.dp_size for role in (roles.policy, roles.reference)}
+        sizes |= dict.fromkeys(("reward", "value"), roles.reward.layout.dp_size)
         self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch, sizes)
 
     def _refresh_sampler(self) -> None:
@@ -252,7 +254,7 @@ class PPOTrainer(Trainer):
         cost = iteration_cost(
             policy=self.policy.role.num_parameters,
             value=self.value.role.num_parameters if self.value is not None else 0,
-            judges=self.roles.reward.num_parameters,
+            judges=sum(role.num_parameters for role in self.roles.reward.models.values()),
             episode_tokens=int((rollout.responses.last_b + 1).sum()),
             policy_epochs=cfg.inner_epochs * bool(policy),
             value_epochs=cfg.inner_epochs,
@@ -260,6 +262,9 @@ class PPOTrainer(Trainer):
         )
         self.tokens_seen += int(cost["step_tokens"])
         return metrics | cost | {"tokens": float(self.tokens_seen)}
+
+    def close(self) -> None:
+        self.roles.reward.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {

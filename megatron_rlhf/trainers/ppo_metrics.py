@@ -1,6 +1,6 @@
 """Metrics of an iteration, from what it computed anyway."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +28,18 @@ def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
         "reward/score_mean": float(scores.mean()),
         "reward/score_std": float(scores.std(unbiased=False)),
         "reward/total_mean": float(totals_b.mean()),
+        **{f"reward/{name}_mean": float(part_b.mean()) for name, part_b in several(rollout.parts).items()},
         "kl/mean": kl_of_sequences("k1"),
         "kl/k3_mean": kl_of_sequences("k3"),
         "rollout/response_length_mean": float(responses.response_lengths_b.float().mean()),
         "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
         "rollout/logprob_gap_max": float(gap.max()),
     }
+
+
+def several(parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parts of a score, where it has more than one."""
+    return parts if len(parts) > 1 else {}
 
 
 def sample_rows(rollout: Rollout, totals_b: Tensor, kl_bt: Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -49,6 +55,7 @@ def sample_rows(rollout: Rollout, totals_b: Tensor, kl_bt: Tensor, tokenizer: To
                 "prompt": tokenizer.decode(tokens[:start]),
                 "response": tokenizer.decode(tokens[start:], continuation=True),
                 "score": float(rollout.scores_b[i]),
+                **{name: float(part_b[i]) for name, part_b in several(rollout.parts).items()},
                 "total": float(totals_b[i]),
                 "kl": kl[i],
             }

@@ -14,10 +14,12 @@ from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
+from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
@@ -41,23 +43,25 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     for name, start in starts.items():
         shape_key = "model.vocab_size" if name == "policy" else "critic_model.vocab_size"
         require_tokenizer_fits(tokenizer, start.model.vocab_size, shape_key)
+
+    def build(start: Start, role: str) -> Role:
+        return parts.make_role(role, start.model, critic_layout, config, start.source, scalar=True)
+
     prompts, pretraining = _read_data(config, tokenizer, policy_start.model, session)
     policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
     layout = ParallelLayout.create(config.parallel, policy_ranks)
     critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
+    reward = find_functions(config, critic_layout, prompts, session)
     for each in (critic_layout, layout):
         each.seed(config.run.seed)
     policy = parts.make_role("policy", policy_start.model, layout, config, policy_start.source)
     reference = parts.make_role("reference", policy_start.model, layout, config, policy_start.source).frozen()
-    critics = {
-        name: parts.make_role(name, start.model, critic_layout, config, start.source, scalar=True)
-        for name, start in starts.items()
-        if name != "policy"
-    }
-    reward, value = critics["reward"].frozen(), critics.get("value")
-    for role, rests in ((reference, config.offload.reference), (reward, config.offload.reward)):
-        if rests:
-            role.offload()
+    reward.models = {part.name: build(starts[part.key], "reward").frozen() for part in config.reward_models}
+    value = build(starts["value"], "value") if "value" in starts else None
+    away = [reference] if config.offload.reference else []
+    away += reward.models.values() if config.offload.reward else []
+    for role in away:
+        role.offload()
     roles = Roles(policy, parts.make_sampler(policy, config), reference, reward, value)
     for role in (policy, roles.sampler, reference):
         role.know_only(tokenizer.known_ids)
@@ -68,32 +72,41 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
 
 
 def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
-    """Policy, reward model and, if advantages need one, value model: found, and checked against layouts and lengths.
+    """Policy, reward models and, if advantages need one, value model: found, and checked against layouts and lengths.
 
-    The value model starts from the reward model's own weights, unless another model is named: a language model then gets
-    a new random head.
+    The value model starts from the first reward model's own weights, or from the policy's where there is none, unless
+    another model is named: a language model then gets a new random head.
     """
-    policy_source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
-    parts.keep_start(session, "policy", policy_source, model, "policy.init_from")
+    source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
+    parts.keep_start(session, "policy", source, model, "policy.init_from")
     parts.check_role("policy", model, config)
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         layout_checks.check_generation(model, sampling, config.parallel)
         model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
-    starts = {"policy": Start("policy.init_from", policy_source, model)}
-    critics = [("reward", REWARD, config.reward.init_from, "reward.init_from")]
-    if config.ppo.has_critic:
-        own = config.value.init_from
-        critics.append(
-            ("value", VALUE, own or config.reward.init_from, "value.init_from" if own else "reward.init_from")
+    starts = {"policy": Start("policy.init_from", source, model)}
+    critics = [
+        (
+            part.key,
+            "reward model" if part.key == "reward" else f"reward model {part.name}",
+            REWARD,
+            part.config.init_from,
         )
-    for name, wanted, init_from, key in critics:
-        source, shape = parts.find_start(init_from, key, wanted, config.critic_model, "critic_model")
-        parts.keep_start(session, f"{name} model", source, shape, key, "critic_model")
-        parts.check_role(name, shape, config, "critic_parallel")
-        starts[name] = Start(key, source, shape)
+        for part in config.reward_models
+    ]
+    keys = {role: f"{role}.init_from" for role, *_ in critics}
+    if config.ppo.has_critic:
+        first = [(f"{key}.init_from", init_from) for key, _, _, init_from in critics]
+        own = [("value.init_from", config.value.init_from)] if config.value.init_from else []
+        keys["value"], init_from = [*own, *first, ("policy.init_from", config.policy.init_from)][0]
+        critics.append(("value", "value model", VALUE, init_from))
+    for role, what, wanted, init_from in critics:
+        source, shape = parts.find_start(init_from, keys[role], wanted, config.critic_model, "critic_model")
+        parts.keep_start(session, what, source, shape, keys[role], "critic_model")
+        parts.check_role("value" if role == "value" else "reward", shape, config, "critic_parallel")
+        starts[role] = Start(keys[role], source, shape)
     for start in starts.values():
-        keys = ("data.max_prompt_tokens", "rollout.max_response_tokens")
-        checks.check_fits_context(config.data.max_prompt_tokens, config.rollout.max_response_tokens, start.model, keys)
+        limits = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+        checks.check_fits_context(*limits, start.model, ("data.max_prompt_tokens", "rollout.max_response_tokens"))
     return starts
 
 

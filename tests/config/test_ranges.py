@@ -14,6 +14,7 @@ from megatron_rlhf.config.cluster import PlanConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import Key, keys
 from megatron_rlhf.config.ranges import RANGES, check_ranges
+from megatron_rlhf.config.rewards import WeightedRewardConfig
 
 SCHEMAS = {name: stage.schema for name, stage in STAGES.items()} | {"plan": PlanConfig}
 START = {name: ["model=tiny"] for name in STAGES} | {"ppo": ["model=tiny", "model@critic_model=tiny"], "plan": []}
@@ -26,6 +27,8 @@ ZERO_MEANS_SOMETHING = set(
     reserved_gib
     decode_layer_overhead_us price_per_gpu_hour""".split()
 )
+NEGATIVE_MEANS_SOMETHING = {"weight"}
+"""A penalty."""
 SHARES = set(
     """held_out pretraining_mix betas dropout final_lr_fraction top_p validation_fraction gamma lam ema_decay
     rope_fraction matmul_efficiency memory_efficiency""".split()
@@ -48,12 +51,19 @@ def configs() -> dict[str, Any]:
     return {name: compose_config(name, schema, START[name], missing="-")[0] for name, schema in SCHEMAS.items()}
 
 
+def below(config: Any, name: str) -> Any:
+    """What a key is in; an entry with a name of the user's is made."""
+    if isinstance(config, dict):
+        return config.setdefault(name, WeightedRewardConfig())
+    return getattr(config, name)
+
+
 def refused(config: Any, path: str, key: Key, value: float) -> str:
     """The message for a value; a pair is wrong in its second number."""
     *parents, name = path.split(".")
     config = copy.deepcopy(config)
     pair = any(typing.get_origin(kind) is tuple for kind in key.types)
-    setattr(functools.reduce(getattr, parents, config), name, (0.9, value) if pair else value)
+    setattr(functools.reduce(below, parents, config), name, (0.9, value) if pair else value)
     with pytest.raises(UserError) as caught:
         check_ranges(config)
     return str(caught.value)
@@ -68,10 +78,11 @@ def test_there_are_numbers_everywhere():
     ("stage", "path", "key", "kind"), numbers(), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_number_refuses_nonsense(configs, stage, path, key, kind):
-    nonsense: list[float] = [-1]
-    nonsense += [math.nan, math.inf, -math.inf, -1e-9] if kind is float else [3_000_000_000]
     name = path.rpartition(".")[2]
-    nonsense += [] if name in ZERO_MEANS_SOMETHING else [0]
+    nonsense: list[float] = [] if name in NEGATIVE_MEANS_SOMETHING else [-1]
+    nonsense += [math.nan, math.inf, -math.inf] if kind is float else [3_000_000_000]
+    nonsense += [-1e-9] if kind is float and name not in NEGATIVE_MEANS_SOMETHING else []
+    nonsense += [] if name in ZERO_MEANS_SOMETHING | NEGATIVE_MEANS_SOMETHING else [0]
     nonsense += [1.5] if name in SHARES else []
     for value in nonsense:
         message = refused(configs[stage], path, key, value)

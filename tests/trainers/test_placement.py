@@ -72,9 +72,8 @@ def bytes_on_device(stage, overrides):
 
     def held():
         trainer = trainers[0]
-        roles = {
-            role.name: list(role.chunks[0].parameters()) for role in (trainer.roles.reference, trainer.roles.reward)
-        }
+        frozen = (trainer.roles.reference, trainer.roles.reward.models["model"])
+        roles = {role.name: list(role.chunks[0].parameters()) for role in frozen}
         tensors = roles | {"optimizer": trainer.optimizer_memory._tensors()}
         return {name: sum(t.untyped_storage().nbytes() for t in parts) for name, parts in tensors.items()}
 

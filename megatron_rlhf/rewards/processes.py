@@ -1,0 +1,142 @@
+"""A reward function in processes of its own, with a time limit."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_rlhf.rewards.worker import START
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+"""What tells a process that it is a rank: the function's must not take itself for one."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A batch of responses, with all that is known of their prompts; ids are the prompts'."""
+
+    prompts: list[str]
+    responses: list[str]
+    records: list[dict[str, Any]]
+    ids: list[int]
+
+
+class FunctionFailed(Exception):
+    """A function, or its process, did not return scores. The message begins with the function's name."""
+
+
+@dataclass
+class _Process:
+    popen: subprocess.Popen
+    pipe: Connection
+    share: slice = field(default_factory=lambda: slice(0, 0))
+    """The responses that it is scoring."""
+
+
+class RewardFunction:
+    """`start` a batch, do something else, then take its `scores`. Each process gets a part of the batch, in one call."""
+
+    def __init__(self, spec: str, processes: int, timeout_s: float, key: str):
+        """`key`: of the configuration, whose name and `timeout_s` messages give."""
+        self.name = f"{key}.function={spec}"
+        self.timeout_key = f"{key}.timeout_s"
+        self.timeout_s = timeout_s
+        self._answers = Answers([], [], [], [])
+        self._deadline = 0.0
+        self._processes = [_launch(spec) for _ in range(processes)]
+        self._started()
+        for process in self._processes:
+            self._receive(process, "was not imported")
+
+    def start(self, answers: Answers) -> None:
+        """Hand out a batch."""
+        self._answers = answers
+        count, parts = len(answers.ids), len(self._processes)
+        self._started()
+        for i, process in enumerate(self._processes):
+            process.share = slice(count * i // parts, count * (i + 1) // parts)
+            names = [f"the response to prompt {number}" for number in answers.ids[process.share]]
+            if names:
+                texts = answers.prompts, answers.responses, answers.records
+                try:
+                    process.pipe.send((*(part[process.share] for part in texts), names))
+                except OSError as error:  # it has died since the last batch
+                    raise self._dead(process) from error
+
+    def scores(self) -> list[float]:
+        """One for each response of the batch, in its order.
+
+        Raises:
+            FunctionFailed: the function raised or returned something else, or did not return in time.
+        """
+        busy = [process for process in self._processes if process.share.stop > process.share.start]
+        return [score for process in busy for score in self._receive(process, "did not return")]
+
+    def close(self) -> None:
+        """End the processes, and what they have started."""
+        for process in self._processes:
+            process.pipe.close()
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and so has everything in its session
+                os.killpg(process.popen.pid, signal.SIGKILL)
+            process.popen.wait()
+        self._processes = []
+
+    def _started(self) -> None:
+        self._deadline = time.monotonic() + self.timeout_s
+
+    def _receive(self, process: _Process, what: str) -> list[float]:
+        while not process.pipe.poll(0.05):
+            if process.popen.poll() is not None and not process.pipe.poll(0):
+                raise self._dead(process)
+            if time.monotonic() > self._deadline:
+                raise self._failed(f"{what} within {self.timeout_key}={self.timeout_s:g}{self._of(process)}")
+        try:
+            mistake, scores = process.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead(process) from error
+        if mistake is not None:
+            raise self._failed(mistake)
+        return scores
+
+    def _dead(self, process: _Process) -> FunctionFailed:
+        code = process.popen.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return self._failed(f"ended its process ({how}){self._of(process)}")
+
+    def _failed(self, problem: str) -> FunctionFailed:
+        self.close()
+        return FunctionFailed(f"{self.name} {problem}")
+
+    def _of(self, process: _Process) -> str:
+        ids = self._answers.ids[process.share]
+        shown = ", ".join(map(str, dict.fromkeys(ids[:8])))
+        return f" for {len(ids)} responses to prompts {shown}{', ...' if len(ids) > 8 else ''}" if ids else ""
+
+
+def _launch(spec: str) -> _Process:
+    """A new Python in a session of its own, so that all it starts can be ended with it."""
+    ours, theirs = socket.socketpair()
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    # The order of sets is the same in every run, and what the function prints is in the log at once.
+    environment |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+    popen = subprocess.Popen(
+        [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(_search_path()), spec],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
+    theirs.close()
+    return _Process(popen, Connection(ours.detach()))
+
+
+def _search_path() -> Sequence[str]:
+    return [os.getcwd(), *(entry for entry in sys.path if entry)]

@@ -1,0 +1,86 @@
+"""The functions that are ready to use, on real records and on cases worked by hand."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from megatron_rlhf.rewards import exact_answer, format_rule
+
+GSM8K = Path("/work/shared/data/gsm8k_train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She sold 48+24 = <<48+24=72>>72 clips.\n#### 72", "72"),
+        ("#### 1,234,567", "1234567"),
+        ("#### $5.50", "5.50"),
+        ("#### -3", "-3"),
+        ("so it costs -$4", "-4"),
+        ("10-5", "5"),
+        ("x = -5.", "-5"),
+        (r"thus \boxed{42} of 50", "42"),
+        (r"\boxed{1} and then \boxed{2}", "2"),
+        ("<think>7</think><answer>8</answer> 9", "8"),
+        ("The answer is 12 apples.", "12"),
+        ("first 3, then .5", "0.5"),
+        ("at 3 o'clock, 20 of them left 1,5", "5"),
+        ("nothing", None),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_the_final_number(text, number):
+    assert exact_answer.final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_a_right_answer_scores_one_however_it_is_written():
+    record = {"question": "?", "answer": "Work.\n#### 1,000"}
+    responses = ["1000", "It is $1,000.00", "#### 1000", "100", "1000 or 1001", "", "one thousand"]
+    assert exact_answer.score(["?"] * 7, responses, [record] * 7) == [1, 1, 1, 0, 0, 0, 0]
+    assert exact_answer.score(["?"], ["so 7"], [{"answer": 7}]) == [1.0]
+
+
+def test_a_record_without_an_answer_is_an_error():
+    with pytest.raises(ValueError, match="no column 'answer' to compare with; there are: solution"):
+        exact_answer.score(["?"], ["1"], [{"solution": "1"}])
+    with pytest.raises(ValueError, match="has no number"):
+        exact_answer.score(["?"], ["1"], [{"answer": "yes"}])
+
+
+def test_every_answer_of_gsm8k_is_read():
+    if not GSM8K.is_file():
+        pytest.skip("GSM8K is not at hand")
+    records = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    assert len(records) > 1000
+    own = [record["answer"] for record in records]
+    assert exact_answer.score([""] * len(own), own, records) == [1.0] * len(own)
+    marked = [f"The answer is {answer.rpartition('####')[2].strip()}." for answer in own]
+    assert exact_answer.score([""] * len(own), marked, records) == [1.0] * len(own)
+    others = own[1:] + own[:1]
+    assert sum(exact_answer.score([""] * len(own), others, records)) < 0.1 * len(own)
+
+
+@pytest.mark.parametrize(
+    ("response", "fits"),
+    [
+        ("<think>a\nb</think>\n<answer>1</answer>", True),
+        (" <think>a</think><answer>1</answer>\n", True),
+        ("<think>a</think>", False),
+        ("<answer>1</answer>", False),
+        ("<think></think><answer>1</answer>", False),
+        ("so <think>a</think><answer>1</answer>", False),
+        ("<think>a</think><answer>1</answer><answer>2</answer>", False),
+        ("<think>a<think>b</think></think><answer>1</answer>", False),
+        ("", False),
+    ],
+)
+def test_the_form_of_reasoning_and_answer(response, fits):
+    assert format_rule.score(["?"], [response], [{}]) == [float(fits)]
+
+
+def test_a_record_may_ask_for_another_form():
+    records = [{"format": r" *\d+ *"}, {"format": r"\d+"}, {"format": None}]
+    assert format_rule.score(["?"] * 3, [" 12 ", " 12 ", " 12 "], records) == [1.0, 0.0, 0.0]
