@@ -108,10 +108,8 @@ def test_the_time_limit_is_for_each_batch(launch):
 
 
 def test_only_the_process_that_hangs_is_named(launch):
-    function = launch(
-        "while 22 in map(len, responses) or '4444' in responses: pass\nreturn [0.0] * len(responses)", 5, 1.0
-    )
-    with pytest.raises(FunctionFailed, match="for 1 responses to prompts 30$"):
+    function = launch("while '4444' in responses: pass\nreturn [0.0] * len(responses)", 5, 1.0)
+    with pytest.raises(FunctionFailed, match=r"for 1 responses to prompts 30$"):
         scored(function)
 
 
