@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"config"},
     "compose": {"config"},
     "doctor": {"config", "parallel", "models", "runs", "trainers"},
+    "commands": {"config", "planning", "conversion", "compose"},
     "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose"},
 }
 FOR_ALL = "config.errors"

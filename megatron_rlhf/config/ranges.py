@@ -116,7 +116,9 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("nodes", "gpus_per_node"), COUNT),
         **dict.fromkeys(("memory_gib", "bf16_tflops", "fp32_tflops", "fp8_tflops"), POSITIVE),
         **dict.fromkeys(("memory_gb_per_s", "node_gb_per_s", "network_gb_per_s"), POSITIVE),
-        **dict.fromkeys(("matmul_efficiency", "memory_efficiency"), SOME_SHARE),
+        **dict.fromkeys(("matmul_efficiency", "attention_efficiency"), SOME_SHARE),
+        **dict.fromkeys(("memory_efficiency", "link_efficiency"), SOME_SHARE),
+        **dict.fromkeys(("host_memory_gib", "host_gb_per_s", "storage_gb_per_s", "gpu_hours_per_failure"), POSITIVE),
     },
     cluster.WorkloadConfig: {
         **dict.fromkeys(("demonstrations", "rankings", "prompt_tokens", "response_tokens"), COUNT),

@@ -91,7 +91,7 @@ def logits_peak(placed: PlacedModel, shape: Shape) -> float:
 
 def scoring_peak(placed: PlacedModel, shape: Shape) -> dict[str, float]:
     """A forward pass without gradients: one layer at a time, then the logits."""
-    logits = 0.0 if placed.scalar else logits_peak(placed, Shape(shape.rows, shape.length))
+    logits = 0.0 if placed.scalar else logits_peak(placed, shape)
     return {"buffers": max(forward_working(placed, shape) - logits, 0.0), "logits": logits}
 
 

@@ -1,9 +1,10 @@
 """A model in its layout on a number of GPUs: the basis for memory and time estimates."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision, Recompute
 from megatron_rlhf.planning import parameters
+from megatron_rlhf.planning.speed.execution import Execution
 
 FP32 = 4
 GIB = 2**30
@@ -24,6 +25,7 @@ class PlacedModel:
     gpus: int
     scalar: bool = False
     first: int = 0
+    execution: Execution = field(default_factory=Execution)
 
     @property
     def ranks(self) -> range:
@@ -38,6 +40,11 @@ class PlacedModel:
     @property
     def element(self) -> int:
         return element_bytes(self.precision)
+
+    @property
+    def outside_fp8(self) -> Precision:
+        """The precision of what is never in fp8: attention's scores, the head."""
+        return Precision.bf16 if self.precision is Precision.fp8_hybrid else self.precision
 
     @property
     def sequence_parts(self) -> int:

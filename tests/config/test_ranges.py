@@ -25,13 +25,13 @@ ZERO_MEANS_SOMETHING = set(
     lam entropy_coef kl_coef ptx_coef warmup_iterations critic_warmup_iterations ema_decay missing_stop_penalty tax_every
     gradient_report_every
     reserved_gib
-    decode_layer_overhead_us price_per_gpu_hour""".split()
+    node_latency_us network_latency_us layer_launch_us process_gib price_per_gpu_hour""".split()
 )
 NEGATIVE_MEANS_SOMETHING = {"weight"}
 """A penalty."""
 SHARES = set(
     """held_out pretraining_mix betas dropout final_lr_fraction top_p validation_fraction gamma lam ema_decay
-    rope_fraction matmul_efficiency memory_efficiency""".split()
+    rope_fraction matmul_efficiency attention_efficiency memory_efficiency link_efficiency""".split()
 )
 
 

@@ -1,0 +1,1 @@
+"""Command lines that are not a stage's: what `tools/` starts."""

@@ -1,0 +1,210 @@
+"""The plan of PPO-ptx: four roles, and the phases of an iteration."""
+
+import math
+from dataclasses import replace
+
+from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
+from megatron_rlhf.config.layout_checks import check_placement
+from megatron_rlhf.config.rewards import named_rewards
+from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
+from megatron_rlhf.planning.phases import (
+    BACKWARD_TOO,
+    attended_length,
+    micro_batch_setting,
+    microbatches,
+    place,
+    training_phase,
+)
+from megatron_rlhf.planning.placement import FP32, PlacedModel
+from megatron_rlhf.planning.plan import SAVING, Plan, PlannedPhase, PlannedRole
+from megatron_rlhf.planning.speed import links
+from megatron_rlhf.planning.speed.timing import (
+    bubble,
+    decode_passes,
+    decode_seconds,
+    forward_flops,
+    schedule_seconds,
+    update_seconds,
+)
+
+POLICY_SCORING, CRITIC_SCORING = "scoring by policy and reference", "scoring by reward and value"
+
+
+def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
+    """PPO-ptx: the four roles on all GPUs, or two separate pairs; the alignment tax's forward passes are left out."""
+    check_placement(config.placement, cluster.gpus)
+    side, critic_side = config.placement.ranks(cluster.gpus)
+    policy = place("policy", config.model, config.parallel, config, side, "model", "parallel")
+    value = place(
+        "value",
+        config.critic_model,
+        config.critic_parallel,
+        config,
+        critic_side,
+        "critic_model",
+        "critic_parallel",
+        True,
+    )
+    reference = replace(policy, precision=config.precision_of("reference"))
+    reward = replace(value, precision=config.precision_of("reward"))
+    sampling = replace(policy, precision=config.rollout.precision or reference.precision)
+    roles = _ppo_roles(config, policy, reference, reward, value)
+    critics = [*[reward] * len(_reward_models(config)), *([value] if config.ppo.has_critic else [])]
+    if (layout := config.rollout.parallel.of(config.parallel)) is not None:
+        sampling = place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
+        roles.append(PlannedRole("sampler", sampling, trained=False))
+    phases = [
+        _rollout_phase(config, sampling, layout is not None, cluster, workload),
+        _scoring_phase(POLICY_SCORING, [policy, reference], config, cluster, workload),
+        *([_scoring_phase(CRITIC_SCORING, critics, config, cluster, workload)] if critics else []),
+        *_policy_phases(config, policy, cluster, workload),
+        *([_value_phase(config, value, cluster, workload)] if config.ppo.has_critic else []),
+        *_copy_phases(roles, cluster),
+    ]
+    ppo = config.ppo
+    settings = micro_batch_setting("ppo", ppo.micro_batch) | {"rollout.batch_size": config.rollout.batch_size}
+    if ppo.mixes_text:
+        settings |= micro_batch_setting("ppo", ppo.ptx_micro_batch, "ptx_")
+    return Plan("ppo", cluster, roles, phases, ppo.iterations, settings, config.run.async_save)
+
+
+def _ppo_roles(
+    config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
+) -> list[PlannedRole]:
+    """Policy, reference, reward models and, where advantages need one, value model; when parts of them are in host memory."""
+    updates = ("policy", "ptx", "value")
+    judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
+    optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
+    away = {"reference": CRITIC_SCORING, "reward": POLICY_SCORING}
+    rests = {
+        name: {"weights": ("rollout", other, *updates, SAVING)} if getattr(config.offload, name) else {}
+        for name, other in away.items()
+    }
+    roles = [
+        PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
+        PlannedRole("reference", reference, trained=False, rests=rests["reference"]),
+        *(PlannedRole(name, reward, trained=False, rests=rests["reward"]) for name in _reward_models(config)),
+    ]
+    if config.ppo.has_critic:
+        roles.append(PlannedRole("value", value, trained=True, rests=optimizer))
+    return roles
+
+
+def _reward_models(config: PPOConfig) -> list[str]:
+    """Their names in a plan; one is assumed where a configuration names neither models nor functions."""
+    if len(config.reward_models) > 1:
+        return [f"reward {part.name}" for part in config.reward_models]
+    functions_alone = named_rewards(config.reward, config.rewards) and not config.reward_models
+    return [] if functions_alone else ["reward"]
+
+
+def _copy_phases(roles: list[PlannedRole], cluster: ClusterConfig) -> list[PlannedPhase]:
+    """What rests on the host is copied there and back once an iteration."""
+    phases = []
+    for role in roles:
+        held = max(
+            role.host_bytes_on(rank) for rank in role.placed.ranks[:: role.placed.gpus // role.placed.parallel.pipeline]
+        )
+        if held:
+            seconds = 2 * held / cluster.host_rate
+            phases.append(
+                PlannedPhase(f"copies of {role.name}", seconds, 0.0, role.placed, lambda stage: {}, part="copies")
+            )
+    return phases
+
+
+def _rollout_phase(
+    config: PPOConfig, policy: PlacedModel, is_copy: bool, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    """Sampling, and before it the weights' way to another layout."""
+    episodes, sampling = config.ppo.batch_size, config.rollout
+    rows = math.ceil(episodes / policy.data)
+    together = min(sampling.batch_size, rows)
+    in_flight = min(rows, together * policy.parallel.pipeline)
+    length = config.data.max_prompt_tokens + sampling.max_response_tokens
+    mean = workload.prompt_tokens + workload.response_tokens
+
+    def memory(stage: int) -> dict[str, float]:
+        return {
+            "kv cache": cache_bytes(policy, stage, in_flight, length),
+            "buffers": forward_working(policy, Shape(together, config.data.max_prompt_tokens)),
+        }
+
+    limit = sampling.max_response_tokens
+    passes = decode_passes(rows, in_flight, min(workload.response_tokens, limit), limit)
+    prompt = min(workload.prompt_tokens, config.data.max_prompt_tokens) / config.ppo.samples_per_prompt  # read once
+    seconds = decode_seconds(policy, cluster, rows, together, prompt, passes, cached=length)
+    if is_copy:
+        seconds += links.message(max(map(policy.parameters, policy.ends)) * policy.element, policy, cluster)
+    return PlannedPhase(
+        "rollout", seconds, forward_flops(policy, episodes * mean, mean), policy, memory, part="rollout"
+    )
+
+
+def _scoring_phase(
+    name: str, readers: list[PlacedModel], config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    """Models of the same shape and layout read the episodes, one after the other: a prompt once for all its samples."""
+    episodes, samples = config.ppo.batch_size, config.ppo.samples_per_prompt
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    mean = workload.prompt_tokens / samples + workload.response_tokens
+    shape, batch = microbatches(episodes, config.ppo.micro_batch, readers[0], mean, length)
+    shape = replace(shape, wanted=config.rollout.max_response_tokens / length)
+    batch = replace(batch, length=attended_length(workload, samples), wanted=workload.response_tokens / mean)
+    seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
+    flops = sum(forward_flops(placed, episodes * mean, batch.length, batch.wanted) for placed in readers)
+    peak = scoring_peak(readers[0], shape)
+    idle = bubble(readers[0], batch.microbatches)
+    return PlannedPhase(name, seconds, flops, readers[0], lambda stage: peak, idle, part="scoring")
+
+
+def _policy_phases(
+    config: PPOConfig, policy: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> list[PlannedPhase]:
+    """PPO's and pretraining's microbatches, which share one schedule: its time is divided by their share of it."""
+    ppo, text = config.ppo, config.data.pretraining.sequence_length
+    mean = workload.prompt_tokens + workload.response_tokens
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    shape, batch = microbatches(ppo.minibatch_size, ppo.micro_batch, policy, mean, length)
+    share = config.rollout.max_response_tokens / length
+    shapes, batches = [replace(shape, wanted=share)], [replace(batch, wanted=workload.response_share)]
+    names, sequences, tokens = ["policy"], [ppo.minibatch_size], [mean]
+    if ppo.mixes_text:
+        examples = ppo.minibatch_size * ppo.ptx_ratio
+        shape, batch = microbatches(examples, ppo.ptx_micro_batch, policy, text, text)
+        shapes.append(shape)
+        batches.append(batch)
+        names, sequences, tokens = [*names, "ptx"], [*sequences, examples], [*tokens, text]
+    total = sum(batch.microbatches for batch in batches)
+    updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
+    seconds = schedule_seconds(policy, cluster, batches, backward=True)
+    seconds[0] += update_seconds(policy, cluster, ppo.ema_decay > 0, beside=batches[-1])
+
+    def memory(stage: int) -> dict[str, float]:
+        peaks = [training_peak(policy, stage, shape, total) for shape in shapes]
+        kept = {"text's gradient": policy.parameters(stage) * FP32} if ppo.reports_gradients else {}
+        return max(peaks, key=lambda peak: sum(peak.values())) | kept
+
+    return [
+        PlannedPhase(
+            name,
+            updates * seconds[i],
+            updates * BACKWARD_TOO * forward_flops(policy, sequences[i] * tokens[i], tokens[i], batches[i].wanted),
+            policy,
+            memory,
+            bubble(policy, total),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _value_phase(
+    config: PPOConfig, critic: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
+) -> PlannedPhase:
+    ppo, mean = config.ppo, workload.prompt_tokens + workload.response_tokens
+    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    shape, batch = microbatches(ppo.minibatch_size, ppo.micro_batch, critic, mean, length)
+    updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
+    phase = training_phase("value", critic, cluster, shape, batch, ppo.minibatch_size * mean)
+    return replace(phase, seconds=updates * phase.seconds, flops=updates * phase.flops)
