@@ -8,7 +8,10 @@ setup(
     description="InstructGPT's recipe on Megatron-Core: SFT, K-wise reward models and PPO-ptx from two CPU cores to 175B",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]),
-    package_data={"megatron_rlhf.monitoring": ["*.j2"]},
+    package_data={
+        "megatron_rlhf.monitoring": ["*.j2"],
+        "megatron_rlhf.labeling": ["templates/*.j2", "static/*"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         # What differs between the two is in parallel/compat.py; newer wheels than 0.16.1 need Python 3.12.
@@ -27,6 +30,11 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        # The labeling page.
+        "starlette>=0.40",
+        "uvicorn>=0.30",
+        "python-multipart>=0.0.18",  # starlette's forms
+        "itsdangerous>=2.1",  # starlette's cookies
     ],
     extras_require={
         # Compiled against the torch that is installed: docs/cluster.md. Apex comes with NVIDIA's PyTorch container.
@@ -35,6 +43,6 @@ setup(
         # 3.0 it has no collection of language models any more.
         "nemo": ["nemo-toolkit>=2.7"],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm", "playwright>=1.50"],
     },
 )

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "conversion", "runs", "evaluation"),
     },
     "planning": {"config"},
+    "labeling": {"config", "data"},
     "compose": {"config"},
     "doctor": {"config", "parallel", "models", "runs", "trainers"},
     "commands": {"config", "planning", "conversion", "compose"},

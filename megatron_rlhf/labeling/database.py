@@ -1,0 +1,105 @@
+"""The SQLite file of a labeling project: its tables, and whether a file is one."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_rlhf.config.errors import UserError
+
+APPLICATION_ID = 0x4D524C48
+"""In the file's header: tells a labeling project from other people's databases."""
+VERSION = 1
+
+SCHEMA = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE tasks (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, user TEXT);
+CREATE INDEX tasks_by_prompt ON tasks (prompt);
+CREATE TABLE outputs (
+    task INTEGER NOT NULL REFERENCES tasks, place INTEGER NOT NULL, text TEXT NOT NULL, source TEXT,
+    PRIMARY KEY (task, place)
+);
+CREATE TABLE labelers (name TEXT PRIMARY KEY, team TEXT NOT NULL CHECK (team IN ('training', 'held_out')));
+CREATE TABLE assignments (
+    task INTEGER NOT NULL REFERENCES tasks, labeler TEXT NOT NULL REFERENCES labelers,
+    status TEXT NOT NULL CHECK (status IN ('open', 'done', 'skipped')), touched REAL NOT NULL,
+    PRIMARY KEY (task, labeler)
+);
+CREATE INDEX assignments_by_labeler ON assignments (labeler, status);
+-- Every click of every labeler, in order. Nothing is ever deleted: what is undone is marked.
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, labeler TEXT NOT NULL, task INTEGER NOT NULL,
+    action TEXT NOT NULL CHECK (action IN ('draft', 'submit', 'skip', 'undo')), content TEXT NOT NULL, at REAL NOT NULL,
+    undone INTEGER NOT NULL DEFAULT 0, FOREIGN KEY (task, labeler) REFERENCES assignments (task, labeler)
+);
+-- Browsers send a click again until it is answered: each has a number of its own.
+CREATE TABLE nonces (nonce TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE INDEX events_by_labeler ON events (labeler, undone, id);
+CREATE INDEX events_by_task ON events (task, labeler, undone, id);
+"""
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """Makes a new, empty project.
+
+    Raises:
+        UserError: There is something at `path` already, or it cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} is there already; add to it with `add`, or name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = _connect(path, "rwc")
+        connection.execute("PRAGMA journal_mode = WAL")
+        with transaction(connection):
+            for statement in SCHEMA.split(";\n"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"{path}: no project can be made there: {error}") from error
+    return connection
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Opens an existing project.
+
+    Raises:
+        UserError: `path` is no labeling project, or of a version that this one does not know.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such labeling project; make one with `tools/label.py create`")
+    try:
+        connection = _connect(path, "rw")
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error as error:
+        raise UserError(f"{path} is no labeling project: {error}") from error
+    if application != APPLICATION_ID:
+        raise UserError(f"{path} is a database of something else, not a labeling project of tools/label.py")
+    if version != VERSION:
+        raise UserError(f"{path}: a labeling project of version {version}; this program reads version {VERSION}")
+    return connection
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    # The page's requests are served one after the other, but not always by the thread that opened the project.
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None, check_same_thread=False
+    )
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")  # a click that was answered survives a power cut
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of the block or nothing; other writers wait."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

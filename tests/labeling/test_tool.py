@@ -1,0 +1,155 @@
+"""tools/label.py as a command: from files to a project, from a project to what training reads; and what can be wrong."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from labeling.projects import ROOT, make_project, ranked, write_lines
+
+from megatron_rlhf.data.comparisons import load_comparisons
+from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_rlhf.labeling.command import main
+from megatron_rlhf.labeling.project import Project
+
+RANKED = {"prompt": "p", "responses": ["a", "b", "c", "d"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(["aa"], 259, tmp_path_factory.mktemp("tokenizer"))
+
+
+def label(*arguments) -> int:
+    return main(lambda project: {}, [str(argument) for argument in arguments])
+
+
+def answer_all(path: Path, labeler: str, content) -> None:
+    project = Project.open(path)
+    while (task := project.current(labeler)) is not None:
+        project.record(labeler, task, "submit", content, f"{labeler} {task} submit")
+
+
+def test_the_command_itself(tmp_path, capsys):
+    tasks = write_lines(tmp_path / "t.jsonl", [RANKED])
+    project = tmp_path / "p.sqlite"
+    labelers = ("--labelers", "ann", "bob", "--held-out", "cy", "--labels-per-prompt", 2)
+    assert label("create", project, "--tasks", tasks, *labelers) == 0
+    answer_all(project, "ann", ranked(1, 2, 3, 4))
+    answer_all(project, "bob", ranked(2, 1, 3, 4))
+    command = [sys.executable, ROOT / "tools" / "label.py", "status", project]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "cy (held_out): 0 done" in output
+    assert "training: pairwise agreement 83.3 +- nan%" in output
+    assert label("create", project, "--tasks", tasks) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_rankings_are_exported_as_comparisons(tmp_path, tokenizer):
+    project = make_project(tmp_path / "p.sqlite", tasks=2, labels_per_prompt=2)
+    project.close()
+    for labeler, ranks in (("ann", (1, 1, 3, 4)), ("bob", (4, 3, 2, 1)), ("cy", (2, 1, 1, 2))):
+        answer_all(tmp_path / "p.sqlite", labeler, ranked(*ranks))
+    assert label("export", tmp_path / "p.sqlite", "--output", tmp_path / "c.jsonl", "--team", "training") == 0
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["labeler"], row["ranks"]) for row in rows] == [
+        (1, "ann", [0, 0, 1, 2]),
+        (1, "bob", [3, 2, 1, 0]),
+        (2, "ann", [0, 0, 1, 2]),
+        (2, "bob", [3, 2, 1, 0]),
+    ]
+    assert rows[0]["sources"] == ["policy-0", "policy-1", "policy-2", "policy-3"]
+    comparisons = load_comparisons(tmp_path / "c.jsonl", tokenizer, 100, 100, 200)
+    assert len(comparisons) == 2, "both labelers' rankings of a prompt are one element"
+    assert len(comparisons[0].pairs) == 5 + 6
+    assert label("export", tmp_path / "p.sqlite", "--output", tmp_path / "h.jsonl", "--team", "held_out") == 0
+    assert {json.loads(line)["labeler"] for line in (tmp_path / "h.jsonl").read_text().splitlines()} == {"cy"}
+
+
+def test_demonstrations_are_exported_as_demonstrations(tmp_path, tokenizer):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"question": "why?", "user": "u7"}])
+    path = tmp_path / "d.sqlite"
+    options = ("--kind", "demonstrations", "--labelers", "ann", "--column", "prompt={question}")
+    assert label("create", path, "--tasks", prompts, *options) == 0
+    answer_all(path, "ann", {"response": "because"})
+    assert label("export", path, "--output", tmp_path / "out.jsonl") == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert row == {
+        **{"prompt": "why?", "response": "because", "user": "u7"},
+        **{"labeler": "ann", "team": "training", "task": 1},
+    }
+    assert len(load_demonstrations(tmp_path / "out.jsonl", tokenizer, 100, 100, 200)) == 1
+
+
+def test_responses_of_several_files_become_one_task_a_prompt(tmp_path):
+    sft = write_lines(
+        tmp_path / "sft.jsonl", [{"prompt": p, "response": f"sft {p} {i}"} for p in "xy" for i in range(2)]
+    )
+    ppo = write_lines(tmp_path / "ppo.jsonl", [{"prompt": p, "response": f"ppo {p}", "source": "best"} for p in "yx"])
+    path = tmp_path / "p.sqlite"
+    assert label("create", path, "--tasks", f"first={sft}", ppo, "--labelers", "ann") == 0
+    project = Project.open(path)
+    assert project.task(2).outputs == ("sft y 0", "sft y 1", "ppo y")
+    assert project.task(2).sources == ("first", "first", "best")
+
+
+def test_real_rankings(tmp_path, shared_data):
+    path = tmp_path / "p.sqlite"
+    assert label("create", path, "--tasks", shared_data / "qa_feedback_k4_400.jsonl", "--labelers", "ann") == 0
+    assert label("add", path, "--tasks", shared_data / "oasst_ranked_212.jsonl") == 0
+    assert Project.open(path).size() == 612
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([RANKED, '{"prompt": "p", "resp'], "line 2: not JSON"),
+        ([{"question": "p", "responses": ["a", "b"]}], "line 1: no column 'prompt'"),
+        ([{"prompt": "p"}], "line 1: no column 'response'"),
+        ([{"prompt": "p", "responses": ["a"]}], "line 1: column 'responses' must be a list of 2 to 9"),
+        (
+            [{"prompt": "p", "responses": [str(i) for i in range(10)]}],
+            "line 1: column 'responses' must be a list of 2 to 9",
+        ),
+        ([{"prompt": "p", "responses": ["a", 3]}], "line 1: column 'responses' must hold text"),
+        ([{"prompt": " ", "responses": ["a", "b"]}], "line 1: column 'prompt' is blank"),
+        ([{**RANKED, "sources": ["one", "two"]}], "line 1: column 'sources' must be a list of 4 names"),
+        ([{"prompt": "p", "response": "alone"}], "line 1: prompt 'p' has 1 responses in all files"),
+        ([], "empty"),
+    ],
+)
+def test_wrong_tasks_make_no_project(tmp_path, capsys, lines, says):
+    tasks = write_lines(tmp_path / "t.jsonl", lines)
+    assert label("create", tmp_path / "p.sqlite", "--tasks", tasks, "--labelers", "ann") == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_wrong_options(tmp_path, capsys):
+    tasks = write_lines(tmp_path / "t.jsonl", [RANKED])
+    (tmp_path / "p.sqlite.bak").write_text("mine")
+    assert label("create", tmp_path / "p.sqlite", "--tasks", tasks, "--labelers", "a/b") == 2
+    assert "labeler 'a/b'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.sqlite.bak", "t.jsonl"]
+    assert label("create", tmp_path / "p.sqlite", "--tasks", tasks, "--labels-per-prompt", "0") == 2
+    assert "at least 1" in capsys.readouterr().err
+    project = make_project(tmp_path / "q.sqlite")
+    assert label("serve", tmp_path / "q.sqlite", "--host", "0.0.0.0") == 2
+    assert "needs --token" in capsys.readouterr().err
+    assert label("serve", tmp_path / "q.sqlite", "--token", "short") == 2
+    assert "at least 16" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert label("serve", tmp_path / "q.sqlite", "--port", port) == 2
+        assert f"--port {port}: [Errno 98] Address already in use" in capsys.readouterr().err
+    (tmp_path / "out.jsonl").write_text("kept")
+    assert label("export", tmp_path / "q.sqlite", "--output", tmp_path / "out.jsonl") == 2
+    assert "no answers" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_text() == "kept"
+    assert label("add", tmp_path / "q.sqlite", "--held-out", "ann") == 2
+    assert "in the team 'training'" in capsys.readouterr().err
+    assert project.size() == 3
