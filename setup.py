@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]),
     package_data={
+        "megatron_rlhf.data.formats": ["known/*.yaml"],
         "megatron_rlhf.monitoring": ["*.j2"],
         "megatron_rlhf.labeling": ["templates/*.j2", "static/*"],
     },

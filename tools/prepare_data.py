@@ -2,7 +2,8 @@
 
     python tools/prepare_data.py tokenizer   --input text.txt --vocab-size 8192 --output my_tokenizer
     python tools/prepare_data.py pretraining --input a.txt b.jsonl.gz --tokenizer my_tokenizer --output corpus/all
-    python tools/prepare_data.py check demonstrations --input sft.jsonl --tokenizer my_tokenizer
+    python tools/prepare_data.py check demonstrations --input sft.jsonl --model gpt2/
+    python tools/prepare_data.py check comparisons --input hh.jsonl.gz --model runs/sft --format hh_rlhf
     python tools/prepare_data.py check demonstrations --input gsm8k.jsonl --tokenizer my_tokenizer \\
         --column 'prompt={question}\\n' --column 'response={answer}'
 
@@ -16,18 +17,22 @@ A mistake in the input ends with exit code 2 and a message that names the file a
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_rlhf.config.data import written_out
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.comparisons import load_comparisons
-from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.chat.files import read_chat_template
+from megatron_rlhf.data.comparisons import Comparison, load_comparisons
+from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.formats.shape import Shape, known_formats
 from megatron_rlhf.data.pretraining import build_indexed_dataset, read_texts
-from megatron_rlhf.data.prompts import load_prompts
+from megatron_rlhf.data.prompts import Prompt, load_prompts
 from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -56,35 +61,67 @@ def prepare_tokenizer(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(options.tokenizer)
-    columns = _columns(options.column)
-    kinds = {"demonstrations": _check_demonstrations, "comparisons": _check_comparisons, "prompts": _check_prompts}
-    kinds[options.kind](options, tokenizer, columns)
+    tokenizer, context = _tokenizer_and_context(options)
+    shape = Shape.of(options.format, _columns(options.column), options.chat)
+    kinds: dict[str, Callable[..., Examples[Any]]] = {
+        "demonstrations": _check_demonstrations,
+        "comparisons": _check_comparisons,
+        "prompts": _check_prompts,
+    }
+    examples = kinds[options.kind](options, tokenizer, context, shape)
+    if (warning := examples.warning()) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
-def _check_demonstrations(options: argparse.Namespace, tokenizer: Tokenizer, columns: dict[str, str]) -> None:
-    limits = options.max_prompt_tokens, options.max_response_tokens, options.max_length
-    examples = load_demonstrations(options.input, tokenizer, *limits, columns)
+def _tokenizer_and_context(options: argparse.Namespace) -> tuple[Tokenizer, int]:
+    """Of the model that is to be trained, or as the options say."""
+    folder, context = options.tokenizer, options.max_length
+    if options.model is not None:
+        import megatron_rlhf.parallel  # noqa: F401  # before anything of Megatron-Core; takes seconds
+        from megatron_rlhf.conversion.starting_point import TRAINED_REWARD, StartingPoint
+
+        found = StartingPoint.find(options.model, "--model", TRAINED_REWARD)
+        folder, context = folder or found.tokenizer, context or found.model.max_sequence_length
+        if folder is None:
+            raise UserError(f"--model {options.model}: no tokenizer came with it; name one: --tokenizer DIR")
+    if folder is None:
+        raise UserError("give --model DIR, the model to train, or --tokenizer DIR")
+    tokenizer = load_tokenizer(folder)
+    if options.chat_template is not None:
+        tokenizer.use_chat_template(read_chat_template(options.chat_template, "--chat-template", tokenizer.hf))
+    return tokenizer, context or 2048
+
+
+def _check_demonstrations(
+    options: argparse.Namespace, tokenizer: Tokenizer, context: int, shape: Shape
+) -> Examples[Demonstration]:
+    limits = options.max_prompt_tokens, options.max_response_tokens, context
+    examples = load_demonstrations(options.input, tokenizer, *limits, shape)
     print(f"{options.input}: {examples.describe()}")
     _print_lengths("prompt tokens", [item.prompt_length for item in examples])
-    _print_lengths("response tokens", [len(item.tokens) - item.prompt_length for item in examples])
+    _print_lengths("learned tokens", [int(item.target.sum()) for item in examples])
+    return examples
 
 
-def _check_comparisons(options: argparse.Namespace, tokenizer: Tokenizer, columns: dict[str, str]) -> None:
-    limits = options.max_prompt_tokens, options.max_response_tokens, options.max_length
-    examples = load_comparisons(options.input, tokenizer, *limits, columns)
+def _check_comparisons(
+    options: argparse.Namespace, tokenizer: Tokenizer, context: int, shape: Shape
+) -> Examples[Comparison]:
+    limits = options.max_prompt_tokens, options.max_response_tokens, context
+    examples = load_comparisons(options.input, tokenizer, *limits, shape)
     print(f"{options.input}: {examples.describe()}")
     _print_lengths("prompt tokens", [len(item.prompt_tokens) for item in examples])
     _print_lengths("response tokens", [len(response) for item in examples for response in item.responses_tokens])
     _print_lengths("responses a prompt", [len(item.responses_tokens) for item in examples])
     print(f"  pairs that are no tie: {sum(len(item.pairs) for item in examples):,}")
+    return examples
 
 
-def _check_prompts(options: argparse.Namespace, tokenizer: Tokenizer, columns: dict[str, str]) -> None:
-    examples = load_prompts(options.input, tokenizer, options.max_prompt_tokens, columns=columns)
+def _check_prompts(options: argparse.Namespace, tokenizer: Tokenizer, context: int, shape: Shape) -> Examples[Prompt]:
+    examples = load_prompts(options.input, tokenizer, min(options.max_prompt_tokens, context), columns=shape)
     print(f"{options.input}: {examples.describe()}")
     _print_lengths("prompt tokens", [len(item.tokens) for item in examples])
     print(f"  users: {len({item.user for item in examples} - {None}):,}")
+    return examples
 
 
 def _print_lengths(name: str, lengths: list[int]) -> None:
@@ -139,7 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--input", required=True, metavar="SOURCE", help="records; for formats see prepare_data.py --help"
     )
-    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    command.add_argument("--model", metavar="DIR", help="model to train: its tokenizer, its context")
+    command.add_argument("--tokenizer", metavar="DIR", help="Hugging Face tokenizer folder; default: the model's")
+    command.add_argument("--chat-template", metavar="FILE", help="for messages; default: the tokenizer's")
+    command.add_argument("--format", metavar="NAME", help=f"{', '.join(known_formats())}, or a YAML file")
+    command.add_argument("--chat", action="store_true", help="read texts as turns of a conversation")
     command.add_argument(
         "--column", action="append", default=[], metavar="NAME=TEMPLATE", help="make a column from others; repeatable"
     )
@@ -147,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-response-tokens", type=int, default=1024, metavar="N", help="default 1024, as the paper"
     )
-    command.add_argument("--max-length", type=int, default=2048, metavar="N", help="both together; default 2048")
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="both together; default: the model's context, or 2048"
+    )
     command.set_defaults(run=check)
     return parser
 

@@ -35,7 +35,15 @@ class Templates:
 
 
 @dataclass(kw_only=True)
-class DemonstrationColumns(Templates):
+class MessageColumns(Templates):
+    """Where the messages of a record are."""
+
+    messages: str | None = _template()
+    """The column with the list of messages, e.g. "{conversation}"; not given: the column `messages`, if there is one."""
+
+
+@dataclass(kw_only=True)
+class DemonstrationColumns(MessageColumns):
     """How to make a prompt and a response from a record's own columns."""
 
     prompt: str | None = _template()
@@ -45,7 +53,7 @@ class DemonstrationColumns(Templates):
 
 
 @dataclass(kw_only=True)
-class ComparisonColumns(Templates):
+class ComparisonColumns(MessageColumns):
     """How to make a ranking from a record's own columns. A template that is just one column keeps its value as it is,
     lists included."""
 
@@ -59,10 +67,12 @@ class ComparisonColumns(Templates):
     """A format template, e.g. "{better}"; not given: the column `chosen`."""
     rejected: str | None = _template()
     """A format template, e.g. "{worse}"; not given: the column `rejected`."""
+    user: str | None = _template()
+    """Who wrote the prompt, e.g. "{annotator}"; not given: the column `user`, if there is one."""
 
 
 @dataclass(kw_only=True)
-class PromptColumns(Templates):
+class PromptColumns(MessageColumns):
     """How to make a prompt from a record's own columns."""
 
     prompt: str | None = _template()
@@ -84,6 +94,9 @@ class TokenizerConfig:
     tokenizer: str | None = None
     """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`; not given: the one that came with
     the model that the run starts from."""
+    chat_template: str | None = None
+    """A Jinja file through which `messages` become text, or the template itself; not given: the one that came with the
+    tokenizer. Checkpoints and exported folders carry the template that was used."""
     allow_other_tokenizer: bool = False
     """Continue although a model was trained with another tokenizer; only if you know that the ids agree."""
     stop: list[str] = field(default_factory=list)
@@ -93,11 +106,32 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True)
-class DemonstrationDataConfig(TokenizerConfig):
+class RecordsConfig(TokenizerConfig):
+    """Whose records are read, and as what."""
+
+    format: str | None = None
+    """The shape of the records, where it is not ours: alpaca, hh_rlhf, nectar, oasst, qa_feedback, sharegpt, tldr,
+    ultrafeedback, ultrafeedback_binarized, webgpt, or a YAML file of your own (docs/data.md); `data.columns` goes on top."""
+    chat: bool = False
+    """Read texts as turns of a conversation, prompts as the user's and responses as the assistant's, through the chat
+    template. `messages` are read so in any case."""
+
+
+class AssistantTurns(Enum):
+    """The turns of a conversation that are learned."""
+
+    all = "all"
+    last = "last"
+
+
+@dataclass(kw_only=True)
+class DemonstrationDataConfig(RecordsConfig):
     """Prompts with responses to imitate."""
 
     demonstrations: str | None = None
-    """JSON lines (or any `datasets` name) with `prompt` and `response`."""
+    """JSON lines (or any `datasets` name) with `prompt` and `response`, or `messages`."""
+    assistant_turns: AssistantTurns = AssistantTurns.all
+    """Of `messages`, the turns of the assistant's that the loss is on: all, or the last."""
     validation: str | None = None
     """The same for validation; when not given, no validation loss is measured."""
     columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
@@ -117,12 +151,12 @@ class DemonstrationDataConfig(TokenizerConfig):
 
 
 @dataclass(kw_only=True)
-class ComparisonDataConfig(TokenizerConfig):
+class ComparisonDataConfig(RecordsConfig):
     """Responses that people have ranked."""
 
     comparisons: str
-    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`, and
-    optionally `user`. All records of a prompt are one example."""
+    """JSON lines (or any `datasets` name): `prompt, responses, ranks` or `prompt, chosen, rejected` or `chosen, rejected`, each
+    text or messages, and optionally `user`. All records of a prompt are one example."""
     validation: str | None = None
     """The same, held out for validation; when not given, `validation_fraction` of the comparisons is held out."""
     validation_fraction: float = 0.1
@@ -150,11 +184,11 @@ class PromptPart(Enum):
 
 
 @dataclass(kw_only=True)
-class PromptDataConfig(TokenizerConfig):
+class PromptDataConfig(RecordsConfig):
     """Prompts to answer, and text to keep the policy from forgetting."""
 
     prompts: str
-    """JSON lines (or any `datasets` name) with `prompt` and, optionally, `user`."""
+    """JSON lines (or any `datasets` name) with `prompt` or `messages` and, optionally, `user`."""
     columns: PromptColumns = field(default_factory=PromptColumns)
     """Where records have other column names."""
     max_prompt_tokens: int = 1024

@@ -2,19 +2,30 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlhf.data.examples import Examples, read_prompt, read_user
-from megatron_rlhf.data.records import Record, read_records
+from megatron_rlhf.data.chat.messages import (
+    ASSISTANT,
+    Conversation,
+    Messages,
+    as_turns,
+    holds_messages,
+    is_blank,
+    read_turns,
+)
+from megatron_rlhf.data.chat.template import Chat
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user
+from megatron_rlhf.data.formats.dialogues import Dialogue
+from megatron_rlhf.data.formats.makers import CYCLE
+from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
-
-ASSISTANT_TURN = "\n\nAssistant:"
-
 
 Ranked = tuple[Sequence[Tokens], Sequence[int]]
 """Responses that were ranked together, and their ranks: 0 is the best, equal ranks are a tie."""
@@ -72,10 +83,19 @@ class Comparison:
 class _Record:
     """A record before it is tokenised."""
 
-    prompt: str
-    responses: tuple[str, ...]
+    prompt: str | Conversation
+    responses: tuple[str, ...] | tuple[Messages, ...]
+    """Of a conversation, messages."""
     ranks: tuple[int, ...]
     user: str | None
+
+    @property
+    def has_empty(self) -> bool:
+        return any(not r.strip() if isinstance(r, str) else all(map(is_blank, r)) for r in self.responses)
+
+    @property
+    def all_equal(self) -> bool:
+        return all(response == self.responses[0] for response in self.responses)
 
 
 def load_comparisons(
@@ -84,74 +104,146 @@ def load_comparisons(
     max_prompt_tokens: int,
     max_response_tokens: int,
     max_length: int,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns = None,
 ) -> Examples[Comparison]:
     """Reads records of any of three formats; `source`, `columns` and the limits as in `load_demonstrations`.
 
     {"prompt", "responses": [...], "ranks": [...]} with rank 0 = best and equal = tie; {"prompt", "chosen", "rejected"};
-    or hh-rlhf's {"chosen", "rejected"}, two dialogues that diverge after a "\\n\\nAssistant:".
+    or hh-rlhf's {"chosen", "rejected"}, two dialogues that diverge after a "\\n\\nAssistant:". Prompts and responses may be
+    messages (a prompt also as `messages`), and `chosen` and `rejected` whole conversations that begin alike, as TRL has them.
 
     Records of the same prompt become one item. A column `user` (optional) says who wrote the prompt.
 
-    Dropped and counted: records as `prompt_too_long`; single responses as `response_too_long` or `total_too_long`, and the
-    record as `too_few_responses` if no strict pair is left; records in which all tie as `all_tied`, those whose responses
-    are all the same text as `equal_responses`; and dialogues of hh-rlhf that end without an answer, as some of the
-    published ones do, as `empty_response`.
+    Dropped and counted, in records: `prompt_too_long`; `response_too_long` or `total_too_long` where so many responses are
+    that no strict pair is left (in the records that stay, such responses are left out and counted apart); `all_tied`;
+    `equal_responses` that are all the same text; `cyclic_votes` that no ranking agrees with; and dialogues that end without an
+    answer, as some of the published ones of hh-rlhf do, as `empty_response`.
 
     Raises:
         UserError: A mistake in the source, with its line, or nothing left.
     """
     dropped: Counter[str] = Counter()
     records: list[_Record] = []
-    for found in read_records(source, columns):
+    for found in read_records(source, columns, kind="comparisons"):
+        if found.lenient and (reason := _flaw(found)):
+            dropped[reason] += 1
+            continue
         record = _read_record(found, tokenizer)
-        if not all(response.strip() for response in record.responses):
+        if record.has_empty:
             dropped["empty_response"] += 1
-        elif len(set(record.responses)) == 1:
+        elif record.all_equal:
             dropped["equal_responses"] += 1
         elif len(set(record.ranks)) == 1:
             dropped["all_tied"] += 1
         else:
             records.append(record)
-    prompts = tokenizer.encode_stream((record.prompt for record in records), bos=True)
-    responses = tokenizer.encode_stream(
-        (response for record in records for response in record.responses), continuation=True
-    )
+    left_out: Counter[str] = Counter()
     together: dict[bytes, tuple[Tokens, list[Ranked], set[str]]] = {}
-    for record, prompt in zip(records, prompts, strict=True):
-        ended = [np.append(next(responses), np.int32(tokenizer.end_id)) for _ in record.responses]
+    for record, prompt, ended in _tokenized(records, tokenizer):
         if len(prompt) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
             continue
-        kept = []
+        kept, missing = [], Counter[str]()
         for response, rank in zip(ended, record.ranks, strict=True):
             if len(response) > max_response_tokens:
-                dropped["response_too_long"] += 1
+                missing["response_too_long"] += 1
             elif len(prompt) + len(response) > max_length:
-                dropped["total_too_long"] += 1
+                missing["total_too_long"] += 1
             else:
                 kept.append((response, rank))
         if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
-            dropped["too_few_responses"] += 1
+            dropped[max(missing, key=lambda reason: missing[reason], default="equal_responses")] += 1
             continue
+        left_out += missing
         _, rankings, users = together.setdefault(prompt.tobytes(), (prompt, [], set()))
         rankings.append(([response for response, _ in kept], [rank for _, rank in kept]))
         if record.user is not None:
             users.add(record.user)
     items = [Comparison.of(*parts) for parts in together.values()]
-    return Examples(str(source), items, dropped, records=sum(len(rankings) for _, rankings, _ in together.values()))
+    limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
+    records_kept = sum(len(rankings) for _, rankings, _ in together.values())
+    return Examples(str(source), items, dropped, limits, records_kept, left_out)
+
+
+def _tokenized(records: Sequence[_Record], tokenizer: Tokenizer) -> Iterator[tuple[_Record, Tokens, list[Tokens]]]:
+    """Each record with the tokens of its prompt and of its responses, ends included."""
+    texts = [record for record in records if isinstance(record.prompt, str)]
+    prompts = tokenizer.encode_stream((str(record.prompt) for record in texts), bos=True)
+    responses = tokenizer.encode_stream((str(r) for record in texts for r in record.responses), continuation=True)
+    chat = Chat(tokenizer)
+    for record in records:
+        if isinstance(record.prompt, Conversation):
+            completions = [response for response in record.responses if not isinstance(response, str)]
+            yield record, *chat.answers(record.prompt, completions)
+        else:
+            end = np.int32(tokenizer.end_id)
+            yield record, next(prompts), [np.append(next(responses), end) for _ in record.responses]
 
 
 def _read_record(record: Record, tokenizer: Tokenizer) -> _Record:
-    if "responses" in record or not ("chosen" in record or "rejected" in record):
+    listed = "responses" in record or not ("chosen" in record or "rejected" in record)
+    if "messages" in record or any(holds_messages(record, name) for name in ("prompt", "chosen", "rejected")):
+        return _ranked_messages(record) if listed else _pair_of_messages(record)
+    if listed:
         return _ranked_list(record, tokenizer)
     if "prompt" in record:
-        pair = record.response("chosen"), record.response("rejected")
+        read = record.text if record.lenient else record.response
+        pair = read("chosen"), read("rejected")
         return _Record(read_prompt(record, tokenizer), pair, (0, 1), read_user(record))
-    return _dialogue_pair(record)
+    prompt, *answers = Dialogue().split_pair(record)
+    return _Record(prompt, tuple(answers), (0, 1), read_user(record))
+
+
+def _flaw(record: Record) -> str | None:
+    """What the files of published formats are known to hold."""
+    if record.fields.get("ranks") == CYCLE:
+        return CYCLE
+    responses = record.fields.get("responses")
+    return "too_few_responses" if isinstance(responses, list) and len(responses) < 2 else None
+
+
+def _ranked_messages(record: Record) -> _Record:
+    ranked, ranks = _responses_and_ranks(record)
+    responses = tuple(as_turns(record, "responses", response, ASSISTANT) for response in ranked)
+    return _Record(Conversation(record, _prompt_messages(record)), responses, ranks, read_user(record))
+
+
+def _pair_of_messages(record: Record) -> _Record:
+    """The prompt is a column of its own, or the turns that the two conversations begin with."""
+    pair = [read_turns(record, name, ASSISTANT) for name in ("chosen", "rejected")]
+    if all(answers[0]["role"] == ASSISTANT for answers in pair):
+        prompt = _prompt_messages(record)
+    else:
+        shared = 0
+        while shared < min(map(len, pair)) and pair[0][shared] == pair[1][shared]:
+            shared += 1
+        while shared and all(answers[shared - 1]["role"] == ASSISTANT for answers in pair):
+            shared -= 1  # the same answer twice
+        if not shared or any(turn[shared:][:1] and turn[shared]["role"] != ASSISTANT for turn in pair):
+            raise record.mistake(
+                "'chosen' and 'rejected' do not begin with the same messages up to an assistant's turn, so what the answers "
+                "answer is unknown; add a column 'prompt'"
+            )
+        prompt, pair = pair[0][:shared], [answers[shared:] for answers in pair]
+    return _Record(Conversation(record, prompt), tuple(pair), (0, 1), read_user(record))
+
+
+def _prompt_messages(record: Record) -> Messages:
+    """The prompt of a record with messages: `messages`, or `prompt`, where a text is the user's turn."""
+    column = "messages" if "messages" in record and not holds_messages(record, "prompt") else "prompt"
+    return Conversation(record, read_turns(record, column, "user")).prompt
 
 
 def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Record:
+    responses, ranks = _responses_and_ranks(record)
+    if any(isinstance(response, Mapping | list) for response in responses):
+        return _ranked_messages(record)
+    read = record.as_text if record.lenient else record.as_response
+    texts = tuple(read("responses", response) for response in responses)
+    return _Record(read_prompt(record, tokenizer), texts, ranks, read_user(record))
+
+
+def _responses_and_ranks(record: Record) -> tuple[list[Any], tuple[int, ...]]:
     responses, ranks = record.value("responses"), record.value("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise record.mistake(f"column 'responses' must be a list of two texts or more, not {responses!r:.60}")
@@ -161,19 +253,4 @@ def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Record:
         raise record.mistake(
             f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed"
         )
-    texts = tuple(record.as_response("responses", response) for response in responses)
-    return _Record(read_prompt(record, tokenizer), texts, tuple(ranks), read_user(record))
-
-
-def _dialogue_pair(record: Record) -> _Record:
-    chosen, rejected = record.text("chosen"), record.text("rejected")
-    turn = chosen.rfind(ASSISTANT_TURN)
-    while turn >= 0 and not rejected.startswith(chosen[: turn + len(ASSISTANT_TURN)]):
-        turn = chosen.rfind(ASSISTANT_TURN, 0, turn)
-    if turn < 0:
-        raise record.mistake(
-            f"'chosen' and 'rejected' share no {ASSISTANT_TURN!r}, so where the response starts is unknown; "
-            "add a column 'prompt'"
-        )
-    end = turn + len(ASSISTANT_TURN)
-    return _Record(chosen[:end], (chosen[end:], rejected[end:]), (0, 1), read_user(record))
+    return responses, tuple(ranks)

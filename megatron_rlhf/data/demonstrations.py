@@ -1,25 +1,49 @@
-"""Demonstrations for supervised fine-tuning: a prompt and the response that a labeler wrote."""
+"""Demonstrations for supervised fine-tuning: a prompt and the response that a labeler wrote, or a whole conversation."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_rlhf.data.examples import Examples, read_prompt
-from megatron_rlhf.data.records import read_records
+from megatron_rlhf.data.chat.messages import (
+    ASSISTANT,
+    Conversation,
+    holds_messages,
+    is_blank,
+    read_messages,
+    read_turns,
+)
+from megatron_rlhf.data.chat.template import Chat, Rendered
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt
+from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Demonstration:
-    """The loss is on the response: on `tokens[prompt_length:]`, its end included."""
+    """Tokens, and which of them the loss is on."""
 
     tokens: Tokens
-    """Prompt, response and the token that ends a response, [t]."""
+    """Prompt, response and the token that ends a response, [t]; or a conversation."""
 
     prompt_length: int
+    """What precedes the first token that is learned."""
+
+    turns: npt.NDArray[np.bool_] | None = None
+    """bool [t]: the assistant's turns in a conversation; None: all behind the prompt."""
+
+    @property
+    def target(self) -> npt.NDArray[np.bool_]:
+        """bool [t]: the tokens that are learned, ends of responses included."""
+        return np.arange(len(self.tokens)) >= self.prompt_length if self.turns is None else self.turns
+
+    def up_to_end(self, end_id: int) -> Tokens:
+        """The tokens up to the end of the last response: a template may put more behind it."""
+        return self.tokens[: int(np.flatnonzero(self.target & (self.tokens == end_id)).max(initial=-1)) + 1 or None]
 
 
 def load_demonstrations(
@@ -28,33 +52,99 @@ def load_demonstrations(
     max_prompt_tokens: int,
     max_response_tokens: int,
     max_length: int,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns = None,
+    last_turn_only: bool = False,
 ) -> Examples[Demonstration]:
-    """Reads records {"prompt", "response"}; `source` and `columns` as in `read_records`.
+    """Reads records {"prompt", "response"} of text, or of messages as in {"messages"}, {"prompt": [...], "response": [...]} and
+    TRL's {"prompt": [...], "completion": [...]}; `source` and `columns` as in `read_records`.
 
     Args:
-        max_prompt_tokens: The prompt's limit, beginning of text included.
-        max_response_tokens: The response's limit, its end included, as when sampling.
+        max_prompt_tokens: The limit of what precedes the first response, beginning of text included.
+        max_response_tokens: The limit of each response, its end included, as when sampling.
         max_length: The limit of both together: the model's context.
+        last_turn_only: Of a conversation, learn the last of the assistant's turns, not all.
 
-    What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`.
+    What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`. A conversation is
+    several demonstrations where the chat template renders earlier turns in another way than last ones.
 
     Raises:
         UserError: A mistake in the source, an empty prompt or response (with its line), or nothing left.
     """
-    texts = [(read_prompt(record, tokenizer), record.response("response")) for record in read_records(source, columns)]
-    prompts = tokenizer.encode_stream((prompt for prompt, _ in texts), bos=True)
-    responses = tokenizer.encode_stream((response for _, response in texts), continuation=True)
     items: list[Demonstration] = []
     dropped: Counter[str] = Counter()
-    for prompt, response in zip(prompts, responses, strict=True):
-        tokens = np.append(np.concatenate([prompt, response]), np.int32(tokenizer.end_id))
-        if len(prompt) > max_prompt_tokens:
-            dropped["prompt_too_long"] += 1
-        elif len(response) + 1 > max_response_tokens:
-            dropped["response_too_long"] += 1
-        elif len(tokens) > max_length:
-            dropped["total_too_long"] += 1
+    left_out: Counter[str] = Counter()
+    records = []
+    for record in read_records(source, columns, kind="demonstrations"):
+        if record.lenient and _has_no_answer(record):
+            dropped["empty_response"] += 1
         else:
-            items.append(Demonstration(tokens, len(prompt)))
-    return Examples(str(source), items, dropped)
+            records.append(record)
+    for parts in _tokenized(records, tokenizer, last_turn_only):
+        reasons = [_too_long(part, max_prompt_tokens, max_response_tokens, max_length) for part in parts]
+        kept = [part for part, reason in zip(parts, reasons, strict=True) if reason is None]
+        if kept:
+            left_out.update(filter(None, reasons))
+        else:
+            dropped.update(reasons[:1])  # type: ignore[arg-type]
+        items += kept
+    limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
+    records_kept = len(records) - sum(dropped.values()) + dropped["empty_response"]
+    return Examples(str(source), items, dropped, limits, records_kept, left_out)
+
+
+def _has_no_answer(record: Record) -> bool:
+    if holds_messages(record, "messages"):
+        return not Conversation(record, read_messages(record, "messages")).answers
+    return isinstance(response := record.fields.get("response"), str) and not response.strip()
+
+
+def _too_long(part: Demonstration, max_prompt_tokens: int, max_response_tokens: int, max_length: int) -> str | None:
+    if part.prompt_length > max_prompt_tokens:
+        return "prompt_too_long"
+    if _longest_run(part.target) > max_response_tokens:
+        return "response_too_long"
+    return "total_too_long" if len(part.tokens) > max_length else None
+
+
+def _tokenized(records: list[Record], tokenizer: Tokenizer, last_turn_only: bool) -> Iterator[list[Demonstration]]:
+    """Of each record its demonstrations: one, or several of a conversation."""
+    read = [
+        _conversation(record) or (read_prompt(record, tokenizer), record.response("response")) for record in records
+    ]
+    texts = [pair for pair in read if isinstance(pair, tuple)]
+    prompts = tokenizer.encode_stream((prompt for prompt, _ in texts), bos=True)
+    responses = tokenizer.encode_stream((response for _, response in texts), continuation=True)
+    chat = Chat(tokenizer)
+    for each in read:
+        if isinstance(each, Conversation):
+            yield [_of_conversation(rendered) for rendered in chat.learned(each, last_turn_only)]
+        else:
+            prompt, response = next(prompts), next(responses)
+            tokens = np.append(np.concatenate([prompt, response]), np.int32(tokenizer.end_id))
+            yield [Demonstration(tokens, len(prompt))]
+
+
+def _of_conversation(rendered: Rendered) -> Demonstration:
+    return Demonstration(rendered.tokens, int(rendered.targets.argmax()), rendered.targets)
+
+
+def _conversation(record: Record) -> Conversation | None:
+    """The record's messages; None if it holds text."""
+    response = "completion" if "completion" in record and "response" not in record else "response"
+    if "messages" in record:
+        conversation = Conversation(record, read_messages(record, "messages"))
+    elif holds_messages(record, "prompt") or holds_messages(record, response):
+        prompt = read_turns(record, "prompt", "user")
+        conversation = Conversation(record, (*prompt, *read_turns(record, response, ASSISTANT)), len(prompt))
+    else:
+        return None
+    for place in conversation.answers:
+        if is_blank(conversation.messages[place]):
+            raise record.mistake(f"turn {place + 1} is an empty response; give it a text or remove the record")
+    return conversation
+
+
+def _longest_run(target: npt.NDArray[np.bool_]) -> int:
+    """Tokens of the longest response."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], target, [False]]).astype(np.int8)))
+    return int((edges[1::2] - edges[::2]).max(initial=0))

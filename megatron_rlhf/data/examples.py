@@ -1,11 +1,14 @@
 """What demonstrations, comparisons and prompts have in common: a sequence of items, and a count of what was dropped."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.records import Record
+from megatron_rlhf.data.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -26,22 +29,41 @@ def read_user(record: Record) -> str | None:
     return record.text("user").strip() or None if "user" in record else None
 
 
+MUCH = 0.2
+"""A larger share of the records dropped is worth a warning."""
+
+
 class Examples(Generic[Item]):
-    """The items of a source in their order, and how many of its parts were dropped for which reason.
+    """The items of a source in their order, and how many of its records were dropped for which reason.
 
     Nothing is ever cut to fit: a text that ends early teaches the model to end early.
     """
 
-    def __init__(self, source: str, items: list[Item], dropped: Mapping[str, int], records: int | None = None):
-        """`records`: how many records the items were made from, if several may make one. Raises `UserError` if no item
-        is left."""
+    def __init__(
+        self,
+        source: str,
+        items: list[Item],
+        dropped: Mapping[str, int],
+        limits: Mapping[str, str] | None = None,
+        records: int | None = None,
+        left_out: Mapping[str, int] | None = None,
+    ):
+        """Args:
+            dropped: Reason -> records.
+            limits: Reason -> the limit that it stands for, such as `max_prompt_tokens=1024`.
+            records: How many records the items were made from, where that is another number.
+            left_out: Reason -> parts that are missing from records that are kept, such as responses.
+
+        Raises `UserError` if no item is left.
+        """
         self.source = source
         self.items = items
         self.records = len(items) if records is None else records
-        self.dropped = {reason: count for reason, count in dropped.items() if count}
-        """Reason -> count, only of the reasons that occurred."""
+        self.dropped = _counted(dropped)
+        self.left_out = _counted(left_out or {})
+        self.limits = dict(limits or {})
         if not items:
-            raise UserError(f"{source}: nothing left to train on: {self.describe()}")
+            raise UserError(f"{source}: nothing left to train on: {self.describe()}{self._binding()}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,8 +74,48 @@ class Examples(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 
+    @property
+    def total(self) -> int:
+        """Records of the source."""
+        return self.records + sum(self.dropped.values())
+
     def describe(self) -> str:
-        """One line for the log, such as `1090 kept; dropped: 10 prompt_too_long`."""
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        of = f" (of {self.records} records)" if self.records != len(self) else ""
-        return f"{len(self)} kept{of}; dropped: {dropped or 'none'}"
+        """One line for the log, such as `1090 of 1100 records kept; dropped: 10 prompt_too_long`."""
+        made = f" as {len(self)} examples" if self.records != len(self) else ""
+        without = f"; left out of them: {_listed(self.left_out)}" if self.left_out else ""
+        return f"{self.records} of {self.total} records kept{made}{without}; dropped: {_listed(self.dropped) or 'none'}"
+
+    def warning(self) -> str | None:
+        """What to say where much was dropped: its share, and the limit that binds."""
+        share = sum(self.dropped.values()) / self.total
+        if share <= MUCH:
+            return None
+        return f"{self.source}: {share:.0%} of the records are dropped: {_listed(self.dropped)}{self._binding()}"
+
+    def _binding(self) -> str:
+        worst = max(self.dropped, key=lambda reason: self.dropped[reason], default="")
+        return f"; the limit that binds: {self.limits[worst]}" if worst in self.limits else ""
+
+    def report(self) -> None:
+        """Says in the log what was kept, with a warning where that is little."""
+        log.info(self.describe())
+        if (warning := self.warning()) is not None:
+            log.warning(warning)
+
+
+def length_limits(prompt: int, response: int | None = None, total: int | None = None) -> dict[str, str]:
+    """The limits behind the reasons `..._too_long`."""
+    return {
+        "prompt_too_long": f"data.max_prompt_tokens={prompt}",
+        "response_too_long": f"data.max_response_tokens={response}",
+        "total_too_long": f"the model's context of {total} tokens, prompt and response together",
+    }
+
+
+def _counted(counts: Mapping[str, int]) -> dict[str, int]:
+    """Only what occurred."""
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

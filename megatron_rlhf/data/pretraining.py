@@ -244,7 +244,7 @@ def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int3
         made_with = json.loads(about.read_text())["tokenizer"] if about.exists() else tokenizer.fingerprint
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{about}: does not name a tokenizer ({error!r:.80}); {advice}") from error
-    if made_with != tokenizer.fingerprint:
+    if not tokenizer.agrees_with(made_with):
         raise UserError(f"{prefix}: was made with another tokenizer than this run's; {advice}")
     try:
         corpus = IndexedDataset(str(prefix))

@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhf.data.examples import Examples, read_prompt, read_user
-from megatron_rlhf.data.records import read_records
+import numpy as np
+
+from megatron_rlhf.data.chat.messages import Conversation, Messages, holds_messages, read_messages
+from megatron_rlhf.data.chat.template import Chat
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user
+from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 
@@ -17,11 +22,14 @@ class Prompt:
 
     id: int
     text: str
+    """As the model reads it: of messages, what the chat template makes of them."""
     user: str | None
     tokens: Tokens
     """Beginning of text, if the tokenizer adds one, and text, [t]."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of its line."""
+    messages: Messages | None = None
+    """The conversation that is to be answered."""
 
 
 def load_prompts(
@@ -30,9 +38,11 @@ def load_prompts(
     max_prompt_tokens: int,
     max_per_user: int | None = None,
     deduplicate_prefix_tokens: int | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns = None,
 ) -> Examples[Prompt]:
-    """Reads records {"prompt", "user" (optional), others, for reward functions}; `source` and `columns` as in `read_records`.
+    """Reads records {"prompt", "user" (optional), others, for reward functions}, or with {"messages"} or a "prompt" of messages
+    instead; `source` and `columns` as in `read_records`. Of a conversation that ends with the assistant's turn, that turn is left
+    out.
 
     Args:
         max_prompt_tokens: A longer prompt is dropped, and counted as `prompt_too_long`.
@@ -44,15 +54,22 @@ def load_prompts(
     Raises:
         UserError: A mistake in the source, an empty prompt (with its line), or nothing left.
     """
-    records = list(read_records(source, columns))
+    records = list(read_records(source, columns, kind="prompts"))
     users = [read_user(record) for record in records]
-    texts = [read_prompt(record, tokenizer) for record in records]
+    chat = Chat(tokenizer)
+    conversations = [_conversation(record) for record in records]
+    texts = [
+        chat.prompt_text(conversation) if conversation else read_prompt(record, tokenizer)
+        for record, conversation in zip(records, conversations, strict=True)
+    ]
     items: list[Prompt] = []
     dropped: Counter[str] = Counter()
     of_user: Counter[str] = Counter()
     prefixes: set[bytes] = set()
-    for index, tokens in enumerate(tokenizer.encode_stream(texts, bos=True)):
-        user = users[index]
+    begin = np.array(tokenizer.start_ids, dtype=np.int32)  # templates begin texts themselves
+    for index, encoded in enumerate(tokenizer.encode_stream(texts)):
+        user, conversation = users[index], conversations[index]
+        tokens = encoded if conversation else np.concatenate([begin, encoded])
         prefix = tokens[:deduplicate_prefix_tokens].tobytes()
         if len(tokens) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
@@ -65,5 +82,19 @@ def load_prompts(
             if user is not None:
                 of_user[user] += 1
             others = {name: value for name, value in records[index].fields.items() if name not in ("prompt", "user")}
-            items.append(Prompt(index, texts[index], user, tokens, others))
-    return Examples(str(source), items, dropped)
+            messages = conversation.prompt if conversation else None
+            items.append(Prompt(index, texts[index], user, tokens, others, messages))
+    limits = {
+        **length_limits(max_prompt_tokens),
+        "over_user_limit": f"data.max_per_user={max_per_user}",
+        "duplicate": f"data.deduplicate_prefix_tokens={deduplicate_prefix_tokens}",
+    }
+    return Examples(str(source), items, dropped, limits)
+
+
+def _conversation(record: Record) -> Conversation | None:
+    """The record's messages; None if it holds text."""
+    column = "messages" if "messages" in record else "prompt"
+    if column == "prompt" and not holds_messages(record, column):
+        return None
+    return Conversation(record, read_messages(record, column))

@@ -1,5 +1,6 @@
 """Which tokens begin and end a text: what the tokenizer's folder says about them, file by file."""
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
@@ -63,19 +63,34 @@ def name_end_of_text(hf: PreTrainedTokenizerFast, ends: Iterable[int]) -> None:
 
 
 def end_of_response(hf: PreTrainedTokenizerFast) -> int:
-    """The token that the chat template puts after an answer; the end of text if there is no template."""
+    """The token with which the chat template ends an answer; the end of text if there is no template.
+
+    A template may put more than one token behind an answer: the end of the turn is the last of those that stay when the
+    conversation goes on, or the first where none does.
+    """
     if hf.chat_template is None:
         return hf.eos_token_id
-    question, answer = "Is it a question?", "It is an answer."
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question, answer = {"role": "user", "content": "Is it a question?"}, "It is an answer."
+    turns = [question, {"role": "assistant", "content": answer}]
     try:
-        text = str(hf.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:  # templates are programs: one may need more than it gets
+        last = _behind(hf, turns, answer)
+    except Exception as error:  # templates are programs: one may need more than it gets
         log.warning("%s: its chat template cannot be used (%s): %s ends", hf.name_or_path, error, hf.eos_token)
         return hf.eos_token_id
-    behind = hf.backend_tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False).ids
+    try:
+        earlier = _behind(hf, [*turns, question], answer)
+    except Exception:  # a template of a single question and its answer
+        earlier = last
     special = {hf.eos_token_id, *(id for id, token in hf.added_tokens_decoder.items() if token.special)}
-    return next((id for id in behind if id in special), hf.eos_token_id)
+    stays = [id for id, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(last, earlier, strict=False))]
+    ends = [id for id in stays if id in special][-1:] or [id for id in last if id in special]
+    return next(iter(ends), hf.eos_token_id)
+
+
+def _behind(hf: PreTrainedTokenizerFast, turns: list[dict[str, str]], answer: str) -> list[int]:
+    """The tokens behind the answer in what the template makes of the turns."""
+    _, found, behind = str(hf.apply_chat_template(turns, tokenize=False)).rpartition(answer)
+    return hf.backend_tokenizer.encode(behind, add_special_tokens=False).ids if found else []
 
 
 def read_object(path: Path) -> dict[str, Any]:

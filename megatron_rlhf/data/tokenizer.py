@@ -1,5 +1,6 @@
 """Text to token ids and back, with any fast Hugging Face tokenizer or one trained on the user's own text."""
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -61,6 +62,9 @@ class Tokenizer:
         vocabulary = hf.get_vocab()
         self.hf = hf
         self.folder = folder
+        self._own_template = False
+        self.known_as: frozenset[str] = frozenset()
+        """Fingerprints before the chat template was replaced: models and texts of that time have the same ids."""
         self._whole = hf.backend_tokenizer
         self._whole.no_truncation()
         self._whole.no_padding()
@@ -80,6 +84,8 @@ class Tokenizer:
         self.stop_texts: tuple[str, ...] = ()
         """Texts that also end a sampled response, however they are split into tokens."""
         self._add_stop_ids([self.eos_id, self.end_id, *ends])
+        self.today: datetime.date | None = None
+        """What chat templates that ask for the date are told; None: the date on which they are used."""
         self.bos_id: int | None = hf.bos_token_id
         """The beginning of text that the folder names, whether or not texts begin with it (`start_ids`)."""
         padding = hf.pad_token_id
@@ -107,6 +113,15 @@ class Tokenizer:
             else:
                 self.stop_texts += (text,)
 
+    def use_chat_template(self, template: str) -> None:
+        """Another chat template than the folder's: it decides what ends a response, and is saved in its place."""
+        self.known_as = self.known_as | {self.fingerprint}
+        self.hf.chat_template = template
+        self._own_template = True
+        self.end_id = special_tokens.end_of_response(self.hf)
+        self._add_stop_ids([self.end_id])
+        self.__dict__.pop("fingerprint", None)
+
     def stop_watch(self) -> StopWatch | None:
         """For one response; None if there are no such texts."""
         return StopWatch(self._continuation, self.stop_texts) if self.stop_texts else None
@@ -114,6 +129,11 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False, continuation: bool = False) -> list[int]:
         """Token ids of the text; `bos` begins it as the tokenizer itself begins a text (`start_ids`)."""
         return self.encode_batch([text], bos, continuation)[0]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of the text, and how many of its characters are read with each."""
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, continuation: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -151,12 +171,27 @@ class Tokenizer:
                     shutil.copyfile(self.folder / name, target / name)
             if (self.folder / TEMPLATES).is_dir():
                 shutil.copytree(self.folder / TEMPLATES, target / TEMPLATES, copy_function=shutil.copyfile)
+            if self._own_template:
+                self._replace_chat_template(target)
         else:
             self.hf.save_pretrained(str(target))
         if self.folder is not None and (self.folder / GENERATION).is_file():
             settings = special_tokens.read_object(self.folder / GENERATION)
         settings["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.eos_id
         (target / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def _replace_chat_template(self, folder: Path) -> None:
+        """In a copy of the tokenizer's files, which may hold the former one in several places."""
+        settings = special_tokens.read_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
+        if settings.pop("chat_template", None) is not None:
+            (folder / FILES[1]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+        (folder / "chat_template.jinja").write_text(self.hf.chat_template, encoding="utf-8")
+
+    def agrees_with(self, fingerprint: str) -> bool:
+        """Whether ids made with the tokenizer of this fingerprint mean the same texts."""
+        return fingerprint == self.fingerprint or fingerprint in self.known_as
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,14 +27,20 @@ class TokenBatch:
     """bool [b, s], on the CPU: this token is to be predicted (from those before it)."""
 
     @classmethod
-    def pack(cls, sequences: Sequence[Sequence[int] | Tensor], first_targets: Sequence[int]) -> "TokenBatch":
-        """`first_targets[i]` is the position of sequence i's first target: its prompt's length, or 1 for plain text."""
+    def pack(
+        cls, sequences: Sequence[Sequence[int] | Tensor], targets: Sequence[int | npt.NDArray[np.bool_]]
+    ) -> "TokenBatch":
+        """`targets[i]`: which tokens of sequence i are targets, or the position of the first: all from there on (its
+        prompt's length, or 1 for plain text)."""
         width = max(len(sequence) for sequence in sequences)
         tokens = torch.zeros(len(sequences), width, dtype=torch.long)
         target = torch.zeros(len(sequences), width, dtype=torch.bool)
-        for row, (sequence, first) in enumerate(zip(sequences, first_targets, strict=True)):
+        for row, (sequence, wanted) in enumerate(zip(sequences, targets, strict=True)):
             tokens[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-            target[row, first : len(sequence)] = True
+            if isinstance(wanted, np.ndarray):
+                target[row, : len(sequence)] = torch.from_numpy(wanted)
+            else:
+                target[row, wanted : len(sequence)] = True
         return cls(tokens.to(collectives.device()), target)
 
     @property

@@ -58,6 +58,9 @@ _COMMON = {
     "fp8.gate_samples": Change.refused,
     "model": Change.content,
     "data.tokenizer": Change.content,
+    "data.chat_template": Change.content,
+    "data.format": Change.content,
+    "data.chat": Change.content,
     "data.allow_other_tokenizer": Change.free,
     "data.stop": Change.taken,
 }
@@ -74,6 +77,7 @@ TABLE: dict[str, dict[str, Change]] = {
         **_COMMON,
         **_PRETRAINING,
         **_keys(Change.content, "data.", "demonstrations validation columns max_prompt_tokens max_response_tokens"),
+        "data.assistant_turns": Change.content,
         "data.pretraining_mix": Change.refused,
         **_trained("policy"),
         "reward.init_from": Change.content,

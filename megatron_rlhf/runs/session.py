@@ -127,6 +127,12 @@ class Session:
             if what in before:
                 resume_table.compare_content(what, keys, before[what], content, self.resume_from)
 
+    def content_before(self, what: str) -> Any:
+        """What the checkpoint to resume recorded by `require_same`; None for a new run, or an older checkpoint."""
+        if self.resume_from is None:
+            return None
+        return sharded.read_meta(self.resume_from)["state"].get("content", {}).get(what)
+
     def kept(self) -> dict[str, Any]:
         """What a checkpoint records about the run in addition to the trainer's state."""
         return {"settings": self.settings, "content": self.content}

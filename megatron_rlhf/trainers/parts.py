@@ -17,6 +17,7 @@ from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Pr
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint, Wanted
 from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
 from megatron_rlhf.data.prompts import Prompt, load_prompts
 from megatron_rlhf.data.splits import split_by_user
@@ -110,13 +111,15 @@ def read_text(path: str, key: str) -> str:
 def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
     """The prompts that remain of the file, from the requested part."""
     limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
-    prompts = load_prompts(config.prompts, tokenizer, *limits, config.columns.given())
+    shape = Shape.of(config.format, config.columns.given(), config.chat)
+    prompts = load_prompts(config.prompts, tokenizer, *limits, shape)
+    prompts.report()
     if config.part is not PromptPart.all:
         names = [PromptPart.train, PromptPart.validation, PromptPart.test]
         part = split_by_user(prompts, config.part_shares, seed=0)[names.index(config.part)]
         others = {f"outside data.part={config.part.value}": len(prompts) - len(part)}
         prompts = Examples(prompts.source, part, prompts.dropped | others)
-    log.info(prompts.describe())
+        log.info(prompts.describe())
     return prompts
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import numpy as np
 
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.budgets import require_room
+from megatron_rlhf.config.data import AssistantTurns, DemonstrationDataConfig
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, TRAINED_REWARD
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
 from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
+from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.splits import hold_out
-from megatron_rlhf.data.tokenizer import require_tokenizer_fits
+from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.evaluation.evaluator import Evaluator, output_file
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
@@ -45,13 +50,14 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
+    load = partial(_load_demonstrations, data, tokenizer, limits)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
-        demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns=data.columns.given())
-        log.info(demonstrations.describe())
+        demonstrations = load(data.demonstrations)
+        demonstrations.report()
         parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], _pieces(demonstrations))
         if data.validation is not None:
-            validation = load_demonstrations(data.validation, tokenizer, *limits, columns=data.columns.given())
+            validation = load(data.validation)
             prompts = ([d.tokens[: d.prompt_length] for d in part] for part in (demonstrations, validation))
             parts.warn_of_shared_prompts(*prompts)
         parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _pieces(validation or []))
@@ -92,9 +98,9 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
-    columns = data.columns.given()
+    columns = Shape.of(data.format, data.columns.given(), data.chat)
     loaded = load_comparisons(data.comparisons, tokenizer, *limits, columns)
-    log.info(loaded.describe())
+    loaded.report()
     if data.validation is not None:
         training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits, columns))
         parts.warn_of_shared_prompts(*([c.prompt_tokens for c in part] for part in (training, validation)))
@@ -107,9 +113,9 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
     parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
     if data.demonstrations is not None:
-        columns = data.demonstration_columns.given()
+        columns = Shape.of(None, data.demonstration_columns.given(), data.chat)
         loaded_demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns)
-        demonstrations = [d.tokens.tolist() for d in loaded_demonstrations]
+        demonstrations = [d.up_to_end(tokenizer.end_id).tolist() for d in loaded_demonstrations]
     else:
         demonstrations = [
             [*c.prompt_tokens.tolist(), *c.responses_tokens[i].tolist()] for c in training for i in c.best
@@ -147,6 +153,11 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     inputs = [prompt.tokens.tolist() for prompt in chosen]
     which = "the longest prompt"
     if config.evaluate.few_shot is not None:
+        if any(prompt.messages for prompt in chosen):
+            raise UserError(
+                f"evaluate.few_shot={config.evaluate.few_shot} is text that goes before prompts of text, and "
+                f"{config.data.prompts} holds messages: put the examples into them, as turns"
+            )
         few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")
         inputs = [tokenizer.encode(few_shot + prompt.text, bos=True) for prompt in chosen]
         which += ", evaluate.few_shot included"
@@ -168,8 +179,18 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     return Evaluator(config, session, tokenizer, chosen, inputs, output, held_out, policy, reward)
 
 
+def _load_demonstrations(
+    data: DemonstrationDataConfig, tokenizer: Tokenizer, limits: tuple[int, int, int], source: str
+) -> Examples[Demonstration]:
+    last = data.assistant_turns is AssistantTurns.last
+    shape = Shape.of(data.format, data.columns.given(), data.chat)
+    return load_demonstrations(source, tokenizer, *limits, columns=shape, last_turn_only=last)
+
+
 def _pieces(demonstrations: Iterable[Demonstration]) -> Iterator[np.ndarray]:
-    return (np.append(d.tokens, d.prompt_length) for d in demonstrations)
+    return (
+        np.append(d.tokens, d.prompt_length if d.turns is None else np.flatnonzero(d.turns)) for d in demonstrations
+    )
 
 
 def _ranked_pieces(comparisons: Iterable[Comparison]) -> Iterator[np.ndarray]:

@@ -28,8 +28,8 @@ from megatron_rlhf.trainers.step import TrainedRole
 
 log = logging.getLogger(__name__)
 
-Example = tuple[Any, int]
-"""Tokens, and the position of the first that is a target."""
+Example = tuple[Any, Any]
+"""Tokens, and which are targets, as in `TokenBatch.pack`."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ class SFTTrainer(Trainer):
         indices = self.batches.take(count)
         chosen = [self.demonstrations[index] for index in indices]
         self.session.guard.name("demonstration", indices, [one.tokens for one in chosen])
-        return [(one.tokens, one.prompt_length) for one in chosen]
+        return [_example(one) for one in chosen]
 
     def _next_texts(self) -> list[Example]:
         count = self.mix.texts(self.step)
@@ -142,7 +142,7 @@ class SFTTrainer(Trainer):
     def validation_loss(self) -> float | None:
         """Mean loss per target token: on validation demonstrations, else on held-out text; None if there is neither."""
         if self.validation is not None:
-            examples: list[Example] = [(d.tokens, d.prompt_length) for d in self.validation]
+            examples: list[Example] = [_example(d) for d in self.validation]
         elif self.pretraining is not None and self.pretraining.held_out is not None and self.batches is None:
             held_out = self.pretraining.held_out
             count = min(len(held_out), self.config.data.pretraining.held_out_samples)
@@ -231,5 +231,10 @@ def selection_prompts(
 VALIDATION_BATCH = 256
 
 
+def _example(demonstration: Demonstration) -> Example:
+    turns = demonstration.turns
+    return demonstration.tokens, demonstration.prompt_length if turns is None else turns
+
+
 def _pack(examples: Sequence[Example]) -> TokenBatch:
-    return TokenBatch.pack([tokens for tokens, _ in examples], [first for _, first in examples])
+    return TokenBatch.pack([tokens for tokens, _ in examples], [targets for _, targets in examples])

@@ -1,17 +1,25 @@
 """The run's tokenizer: the configured one, else one that came with a model. All models must be trained with it."""
 
+import datetime
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config.data import TokenizerConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.conversion.starting_point import StartingPoint
+from megatron_rlhf.data.chat.files import read_chat_template, template_in
 from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlhf.runs.session import Session
 
 log = logging.getLogger(__name__)
+
+DAY = "day of the conversations"
 
 
 def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint | None], session: Session) -> Tokenizer:
@@ -34,11 +42,20 @@ def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint |
     else:
         without = ", ".join(f"{key}={start.path}" for key, start in sources.items()) or "random weights"
         raise UserError(f"data.tokenizer is not given (a Hugging Face tokenizer folder), and none came with {without}")
+    if data.chat_template is not None:
+        tokenizer.use_chat_template(read_chat_template(data.chat_template, "data.chat_template", tokenizer.hf))
+        named += " with data.chat_template"
     for key, start in sources.items():
+        _warn_of_other_template(key, start, tokenizer)
         _require_same(data, key, start.path, _fingerprint(start.path, start.tokenizer), tokenizer, named)
     if session.resume_from is not None:
         carried = _fingerprint(session.resume_from, None)
         _require_same(data, "run.resume", session.resume_from, carried, tokenizer, named)
+    template = json.dumps(tokenizer.hf.chat_template)
+    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+    session.require_same("chat template", ["data.chat_template", "data.tokenizer"], digest)
+    if "strftime_now" in template:
+        _fix_date(session, tokenizer)
     writer = next(iter(sources.values()), None)
     if writer is not None:
         tokenizer.take_stops(writer.tokenizer or writer.path)
@@ -50,7 +67,7 @@ def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint |
 def _require_same(
     data: TokenizerConfig, key: str, path: Path, fingerprint: str | None, tokenizer: Tokenizer, named: str
 ) -> None:
-    if fingerprint is None or fingerprint == tokenizer.fingerprint:
+    if fingerprint is None or tokenizer.agrees_with(fingerprint):
         return
     difference = (
         f"{key}: {path} was trained with another tokenizer ({fingerprint}) than {named} ({tokenizer.fingerprint})"
@@ -61,6 +78,22 @@ def _require_same(
             "data.allow_other_tokenizer=true if you know that the ids agree"
         )
     log.warning("%s; data.allow_other_tokenizer=true", difference)
+
+
+def _fix_date(session: Session, tokenizer: Tokenizer) -> None:
+    """Chat templates that ask for the date get that of the run's first day: a resumed run reads the same conversations."""
+    day = [session.content_before(DAY) or datetime.date.today().isoformat()]
+    dist.broadcast_object_list(day)  # ranks may ask on both sides of midnight
+    tokenizer.today = datetime.date.fromisoformat(day[0])
+    session.content[DAY] = day[0]
+
+
+def _warn_of_other_template(key: str, start: StartingPoint, tokenizer: Tokenizer) -> None:
+    """A model that learned conversations in another form is asked in a form that is new to it."""
+    theirs = None if start.tokenizer is None else template_in(start.tokenizer)
+    ours = tokenizer.hf.chat_template
+    if theirs is not None and isinstance(ours, str) and theirs.strip() != ours.strip():
+        log.warning("%s: %s came with another chat template than this run uses for messages", key, start.path)
 
 
 def _fingerprint(path: Path, folder: Path | None) -> str | None:

@@ -60,14 +60,23 @@ def test_sets_keep_their_own_responses_when_others_are_dropped(tokenizer, write_
         ("long", [f"a{end}", f"b{end}", f"c{end}"], [[1, 0], [2, 0]]),
         ("fine", [f"a{end}", f"b{end}"], [[1, 0]]),
     ]
-    assert examples.dropped == {"prompt_too_long": 1, "all_tied": 1, "response_too_long": 3, "too_few_responses": 2}
+    assert examples.dropped == {"prompt_too_long": 1, "all_tied": 1, "response_too_long": 2}
+    assert examples.left_out == {"response_too_long": 1}
+    assert examples.records + sum(examples.dropped.values()) == 6
+    assert examples.describe() == (
+        "2 of 6 records kept; left out of them: 1 response_too_long; dropped: 1 all_tied, 1 prompt_too_long, 2 response_too_long"
+    )
+    assert examples.warning() == (
+        f"{path}: 67% of the records are dropped: 1 all_tied, 1 prompt_too_long, 2 response_too_long; the limit that binds: "
+        "data.max_response_tokens=5"
+    )
 
 
 def test_total_length_counts_prompt_and_response(tokenizer, write_records):
     path = write_records({"prompt": "four", "responses": ["a", "abc", "abcd"], "ranks": [0, 1, 2]})
     examples = load_comparisons(path, tokenizer, 100, 100, max_length=8)
     assert [len(response) for response in examples[0].responses_tokens] == [2, 4]
-    assert examples.dropped == {"total_too_long": 1}
+    assert (examples.dropped, examples.left_out) == ({}, {"total_too_long": 1})
 
 
 def test_records_of_one_prompt_are_one_element(tokenizer, write_records):
@@ -88,7 +97,7 @@ def test_records_of_one_prompt_are_one_element(tokenizer, write_records):
     assert first.pairs[:, 2].tolist() == [2, 3, 3, 2], "how many were ranked together"
     assert first.best == (0, 0, 1)
     assert (first.users, second.users) == ({"eva", "tom"}, {"eva"})
-    assert examples.describe() == "2 kept (of 4 records); dropped: none"
+    assert examples.describe() == "4 of 4 records kept as 2 examples; dropped: none"
 
 
 def test_equal_responses_say_nothing(tokenizer, write_records):
@@ -100,7 +109,7 @@ def test_equal_responses_say_nothing(tokenizer, write_records):
     examples = load_comparisons(path, tokenizer, 10, 5, 20)
     end = "<|endoftext|>"
     assert [described(tokenizer, one) for one in examples] == [("q", [f"a{end}", f"b{end}"], [[0, 1], [1, 0]])]
-    assert examples.dropped == {"equal_responses": 1, "response_too_long": 1, "too_few_responses": 1}
+    assert examples.dropped == {"equal_responses": 1, "response_too_long": 1}
 
 
 def test_dialogue_that_ends_without_an_answer_is_dropped(tokenizer, write_records):
@@ -115,7 +124,7 @@ def test_dialogue_that_ends_without_an_answer_is_dropped(tokenizer, write_record
 
 def test_only_ties_is_nothing_to_train_on(tokenizer, write_records):
     path = write_records({"prompt": "p", "responses": ["x", "y"], "ranks": [0, 0]})
-    with pytest.raises(UserError, match=r"nothing left to train on: 0 kept; dropped: 1 all_tied"):
+    with pytest.raises(UserError, match=r"nothing left to train on: 0 of 1 records kept; dropped: 1 all_tied"):
         load_comparisons(path, tokenizer, **LIMITS)
 
 
@@ -168,16 +177,16 @@ def test_mistakes_in_the_format(tokenizer, write_records, record, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "dropped"),
+    ("name", "kept", "dropped", "left_out"),
     [
-        ("oasst_ranked_212.jsonl", 207, {"prompt_too_long": 4, "response_too_long": 4, "too_few_responses": 1}),
-        ("qa_feedback_k4_400.jsonl", 390, {"all_tied": 10}),
-        ("hh_harmless_1800.jsonl.gz", 1796, {"empty_response": 4}),
+        ("oasst_ranked_212.jsonl", 207, {"prompt_too_long": 4, "response_too_long": 1}, {"response_too_long": 2}),
+        ("qa_feedback_k4_400.jsonl", 390, {"all_tied": 10}, {}),
+        ("hh_harmless_1800.jsonl.gz", 1796, {"empty_response": 4}, {}),
     ],
 )
-def test_real_rankings(shared_data, name, kept, dropped):
+def test_real_rankings(shared_data, name, kept, dropped, left_out):
     tokenizer = load_tokenizer(shared_data / "gpt2_tokenizer")
     examples = load_comparisons(shared_data / name, tokenizer, 1024, 1024, 2048)
     assert examples.records == kept
-    assert examples.dropped == dropped
+    assert (examples.dropped, examples.left_out) == (dropped, left_out)
     assert kept - 2 <= len(examples) <= kept, "two prompts of hh-rlhf come twice"

@@ -23,7 +23,7 @@ def test_limits_include_the_end_and_drop_whole_records(tokenizer, write_records)
     examples = load_demonstrations(path, tokenizer, max_prompt_tokens=4, max_response_tokens=4, max_length=8)
     assert [len(item.tokens) for item in examples] == [8]
     assert examples.dropped == {"prompt_too_long": 1, "response_too_long": 1}
-    assert examples.describe() == "1 kept; dropped: 1 prompt_too_long, 1 response_too_long"
+    assert examples.describe() == "1 of 3 records kept; dropped: 1 prompt_too_long, 1 response_too_long"
     with pytest.raises(UserError) as error:
         load_demonstrations(path, tokenizer, 4, 4, max_length=7)
     assert str(error.value).startswith(f"{path}: nothing left")

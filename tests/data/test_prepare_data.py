@@ -46,7 +46,7 @@ def test_check(run, tokenizer, tmp_path, write_records, capsys, kind, record, op
     path = write_records(record)
     assert run("check", kind, "--input", path, "--tokenizer", tmp_path / "tok", *options) == 0
     printed = capsys.readouterr().out
-    assert f"{path}: 1 kept; dropped: none" in printed
+    assert f"{path}: 1 of 1 records kept; dropped: none" in printed
     assert expected in printed
 
 
@@ -66,3 +66,34 @@ def test_help_teaches(run, capsys):
         run("--help")
     assert exit_.value.code == 0
     assert "check demonstrations --input" in capsys.readouterr().out
+
+
+def test_check_with_a_model(run, shared_data, tmp_path, write_records, capsys):
+    """Its tokenizer and its context, and a warning where most of a file does not fit."""
+    long = {"prompt": "Once upon a time", "response": "there was a dog. " * 200}
+    path = write_records(long, long, {**long, "response": "the end"})
+    model = shared_data / "tinystories_260k"
+    assert run("check", "demonstrations", "--input", path, "--model", model, "--max-response-tokens", 5000) == 0
+    printed = capsys.readouterr()
+    assert f"{path}: 1 of 3 records kept; dropped: 2 total_too_long" in printed.out
+    assert (
+        "67% of the records are dropped: 2 total_too_long; the limit that binds: the model's context of 512"
+        in printed.err
+    )
+    assert run("check", "prompts", "--input", path) == 2
+    assert "give --model DIR" in capsys.readouterr().err
+
+
+def test_check_a_known_format_as_a_conversation(run, tmp_path, write_records, tokenizer, capsys):
+    tokenizer.save(tmp_path / "tok")
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + (eos_token if m['role'] == 'assistant' else '') }}"
+        "{% endfor %}{{ 'assistant:' if add_generation_prompt else '' }}"
+    )
+    path = write_records({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    folder, template = tmp_path / "tok", ("--chat-template", tmp_path / "own.jinja")
+    asked = ("check", "demonstrations", "--input", path, "--tokenizer", folder, "--format", "sharegpt")
+    assert run(*asked, *template) == 0
+    assert "learned tokens: least 6, median 6" in capsys.readouterr().out
+    assert run(*asked) == 2
+    assert "line 1: holds messages, and the tokenizer" in capsys.readouterr().err

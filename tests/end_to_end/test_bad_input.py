@@ -16,6 +16,7 @@ from recipe import Recipe, write_lines
 SCRIPTS = {"sft": "train_sft", "reward_model": "train_reward_model", "ppo": "train_ppo", "evaluate": "evaluate"}
 PROMPT = {"prompt": "say beta:"}
 GOOD = {**PROMPT, "response": " beta"}
+CHAT = {"messages": [{"role": "user", "content": "say beta:"}, {"role": "assistant", "content": " beta"}]}
 RANKED = {**PROMPT, "responses": [" beta", " beta beta"], "ranks": [0, 1]}
 
 
@@ -96,6 +97,32 @@ CASES: dict[str, Case] = {
         "sft", ["model.vocab_size=100"], [r"model\.vocab_size=100", r"has 29\d ids", r"at least 29\d"]
     ),
     "no_model": Case("sft", [], [r"policy\.init_from", "model="], without=["model"]),
+    # Conversations.
+    "messages_without_template": demonstrations(
+        CHAT, says=["bad.jsonl, line 1: holds messages", "no chat template", r"data\.chat_template=FILE"]
+    ),
+    "no_template_file": Case(
+        "sft", ["data.chat_template={folder}/x.jinja"], [r"data\.chat_template=.*x\.jinja", "No such"]
+    ),
+    "broken_template": Case("sft", ["data.chat_template={{% for"], [r"data\.chat_template", "no template", "line 1"]),
+    "template_that_refuses": Case(
+        "sft",
+        ["data.chat_template={{{{ raise_exception('not today') }}}}", "data.demonstrations={file}"],
+        ["bad.jsonl, line 1: the chat template refuses this conversation: not today"],
+        lines=[CHAT],
+    ),
+    "template_that_drops_a_turn": Case(
+        "sft",
+        ["data.chat_template={{{{ messages[-1].content + eos_token }}}}", "data.demonstrations={file}"],
+        ["bad.jsonl, line 1: the chat template leaves out turn 1, 'user': 'say beta:'"],
+        lines=[CHAT],
+    ),
+    "few_shot_text_before_messages": Case(
+        "evaluate",
+        ["data.chat_template={{{{ messages[0].content }}}}", "data.prompts={file}", "evaluate.few_shot={file}"],
+        [r"evaluate\.few_shot=.*bad\.jsonl", "holds messages"],
+        lines=[CHAT],
+    ),
     # Contradictions.
     "minibatch": Case("ppo", ["ppo.minibatch_size=4"], [r"ppo\.minibatch_size=4 does not divide ppo\.batch_size=10"]),
     "gamma_without_text": Case(
@@ -420,7 +447,7 @@ def test_what_is_dropped_is_counted_and_the_rest_is_used(recipe, tmp_path):
     arguments = recipe.reward_model(str(tmp_path / "run"), recipe.root / "sft", f"data.comparisons={mixed}")
     finished = run_example("train_reward_model", *arguments, "data.max_response_tokens=20")
     assert finished.codes == [0], finished.output
-    assert "6 kept; dropped: 2 all_tied, 1 response_too_long, 1 too_few_responses" in finished.output
+    assert "6 of 9 records kept; dropped: 2 all_tied, 1 response_too_long" in finished.output
 
 
 def test_divergence_stops_with_its_cause_and_keeps_the_checkpoints(recipe, tmp_path):

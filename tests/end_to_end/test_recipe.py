@@ -155,4 +155,4 @@ def test_report_and_log(runs):
     for name in ("sft", "reward_model", "ppo"):
         assert len((runs[name] / "report.html").read_text()) > 5000
         assert "http://" not in (runs[name] / "report.html").read_text().replace("http://www.w3.org", "")
-    assert "10 kept; dropped: none" in (runs["ppo"] / "log.txt").read_text()
+    assert "10 of 10 records kept; dropped: none" in (runs["ppo"] / "log.txt").read_text()

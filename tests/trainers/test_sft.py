@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -24,6 +25,15 @@ def test_only_response_tokens_are_targets():
     assert batch.tokens_bs.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
     assert batch.target_bs.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
     assert batch.num_targets == 3
+
+
+def test_targets_may_be_any_tokens():
+    """Turns of a conversation: what comes after the last target need not be read."""
+    batch = TokenBatch.pack([[5, 6, 7, 8, 9], [1, 2, 3]], [np.array([0, 1, 0, 1, 0], dtype=bool), 1])
+    assert batch.target_bs.int().tolist() == [[0, 1, 0, 1, 0], [0, 1, 1, 0, 0]]
+    assert batch.num_targets == 4
+    assert batch.sequences.lengths == [4, 3]
+    assert batch.sequences.wanted_ns.int().tolist() == [[1, 0, 1, 0, 0], [1, 1, 0, 0, 0]]
 
 
 def watch_batches(stage, arguments):
