@@ -4,6 +4,8 @@ python tools/benchmark.py rollout [--arch llama]     sampling, against `generate
 python tools/benchmark.py interleave --pipeline 2 4  one pipeline schedule for PPO and pretraining, against two
 python tools/benchmark.py scoring                    judging a rollout, against padding to its longest row
 python tools/benchmark.py reward [--data FILE]       rankings, against pairs and against one copy of the prompt per response
+python tools/benchmark.py ppo --peer-python PYTHON   whole PPO iterations, against TRL's PPOTrainer
+python tools/benchmark.py overhead                   share of a PPO iteration that is neither model nor optimizer
 python tools/benchmark.py train                      an update, against bare matrix products and transformers
 python tools/benchmark.py layouts                    every figure of every stage at many layouts, against one rank
 
@@ -21,6 +23,8 @@ COMMANDS = {
     "interleave": "one pipeline schedule for both kinds of microbatches, against two",
     "scoring": "judging a rollout of texts of many lengths, against padding all to the longest",
     "reward": "rankings of K responses, against pairs and against K copies of the prompt",
+    "ppo": "whole PPO iterations, against TRL's PPOTrainer in an environment of its own",
+    "overhead": "share of a PPO iteration that is neither model nor optimizer",
     "train": "share of the rate of bare matrix products, and transformers' beside it",
     "layouts": "largest differences of figures and weights between layouts",
 }

@@ -1,9 +1,17 @@
 """The algorithm of PPO-ptx: `ppo.*`."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.training import AdvantageEstimator, KLControl
+
+
+class OldLogprobs(Enum):
+    """Where the log-probabilities come from that an update's ratios, and the KL to the reference, start from."""
+
+    recomputed = "recomputed"
+    sampled = "sampled"
 
 
 @dataclass(kw_only=True)
@@ -75,6 +83,12 @@ class PPOAlgorithmConfig:
     update); 0 for never. With ptx_coef=auto every iteration has one. Costs one more gradient buffer."""
     tax_every: int = 10
     """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
+    old_logprobs: OldLogprobs = OldLogprobs.recomputed
+    """recomputed: the policy reads the whole rollout once more; sampled: as they were when the tokens were drawn, which
+    saves that pass. In fp32 both are equal but for rounding; in bf16 the rounding of decoding enters the ratios."""
+    recheck_every: int = 10
+    """With old_logprobs=sampled: iterations between rollouts that are recomputed all the same, only to compare. The
+    first update's ratios are compared in every iteration."""
     max_logprob_gap: float | None = None
     """Stop when sampled and recomputed log-probabilities, or the first update's ratios, differ by more than this: that
     would be a bug. Not given: 0.05 in fp32, 1 in fp16, 2 in bf16, 4 in fp8, which is more than rounding causes."""
@@ -82,6 +96,10 @@ class PPOAlgorithmConfig:
     @property
     def micro_batch(self) -> Budget:
         return Budget.given(self.micro_batch_size, self.micro_batch_tokens, 4)
+
+    def recomputes(self, iteration: int) -> bool:
+        """The policy scores the rollout of this iteration, counted from 1."""
+        return self.old_logprobs is OldLogprobs.recomputed or iteration % self.recheck_every == 0
 
     @property
     def ptx_micro_batch(self) -> Budget:

@@ -103,7 +103,11 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
             COUNT,
         ),
         **dict.fromkeys(
-            ("samples_per_prompt", "kl_horizon", "ptx_ratio", "ptx_micro_batch_size", "ptx_micro_batch_tokens"), COUNT
+            (
+                *("samples_per_prompt", "kl_horizon", "recheck_every"),
+                *("ptx_ratio", "ptx_micro_batch_size", "ptx_micro_batch_tokens"),
+            ),
+            COUNT,
         ),
         **dict.fromkeys(("clip", "value_clip", "kl_target", "ptx_gradient_ratio", "max_logprob_gap"), POSITIVE),
         **dict.fromkeys(("gamma", "lam"), SHARE),

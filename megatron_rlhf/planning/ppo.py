@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.layout_checks import check_placement
+from megatron_rlhf.config.ppo import OldLogprobs
 from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
@@ -54,9 +55,10 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
         sampling = place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
         roles.append(PlannedRole("sampler", sampling, trained=False))
+    recomputes = config.ppo.old_logprobs is OldLogprobs.recomputed
     phases = [
         _rollout_phase(config, sampling, layout is not None, cluster, workload),
-        _scoring_phase(POLICY_SCORING, [policy, reference], config, cluster, workload),
+        _scoring_phase(POLICY_SCORING, [*[policy] * recomputes, reference], config, cluster, workload),
         *([_scoring_phase(CRITIC_SCORING, critics, config, cluster, workload)] if critics else []),
         *_policy_phases(config, policy, cluster, workload),
         *([_value_phase(config, value, cluster, workload)] if config.ppo.has_critic else []),

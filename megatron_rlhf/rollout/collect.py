@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.config.ppo import OldLogprobs
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
@@ -79,6 +80,8 @@ def collect_rollout(
     pad_id: int,
     seed: tuple[int, int],
     micro_batch_size: Budget | int,
+    old_logprobs: OldLogprobs,
+    recompute: bool,
     timer: Timer,
     meanwhile: Callable[[], None],
     answers: Callable[[Responses], Answers],
@@ -86,8 +89,10 @@ def collect_rollout(
 ) -> Rollout:
     """Sample a response to each prompt, then score it. Every rank gets the whole rollout.
 
-    `meanwhile` is what a rank does when its own roles are done, before it waits for the results of other ranks; `answers`
-    are the responses as reward functions read them.
+    Args:
+        recompute: the policy scores it too, as it must where `old_logprobs` are the recomputed ones.
+        meanwhile: what a rank does when its own roles are done, before it waits for the results of other ranks.
+        answers: the responses as reward functions read them.
     """
     with timer("rollout"):
         completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)
@@ -101,27 +106,29 @@ def collect_rollout(
             values_bs = roles.value.values(asked, micro_batch_size)
         else:
             values_bs = torch.zeros(tokens_bs.shape, device=tokens_bs.device)
-        logprobs_bs = roles.policy.logprobs(asked, micro_batch_size, temperature, as_response=True)
-        ref_logprobs_bs = roles.reference.logprobs(asked, micro_batch_size, temperature, as_response=True)
+        readers = [roles.reference, *([roles.policy] if recompute else [])]
+        logprobs_bs = [role.logprobs(asked, micro_batch_size, temperature, as_response=True) for role in readers]
     meanwhile()
     with timer("exchange"):
         scores = roles.reward.scores(read)
         collectives.publish(values_bs, roles.reward.layout)
-        for judged in (logprobs_bs, ref_logprobs_bs):
+        for judged in logprobs_bs:
             collectives.publish(judged, roles.policy.layout)
         sampled = torch.zeros(responses.mask_bt.shape, device=tokens_bs.device)
         sampled[responses.mask_bt] = torch.tensor(
             [logprob for completion in completions for logprob in completion.logprobs], device=tokens_bs.device
         )
+        reference, *recomputed = map(responses.at_response, logprobs_bs)
         return Rollout(
             responses=responses,
             prompts_b=torch.tensor(prompt_ids, device=tokens_bs.device),
             sampled_logprobs_bt=sampled,
-            logprobs_bt=responses.at_response(logprobs_bs),
-            ref_logprobs_bt=responses.at_response(ref_logprobs_bs),
+            logprobs_bt=sampled if old_logprobs is OldLogprobs.sampled else recomputed[0],
+            ref_logprobs_bt=reference,
             values_bt=responses.at_response(values_bs),
             scores_b=scores.total_b,
             parts=scores.parts,
+            recomputed_logprobs_bt=recomputed[0] if recomputed else None,
         )
 
 

@@ -96,7 +96,7 @@ class Rollout:
     sampled_logprobs_bt: Tensor
     """As the sampler saw them, token by token."""
     logprobs_bt: Tensor
-    """The policy's, recomputed in one pass: the "old" log-probabilities of the update."""
+    """The policy's before the update, its "old" ones: recomputed in one pass, or as sampled."""
     ref_logprobs_bt: Tensor
     """The reference's."""
     values_bt: Tensor
@@ -107,6 +107,8 @@ class Rollout:
     """Ids of the prompts; several samples of a prompt have the same."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """What the score is the weighted sum of, by name, [b]."""
+    recomputed_logprobs_bt: Tensor | None = None
+    """The policy's in one pass, where one was made."""
 
     @property
     def mask_bt(self) -> Tensor:

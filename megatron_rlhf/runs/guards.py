@@ -113,9 +113,10 @@ class Guard:
         Args:
             dp_sizes: by role, to find the microbatch that a row was in.
         """
+        recomputed_bt = rollout.recomputed_logprobs_bt
         judged = {
             ("policy", "log-probability at sampling"): rollout.sampled_logprobs_bt,
-            ("policy", "log-probability"): rollout.logprobs_bt,
+            **({} if recomputed_bt is None else {("policy", "log-probability"): recomputed_bt}),
             ("reference", "log-probability"): rollout.ref_logprobs_bt,
             ("reward", "score"): rollout.scores_b.unsqueeze(-1),
             ("value", "value"): rollout.values_bt,

@@ -124,7 +124,8 @@ TABLE: dict[str, dict[str, Change]] = {
             "iterations samples_per_prompt minibatch_size inner_epochs clip value_clip gamma lam entropy_coef "
             "kl_target kl_horizon ptx_coef ptx_ratio "
             "ptx_gradient_ratio gradient_report_every "
-            "warmup_iterations critic_warmup_iterations missing_stop_penalty whiten_advantages tax_every max_logprob_gap",
+            "warmup_iterations critic_warmup_iterations missing_stop_penalty whiten_advantages tax_every max_logprob_gap "
+            "old_logprobs recheck_every",
         ),
         # The coefficient of adaptive control is in the checkpoint; an average or a value model is in it, or it is not.
         **_keys(Change.refused, "ppo.", "batch_size kl_control ema_decay advantages"),

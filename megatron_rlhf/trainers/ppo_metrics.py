@@ -23,7 +23,10 @@ def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
         kl_bt = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt, estimator)
         return float(masked_sum(kl_bt, rollout.mask_bt, dim=1).mean())
 
-    gap = (rollout.sampled_logprobs_bt - rollout.logprobs_bt).abs()[rollout.mask_bt]
+    gap = {}
+    if (recomputed_bt := rollout.recomputed_logprobs_bt) is not None:
+        gaps = (rollout.sampled_logprobs_bt - recomputed_bt).abs()[rollout.mask_bt]
+        gap = {"rollout/logprob_gap_max": float(gaps.max())}
     return {
         "reward/score_mean": float(scores.mean()),
         "reward/score_std": float(scores.std(unbiased=False)),
@@ -33,7 +36,7 @@ def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
         "kl/k3_mean": kl_of_sequences("k3"),
         "rollout/response_length_mean": float(responses.response_lengths_b.float().mean()),
         "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
-        "rollout/logprob_gap_max": float(gap.max()),
+        **gap,
     }
 
 
@@ -106,7 +109,14 @@ def mean_of(updates: Sequence[Update], name: str) -> float:
 
 
 def iteration_cost(
-    policy: int, value: int, judges: int, episode_tokens: int, policy_epochs: int, value_epochs: int, text_tokens: int
+    policy: int,
+    value: int,
+    judges: int,
+    episode_tokens: int,
+    policy_reads: int,
+    policy_epochs: int,
+    value_epochs: int,
+    text_tokens: int,
 ) -> dict[str, float]:
     """Tokens that the policy trains on, and model FLOPs: 2 N per token forward, 6 N with backward (Kaplan et al. 2020).
 
@@ -115,11 +125,12 @@ def iteration_cost(
     Args:
         policy, value: parameters of the two models that learn; 0 without a value model.
         judges: of the reward models together.
-        episode_tokens: sampled and scored: the policy reads them twice, reference, reward and value models once each.
+        episode_tokens: sampled and scored: reference, reward and value models read them once each.
+        policy_reads: how often the policy does, when it samples and where it scores them.
         policy_epochs, value_epochs: how often each is trained on them.
         text_tokens: the policy also trains on these.
     """
     policy_tokens = episode_tokens * policy_epochs + text_tokens
-    forward = 2 * episode_tokens * (3 * policy + judges + value)
+    forward = 2 * episode_tokens * ((policy_reads + 1) * policy + judges + value)
     backward = 6 * (policy_tokens * policy + episode_tokens * value_epochs * value)
     return {"step_tokens": float(policy_tokens), "step_flops": float(forward + backward)}

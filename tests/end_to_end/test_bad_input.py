@@ -147,6 +147,10 @@ CASES: dict[str, Case] = {
     "negative_gradient_report": Case(
         "ppo", ["ppo.gradient_report_every=-1"], [r"ppo\.gradient_report_every=-1 must be at least 0"]
     ),
+    "old_logprobs_from_nowhere": Case(
+        "ppo", ["ppo.old_logprobs=guessed"], [r"ppo\.old_logprobs", "guessed", "recomputed, sampled"]
+    ),
+    "recheck_never": Case("ppo", ["ppo.recheck_every=0"], [r"ppo\.recheck_every=0 must be at least 1"]),
     "mix_without_text": Case(
         "sft", [], [r"data\.pretraining_mix=0\.25 needs", "source"], without=["data.pretraining.source"]
     ),

@@ -45,7 +45,6 @@ def rollout_metrics(episodes: list[Episode]) -> dict[str, float]:
         "reward/score_std": statistics.pstdev(scores),
         "rollout/response_length_mean": statistics.fmean(episode.length for episode in episodes),
         "rollout/stop_fraction": statistics.fmean(episode.response.stopped for episode in episodes),
-        "rollout/logprob_gap_max": 0.0,
         "reward/total_mean": statistics.fmean(episode.total for episode in episodes),
         "kl/mean": statistics.fmean(float(episode.kl.sum()) for episode in episodes),
         # Schulman's k3, for tokens drawn from the policy

@@ -219,13 +219,14 @@ class Run:
             "samples": (iteration + 1) * s["ppo.batch_size"],
             "skipped_updates": 0,
             **rollout_metrics(episodes),
+            **({"rollout/logprob_gap_max": 0.0} if self.recomputes(iteration) else {}),
             **(explained_variance(episodes) if self.value else {}),
             "kl/coef": self.kl_coef,
             **update_metrics(value_updates),
             **update_metrics(policy_updates),
             "policy/lr": rate if learns else 0.0,
             **({"ptx/coef": self.ptx_coef} if learns else {}),
-            **self.costs(episodes, read["text"], bool(policy_updates)),
+            **self.costs(episodes, read["text"], bool(policy_updates), 1 + self.recomputes(iteration)),
         }
         if (iteration + 1) % s["ppo.tax_every"] == 0:
             row |= self.tax()
@@ -233,6 +234,11 @@ class Run:
             self.control_kl(row["kl/mean"])
             self.balance_text(row)
         return row, episodes, read
+
+    def recomputes(self, iteration: int) -> bool:
+        """The policy reads the whole rollout once more; where the sampler's log-probabilities serve, only now and then."""
+        s = self.s
+        return s["ppo.old_logprobs"] == "recomputed" or (iteration + 1) % s["ppo.recheck_every"] == 0
 
     def control_kl(self, kl: float) -> None:
         """Ziegler et al. 2019, section 2.2."""
@@ -256,7 +262,9 @@ class Run:
         )
         return {"tax/pretraining_loss": policy, "tax/reference_pretraining_loss": reference}
 
-    def costs(self, episodes: list[Episode], texts: list[list[int]], learns: bool) -> dict[str, float]:
+    def costs(
+        self, episodes: list[Episode], texts: list[list[int]], learns: bool, policy_reads: int
+    ) -> dict[str, float]:
         """Tokens that the policy trained on; 2 FLOPs per weight and token forward, 6 with backward (Kaplan et al. 2020)."""
         policy, reward = models.count_weights(self.policy), models.count_weights(self.reward)
         value = models.count_weights(self.value) if self.value else 0
@@ -264,8 +272,8 @@ class Run:
         learned = self.s["ppo.inner_epochs"] * sampled
         trained = learned * learns + sum(len(text) - 1 for text in texts)
         self.trained_tokens += trained
-        # Sampling, policy and reference; reward and value model.
-        forward = 2 * sampled * (3 * policy + reward + value)
+        # Sampling, perhaps scoring, and the reference; reward and value model.
+        forward = 2 * sampled * ((policy_reads + 1) * policy + reward + value)
         return {
             "tokens": self.trained_tokens,
             "step_tokens": trained,

@@ -100,6 +100,8 @@ def ppo(world: World, folder: Path) -> Settings:
         "ppo.ema_decay": 0.9,
         "ppo.missing_stop_penalty": 0.7,
         "ppo.whiten_advantages": True,
+        "ppo.old_logprobs": "sampled",
+        "ppo.recheck_every": 2,
         "ppo.tax_every": 3,
     }
 

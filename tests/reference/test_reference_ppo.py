@@ -33,6 +33,7 @@ CASES = {
         ("critic_parallel.tensor=2",),
         {
             "ppo.whiten_advantages": False,
+            "ppo.old_logprobs": "recomputed",
             "ppo.kl_control": "fixed",
             "ppo.critic_warmup_iterations": 0,
             "ppo.ptx_coef": "auto",

@@ -35,7 +35,7 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> di
 def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[str, Any]:
     """Print each contender's rate, and how much faster the first is than each other, pair by pair; returns the figures.
 
-    `ratio` is that to the second contender, where there are more.
+    `ratio` is that to the second contender, where there are more; None if there is only one.
     """
     width = max(map(len, seconds))
     figures: dict[str, Any] = {"unit": unit}
@@ -50,7 +50,7 @@ def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[
         pairs = sorted(b / a for a, b in zip(ours, theirs, strict=True))
         ratios[f"{first} / {name}"] = statistics.median(pairs)
         print(f"{first} / {name}: {ratios[f'{first} / {name}']:.2f}  (pair by pair: {pairs[0]:.2f} .. {pairs[-1]:.2f})")
-    return {"ratio": next(iter(ratios.values())), "ratios": ratios, "figures": figures, **where()}
+    return {"ratio": next(iter(ratios.values()), None), "ratios": ratios, "figures": figures, **where()}
 
 
 def where() -> dict[str, Any]:

@@ -17,7 +17,7 @@ class RolloutMismatch(RunFailed):
 
 def require_on_policy(metrics: Mapping[str, float], step: int, limit: float | None, precision: Precision) -> None:
     """Raise RolloutMismatch where an iteration's gaps are above `limit`, or above what the precision explains."""
-    gap = max(metrics["rollout/logprob_gap_max"], metrics.get("policy/first_ratio_max_gap", 0.0))
+    gap = max(metrics.get(name, 0.0) for name in ("rollout/logprob_gap_max", "policy/first_ratio_max_gap"))
     if limit is None:
         limit = LOGPROB_GAPS[precision]
     if gap > limit:
