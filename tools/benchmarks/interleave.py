@@ -7,17 +7,16 @@ both take the same time: the theory's figures are printed beside the measured on
 
 import argparse
 import os
-import socket
 from functools import partial
+from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import alternate, report, sizes
+from benchmarks.side_by_side import alternate, on_ranks, report, sizes, where
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel import runtime
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.trainers.step import TrainedRole
@@ -29,28 +28,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     sizes(parser, layers=8, hidden=256, vocab=1024, episodes=4, episode_length=96, texts=4, text_length=128, rounds=5)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Each number of stages in processes of its own."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Each number of stages in processes of its own. `ratio` is that of the first number."""
     cores = len(os.sched_getaffinity(0))
+    made = {}
     for stages in options.pipeline:
         print(f"\n{stages} stages on {cores} cores, {options.episodes} episodes and {options.texts} texts an update")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_stage, (stages, port, options), nprocs=stages)
+        made[stages] = figures = on_ranks(stages, _stage, stages, options)
         both, (first, second) = options.episodes + options.texts, (options.episodes, options.texts)
         fill = stages - 1
         print(
             f"bubble by theory: {fill / (both + fill):.0%} of one schedule, {2 * fill / (both + 2 * fill):.0%} of two"
         )
-        print(f"ratio by theory: {(first + second + 2 * fill) / (both + fill):.2f} with a core for every stage")
+        figures["by theory"] = (first + second + 2 * fill) / (both + fill)
+        print(f"ratio by theory: {figures['by theory']:.2f} with a core for every stage")
+    return {
+        "ratio": made[options.pipeline[0]]["ratio"],
+        "stages": {stages: {name: f[name] for name in ("ratio", "by theory", "figures")} for stages, f in made.items()},
+        **where(),
+    }
 
 
-def _stage(rank: int, stages: int, port: int, options: argparse.Namespace) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(stages), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    runtime.initialize()
+def _stage(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     layout = ParallelLayout.create(ParallelConfig(pipeline=stages))
     layout.seed(0)
@@ -72,9 +71,7 @@ def _stage(rank: int, stages: int, port: int, options: argparse.Namespace) -> No
         trained.update(episodes(), lr=1e-4)
 
     seconds = alternate({"one schedule": one_schedule, "two schedules": two_schedules}, options.rounds)
-    if rank == 0:
-        report(seconds, 1, "updates/s")
-    runtime.shutdown()
+    return report(seconds, 1, "updates/s") if layout.pp_rank == 0 else {}
 
 
 def _microbatches(role: Role, count: int, length: int, vocab: int) -> list[Microbatch]:

@@ -7,8 +7,11 @@ half an hour on two cores; `-k` picks layouts by name.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from benchmarks.side_by_side import where
 
 MATRIX = Path(__file__).parents[2] / "tests" / "distributed" / "test_layout_matrix.py"
 COLUMNS = ("ranks", "trained at", "critic at", "PPO with", "figures", "weights")
@@ -23,18 +26,21 @@ class _Table:
     """A pytest plugin that gathers what the tests record."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, object]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.user_properties:
             self.rows.append({**dict(report.user_properties), "outcome": report.outcome})
 
 
-def run(options: argparse.Namespace) -> None:
-    """The table, and the tests' exit code."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The table. `ratio` is the largest relative difference; if a layout fails, the tests' exit code."""
     table = _Table()
     code = pytest.main([str(MATRIX), "-q", "-m", "slow or not slow", "-k", options.k, "--no-header"], plugins=[table])
     print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for row in table.rows:
         print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |")
-    sys.exit(code)
+    if code:
+        sys.exit(code)
+    largest = {column: max(float(row[column]) for row in table.rows if column in row) for column in COLUMNS[-2:]}
+    return {"ratio": max(largest.values()), "largest": largest, "layouts": table.rows, **where()}

@@ -5,8 +5,6 @@ gradients' norm to the new weights. A checkpoint is written in the background ev
 """
 
 import argparse
-import os
-import socket
 import statistics
 import tempfile
 import time
@@ -15,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks import ppo
-from benchmarks.side_by_side import where
+from benchmarks.side_by_side import on_ranks, where
 from benchmarks.small_world import make_world
-from megatron_rlhf.parallel import pipeline, runtime
+from megatron_rlhf.parallel import pipeline
 from megatron_rlhf.trainers.step import TrainedRole
 
 
@@ -36,12 +33,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Each rank in a process of its own; the figures are the first rank's."""
     options.response = options.response or (128 if options.varied else 64)
     options.set += [f"run.save_every={options.save_every}", "run.async_save=true"]
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as folder:
         make_world(Path(folder), options)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_rank, (port, Path(folder), options), nprocs=options.ranks)
-        seconds = torch.load(Path(folder) / "seconds.pt")
+        seconds = on_ranks(options.ranks, _iterations, Path(folder), options)
     shares = {
         part: statistics.median(spent / whole for spent, whole in zip(seconds[part], seconds["whole"], strict=True))
         for part in ("model", "optimizer", "rest")
@@ -51,10 +45,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": shares["rest"], "shares": shares, "seconds": seconds, **where()}
 
 
-def _rank(rank: int, port: int, folder: Path, options: argparse.Namespace) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def _iterations(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     torch.set_num_threads(options.threads)
     spent = {"model": 0.0, "optimizer": 0.0}
 
@@ -89,6 +80,4 @@ def _rank(rank: int, port: int, folder: Path, options: argparse.Namespace) -> No
 
     trainer.train_step = watched  # type: ignore[method-assign]
     trainer.run()
-    if dist.get_rank() == 0:
-        torch.save(seconds, folder / "seconds.pt")
-    runtime.shutdown()
+    return seconds

@@ -1,15 +1,21 @@
 """Contenders in turn, in one process: machines are noisy, ratios are less so."""
 
 import argparse
+import json
 import os
 import platform
+import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_rlhf.parallel import runtime
 
 PACKAGES = ("torch", "megatron-core", "transformers")
 
@@ -51,6 +57,30 @@ def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[
         ratios[f"{first} / {name}"] = statistics.median(pairs)
         print(f"{first} / {name}: {ratios[f'{first} / {name}']:.2f}  (pair by pair: {pairs[0]:.2f} .. {pairs[-1]:.2f})")
     return {"ratio": next(iter(ratios.values()), None), "ratios": ratios, "figures": figures, **where()}
+
+
+def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` on each of `count` ranks, in processes of their own; returns what the first rank returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        left = Path(folder) / "result.json"
+        torch.multiprocessing.spawn(_on_rank, (count, port, left, function, arguments), nprocs=count)
+        return json.loads(left.read_text())
+
+
+def _on_rank(
+    rank: int, count: int, port: int, left: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    runtime.initialize()
+    result = function(*arguments)
+    if rank == 0:
+        left.write_text(json.dumps(result))
+    runtime.shutdown()
 
 
 def where() -> dict[str, Any]:
