@@ -212,7 +212,7 @@ class PPOTrainer(Trainer):
 
     def policy_lr(self) -> float:
         """Constant after a warmup over the policy's own iterations that starts at a tenth of the peak."""
-        return constant_lr(self.policy_step, self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
+        return constant_lr(max(self.policy_step, 0), self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
 
     def _next_pretraining(self) -> TokenBatch:
         assert self.pretraining is not None
