@@ -163,9 +163,10 @@ class Peer:
 def check_same_models(trainer: PPOTrainer, peer: dict[str, Any]) -> None:
     """Both read the first prompt alike."""
     tokens = torch.as_tensor(trainer.prompts[0].tokens).long().unsqueeze(0)
+    (reward,) = trainer.roles.reward.models.values()
     ours = {
         "logprob": float(trainer.policy.role.logprobs(tokens, 1).sum()),
-        "score": float(trainer.roles.reward.values(tokens, 1)[0, -1]),
+        "score": float(reward.values(tokens, 1)[0, -1]),
     }
     for name, value in ours.items():
         assert math.isclose(value, peer[name], rel_tol=1e-4, abs_tol=1e-4), (name, value, peer[name])
