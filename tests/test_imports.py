@@ -32,7 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     "labeling": {"config", "data"},
     "compose": {"config"},
     "doctor": {"config", "parallel", "models", "runs", "trainers"},
-    "commands": {"config", "planning", "conversion", "compose"},
+    "commands": {
+        "config",
+        "data",
+        "monitoring",
+        "planning",
+        "conversion",
+        "rewards",
+        "evaluation",
+        "labeling",
+        "compose",
+    },
     "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose"},
 }
 FOR_ALL = "config.errors"

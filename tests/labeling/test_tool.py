@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from labeling.projects import ROOT, make_project, ranked, write_lines
 
+from megatron_rlhf.commands.label import main
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_rlhf.labeling.command import main
 from megatron_rlhf.labeling.project import Project
 
 RANKED = {"prompt": "p", "responses": ["a", "b", "c", "d"]}
@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def label(*arguments) -> int:
-    return main(lambda project: {}, [str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 def answer_all(path: Path, labeler: str, content) -> None:

@@ -1,4 +1,4 @@
-"""The command line of labeling: make a project, serve its page, see how far it is, export."""
+"""Rankings and demonstrations by people: make a project, serve its page, see how far it is, export."""
 
 import argparse
 import logging
@@ -6,11 +6,13 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.evaluation.agreement import Agreement, Judgement, agreement
+from megatron_rlhf.labeling.answers import dense
 from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import DEMONSTRATIONS, HELD_OUT, RANKINGS, TRAINING, Settings
 
@@ -22,21 +24,33 @@ DESCRIPTION = """Labels by people: rankings of 2 to 9 outputs a prompt, or demon
 
 docs/labeling.md tells what labelers see, and how to let them in from other machines."""
 LOOPBACK = ("localhost", "127.0.0.1")
-AgreementByTeam = Callable[[Project], Mapping[str, Any]]
 
 
-def main(agreement: AgreementByTeam, arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 2 for a user's mistake. `agreement`: see `app.create_app`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options, agreement)
+        options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def create(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
+def agreement_by_team(project: Project) -> Mapping[str, Agreement]:
+    """Agreement among training labelers, and among held-out ones."""
+    if project.settings.kind != RANKINGS:
+        return {}
+    return {
+        team: agreement(
+            Judgement(answer.number, answer.labeler, dense(answer.content["ranks"]), answer.content["ratings"])
+            for answer in project.answers([team])
+        )
+        for team in (TRAINING, HELD_OUT)
+    }
+
+
+def create(options: argparse.Namespace) -> None:
     settings = Settings(
         kind=options.kind,
         title=options.title,
@@ -57,7 +71,7 @@ def create(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
     _describe(project)
 
 
-def add(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
+def add(options: argparse.Namespace) -> None:
     project = Project.open(options.project)
     tasks = _tasks(options, project.settings.kind)
     _add_labelers(project, options)
@@ -65,19 +79,19 @@ def add(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
     _describe(project)
 
 
-def status(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
+def status(options: argparse.Namespace) -> None:
     project = Project.open(options.project)
     _describe(project)
     if project.settings.kind != RANKINGS:
         return
-    for team, found in agreement(project).items():
+    for team, found in agreement_by_team(project).items():
         print(
             f"{team}: pairwise agreement {found.percent:.1f} +- {found.error:.1f}%, Krippendorff's alpha {found.alpha:.3f} "
             f"({found.prompts} prompts that several ranked)"
         )
 
 
-def export(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
+def export(options: argparse.Namespace) -> None:
     from megatron_rlhf.labeling.export import export as write
 
     project = Project.open(options.project)
@@ -85,7 +99,7 @@ def export(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
     print(f"{options.output}: {count} {project.settings.kind}")
 
 
-def serve(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
+def serve(options: argparse.Namespace) -> None:
     import uvicorn
 
     from megatron_rlhf.labeling.access import ADMIN, Access
@@ -114,7 +128,7 @@ def serve(options: argparse.Namespace, agreement: AgreementByTeam) -> None:
         names = {"whoever runs this": ADMIN, **{name: name for name in project.labelers()}}
         print("\n".join(f"{shown}: {base}{access.link(name)}" for shown, name in names.items()), flush=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    app = create_app(project, access, agreement, https=base.startswith("https:"))
+    app = create_app(project, access, agreement_by_team, https=base.startswith("https:"))
     uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning")).run(sockets=[listening])
 
 
