@@ -25,7 +25,7 @@ class WinRate:
 def win_rates(policies: Mapping[str, Scores]) -> dict[tuple[str, str], WinRate]:
     """(policy, other) -> how often the policy's answer has the higher score, over all pairs of answers to a prompt that both
     answered; nothing for policies that share no prompt."""
-    found = {}
+    found: dict[tuple[str, str], WinRate] = {}
     for one, other in combinations(policies, 2):
         outcomes = [
             (0.5 if x == y else float(x > y), prompt)
