@@ -19,6 +19,7 @@ from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.config.training import AUTO
 
 # torch and Megatron-Core take seconds to import: not at the top, so that help and error messages do not wait for them.
 
@@ -65,6 +66,7 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     """Compose, check, build and run one stage inside this process; returns its trainer."""
     config: Any
     config, resolved = compose_config(stage, STAGES[stage].schema, overrides)
+    checks.check_run(config.run)
     STAGES[stage].check(config)
     from megatron_rlhf.parallel import runtime
     from megatron_rlhf.runs.session import Session
@@ -73,14 +75,30 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     from megatron_rlhf.trainers.setup import BUILD
 
     check_machine(config, detect_launch().world_size)
+    planned = _plan_checkpoints(config)
     runtime.initialize()
     with Watchdog(config.watchdog.timeout_s) as watchdog:
         session = Session.open(stage, config, resolved)
+        if planned:
+            logging.getLogger(__name__).info("run.save_every=auto: a checkpoint every %d steps", config.run.save_every)
         trainer = BUILD[stage](config, session)
         roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
         watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
         trainer.run()
     return trainer
+
+
+def _plan_checkpoints(config: Any) -> bool:
+    """`run.save_every=auto` becomes a number of steps, the same on every rank; returns whether it was given."""
+    if config.run.save_every != AUTO:
+        return False
+    import torch
+
+    from megatron_rlhf.planned import steps_between_saves
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    config.run.save_every = steps_between_saves(config, detect_launch().world_size, gpu)
+    return True
 
 
 def share_out_overrides(overrides: Sequence[str], stages: Sequence[str]) -> dict[str, list[str]]:

@@ -42,8 +42,10 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation",
         "labeling",
         "compose",
+        "planned",
     },
-    "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose"},
+    "planned": {"config", "planning", "conversion", "compose"},
+    "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose", "planned"},
 }
 FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.

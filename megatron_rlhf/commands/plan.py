@@ -22,7 +22,8 @@ from megatron_rlhf.compose import compose_config, recipes
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import keys
-from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
+from megatron_rlhf.config.stages import BaseConfig
+from megatron_rlhf.planned import take_shapes
 from megatron_rlhf.planning.output import picture, report
 from megatron_rlhf.planning.output.report import Answer
 from megatron_rlhf.planning.plan import Plan
@@ -112,7 +113,7 @@ def _configs(stage: str, overrides: Sequence[str]) -> tuple[BaseConfig, PlanConf
     ]
     plan_config, _ = compose_config("plan", PlanConfig, [*ours, *_recipe_with_nodes(overrides)])
     config, _ = compose_config(stage, SCHEMAS[stage], theirs, missing=NOT_GIVEN)
-    _take_shapes(config)
+    take_shapes(config)
     return config, plan_config
 
 
@@ -129,19 +130,6 @@ def _known(override: str, keys: dict) -> bool:
 
 def _key(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
-
-
-def _take_shapes(config: BaseConfig) -> None:
-    """Shapes that the configuration leaves to the checkpoints it starts from."""
-    trained = "reward" if isinstance(config, RewardModelConfig) else "policy"
-    sources = [("model", trained)] + ([("critic_model", "reward")] if isinstance(config, PPOConfig) else [])
-    for key, role in sources:
-        path = getattr(config, role).init_from
-        if getattr(config, key) is None and path is not None:
-            from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
-
-            wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
-            setattr(config, key, starting_point.StartingPoint.find(path, f"{role}.init_from", wanted).model)
 
 
 def _parser() -> argparse.ArgumentParser:

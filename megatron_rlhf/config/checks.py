@@ -16,7 +16,19 @@ from megatron_rlhf.config.stages import (
     RewardModelConfig,
     SFTConfig,
 )
-from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.config.training import AUTO, NOT_GIVEN, RunConfig, SamplingConfig
+
+
+def check_run(run: RunConfig) -> None:
+    """A folder; a number of steps between checkpoints, or the word for the planner's."""
+    if run.dir == NOT_GIVEN:
+        raise UserError("run.dir is not given: name the folder that gets the run's files")
+    if isinstance(run.save_every, str) and run.save_every != AUTO:
+        raise UserError(
+            f"run.save_every={run.save_every} must be a number of steps (0: a checkpoint only at the end), or {AUTO}"
+        )
+    if run.cluster is not None and run.save_every != AUTO:
+        raise UserError(f"run.cluster={run.cluster} describes the GPUs for run.save_every={AUTO}; leave it out")
 
 
 def check_precision(

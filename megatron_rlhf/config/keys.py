@@ -28,7 +28,7 @@ class Key:
 
     @property
     def holds_text(self) -> bool:
-        return str in self.types and float not in self.types  # a number, or a word instead of it
+        return str in self.types and not {int, float} & set(self.types)  # a number, or a word instead of it
 
     @property
     def holds_texts(self) -> bool:

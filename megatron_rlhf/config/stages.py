@@ -10,6 +10,7 @@ from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConf
 from megatron_rlhf.config.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
 from megatron_rlhf.config.training import (
+    NOT_GIVEN,
     Fp8Config,
     OffloadConfig,
     OptimizerConfig,
@@ -26,7 +27,7 @@ from megatron_rlhf.config.training import (
 class BaseConfig:
     """What every stage has."""
 
-    run: RunConfig
+    run: RunConfig = field(default_factory=lambda: RunConfig(dir=NOT_GIVEN))
     """Run folder, seed, checkpoints."""
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     """What to do about ranks that hang or die."""

@@ -5,6 +5,12 @@ from enum import Enum
 
 from megatron_rlhf.config.model import Fp8Recipe, Precision
 
+NOT_GIVEN = "???"
+"""OmegaConf's mark of a value that must be given. It fails at a key of two types in a group that is required as a whole, so
+`run` is made with it."""
+AUTO = "auto"
+"""run.save_every: the planner's number."""
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -18,8 +24,11 @@ class RunConfig:
     """Resume if `dir` has a checkpoint, else start a new run: for jobs that are stopped and queued again."""
     seed: int = 1234
     """Seeds initial weights, dropout, data order and sampling."""
-    save_every: int = 100
-    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    save_every: int | str = 100
+    """Steps between checkpoints; one is always written at the end. 0: only at the end; auto: as many as lose least time to
+    saving and to failures, by the planner's seconds on `cluster`."""
+    cluster: str | None = None
+    """With save_every=auto: a file of conf/cluster/. When not given, the one whose name is in the GPU's."""
     keep_last: int = 2
     """Checkpoints to keep, and the same number of SFT's epochs in addition to the best; older ones are deleted. 0 keeps all."""
     keep_every: int = 0

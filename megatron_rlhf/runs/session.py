@@ -203,6 +203,7 @@ class Session:
         if step == last_step:
             return True
         every = self.config.save_every
+        assert isinstance(every, int), "auto becomes a number before the session is opened"
         self._stops = self.interruption.agreed()
         return self._stops or (every > 0 and step % every == 0)
 

@@ -57,6 +57,12 @@ CASES: dict[str, Case] = {
     "missing_model_file": Case("sft", ["model=huge"], ["huge", "tiny"], without=["model"]),
     "missing_recipe": Case("sft", ["recipe=instruct_gpt"], ["recipe=instruct_gpt", "recipes for this stage"]),
     "broken_override": Case("sft", ["sft.epochs"], [r"sft\.epochs"]),
+    "save_every_in_words": Case(
+        "sft", ["run.save_every=often"], [r"run\.save_every=often", "number of steps", "or auto"]
+    ),
+    "save_every_negative": Case("sft", ["run.save_every=-1"], [r"run\.save_every=-1", "at least 0"]),
+    "cluster_for_nothing": Case("sft", ["run.cluster=laptop"], [r"run\.cluster=laptop", r"run\.save_every=auto"]),
+    "cluster_unknown": Case("sft", ["run.save_every=auto", "run.cluster=h300"], ["cluster/h300"]),
     # Layouts and shapes.
     "world_too_small": Case("sft", ["parallel.tensor=2"], ["tensor 2 x pipeline 1 x context 1 = 2", "the 1 ranks"]),
     "world_not_divided": Case("sft", ["parallel.pipeline=2"], ["= 2 does not divide the 3 ranks"], ranks=3),

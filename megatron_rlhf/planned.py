@@ -1,0 +1,61 @@
+"""What a run takes from its own plan: shapes for the planner, and the steps between checkpoints of `run.save_every=auto`."""
+
+import copy
+
+from megatron_rlhf.compose import CONF, compose_config
+from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
+from megatron_rlhf.config.training import AUTO
+from megatron_rlhf.planning.stages import plan_stage
+
+WITHOUT_GPU = "laptop"
+
+
+def take_shapes(config: BaseConfig) -> None:
+    """Fill in shapes that the configuration leaves to the checkpoints it starts from."""
+    trained = "reward" if isinstance(config, RewardModelConfig) else "policy"
+    sources = [("model", trained)] + ([("critic_model", "reward")] if isinstance(config, PPOConfig) else [])
+    for key, role in sources:
+        path = getattr(config, role).init_from
+        if getattr(config, key) is None and path is not None:
+            from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
+
+            wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
+            setattr(config, key, starting_point.StartingPoint.find(path, f"{role}.init_from", wanted).model)
+
+
+def steps_between_saves(config: BaseConfig, ranks: int, gpu: str | None) -> int:
+    """`run.save_every=auto` of a run on `ranks` GPUs of this name, None on a CPU.
+
+    Raises:
+        UserError: no cluster is described for these GPUs.
+    """
+    cluster = compose_config("plan", PlanConfig, [f"cluster={_cluster_name(config.run.cluster, gpu)}"])[0].cluster
+    shaped = copy.deepcopy(config)
+    take_shapes(shaped)
+    return plan_stage(shaped, PlanConfig(cluster=_of_ranks(cluster, ranks))).save_every
+
+
+def _of_ranks(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
+    """As many nodes as hold this number of ranks."""
+    cluster.gpus_per_node = min(cluster.gpus_per_node, ranks)
+    while ranks % cluster.gpus_per_node:
+        cluster.gpus_per_node -= 1
+    cluster.nodes = ranks // cluster.gpus_per_node
+    return cluster
+
+
+def _cluster_name(given: str | None, gpu: str | None) -> str:
+    if given is not None:
+        return given
+    if gpu is None:
+        return WITHOUT_GPU
+    names = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+    for name in names:
+        if name.split("_")[0].upper() in gpu.upper().replace("-", " ").split():
+            return name
+    raise UserError(
+        f"run.save_every={AUTO}: no file of conf/cluster/ describes {gpu}; give run.cluster ({', '.join(names)}), or a number "
+        "of steps"
+    )
