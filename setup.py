@@ -12,6 +12,7 @@ setup(
         "megatron_rlhf.data.formats": ["known/*.yaml"],
         "megatron_rlhf.monitoring": ["*.j2"],
         "megatron_rlhf.labeling": ["templates/*.j2", "static/*"],
+        "megatron_rlhf.evaluation.benchmarks": ["tasks/*.yaml", "tasks/*/*.yaml"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -43,6 +44,7 @@ setup(
         # For tools of NeMo's own beside ours. Reading its archives takes none of it (conversion/nemo/archive.py), and since
         # 3.0 it has no collection of language models any more.
         "nemo": ["nemo-toolkit>=2.7"],
+        "benchmarks": ["lm_eval>=0.4.9,<0.5", "sacrebleu>=2.4", "rouge_score>=0.1.2"],
         "wandb": ["wandb>=0.18"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm", "playwright>=1.50"],
     },

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "parallel", "models"},
     "conversion": {"config", "data", "parallel", "models", "checkpoint"},
     "runs": {"config", "monitoring", "parallel", "models", "rollout", "checkpoint"},
-    "evaluation": {"config", "data", "monitoring", "parallel", "models", "rollout", "conversion", "runs"},
+    "evaluation": {"config", "data", "monitoring", "parallel", "models", "rewards", "rollout", "conversion", "runs"},
     "trainers": {
         *("config", "algorithms", "data", "monitoring", "parallel", "models", "rewards", "rollout"),
         *("checkpoint", "conversion", "runs", "evaluation"),

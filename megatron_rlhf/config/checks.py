@@ -205,6 +205,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError("run.resume=true: an evaluation is not resumed; leave it out, and it is made anew")
     if config.data.pretraining.source is not None and config.data.pretraining.held_out == 0:
         raise UserError("data.pretraining.held_out=0 leaves no text of data.pretraining.source to measure the loss on")
+    if config.data.prompts is None and config.data.pretraining.source is None and not config.evaluate.tasks:
+        raise UserError("nothing to measure: give data.prompts, data.pretraining.source or evaluate.tasks")
+    if config.reward.init_from is not None and config.data.prompts is None:
+        raise UserError("reward.init_from scores answers to prompts: give data.prompts, or leave it out")
     check_sampling(config.sampling, "sampling")
     check_one_token(config.parallel, "evaluation")
 

@@ -184,11 +184,9 @@ class PromptPart(Enum):
 
 
 @dataclass(kw_only=True)
-class PromptDataConfig(RecordsConfig):
-    """Prompts to answer, and text to keep the policy from forgetting."""
+class PromptRulesConfig(RecordsConfig):
+    """Which prompts are answered, and text to keep the policy from forgetting."""
 
-    prompts: str
-    """JSON lines (or any `datasets` name) with `prompt` or `messages` and, optionally, `user`."""
     columns: PromptColumns = field(default_factory=PromptColumns)
     """Where records have other column names."""
     max_prompt_tokens: int = 1024
@@ -205,3 +203,19 @@ class PromptDataConfig(RecordsConfig):
     """Shares of the users in train, validation and test, relative to their sum; InstructGPT does not state its shares."""
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text for the pretraining gradients."""
+
+
+@dataclass(kw_only=True)
+class PromptDataConfig(PromptRulesConfig):
+    """Prompts of PPO."""
+
+    prompts: str
+    """JSON lines (or any `datasets` name) with `prompt` or `messages` and, optionally, `user`."""
+
+
+@dataclass(kw_only=True)
+class EvaluationDataConfig(PromptRulesConfig):
+    """What an evaluation reads: prompts, held-out text, or only benchmarks' files."""
+
+    prompts: str | None = None
+    """As in PPO; may be left out."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, model, ppo, rewards, stages, training
+from megatron_rlhf.config import cluster, data, evaluation, model, ppo, rewards, stages, training
 from megatron_rlhf.config.errors import UserError
 
 LARGEST_WHOLE = 2**31 - 1
@@ -81,7 +81,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "max_response_tokens": COUNT,
         "validation_fraction": PROPER_SHARE,
     },
-    data.PromptDataConfig: {
+    data.PromptRulesConfig: {
         **dict.fromkeys(("max_prompt_tokens", "max_per_user", "deduplicate_prefix_tokens"), COUNT),
         "part_shares": POSITIVE,
     },
@@ -113,7 +113,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,
     },
-    stages.EvaluateAlgorithmConfig: {"samples": COUNT},
+    evaluation.EvaluateAlgorithmConfig: {"samples": COUNT, "task_limit": COUNT},
     rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
     rewards.WeightedRewardConfig: {"weight": ANY},
     cluster.ClusterConfig: {

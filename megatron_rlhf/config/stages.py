@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.data import ComparisonDataConfig, DemonstrationDataConfig, PromptDataConfig
+from megatron_rlhf.config.data import (
+    ComparisonDataConfig,
+    DemonstrationDataConfig,
+    EvaluationDataConfig,
+    PromptDataConfig,
+)
+from megatron_rlhf.config.evaluation import EvaluateAlgorithmConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
 from megatron_rlhf.config.ppo import PPOAlgorithmConfig
@@ -191,24 +197,10 @@ class PPOConfig(BaseConfig):
 
 
 @dataclass(kw_only=True)
-class EvaluateAlgorithmConfig:
-    """What to measure."""
-
-    samples: int = 128
-    """Prompts to answer."""
-    ema: bool = False
-    """Use the moving average of the policy's weights."""
-    few_shot: str | None = None
-    """A text file put before every prompt (the paper's few-shot baseline)."""
-    output: str = "evaluation.jsonl"
-    """File in run.dir that gets one line per response; it replaces that of an earlier evaluation, and nothing else."""
-
-
-@dataclass(kw_only=True)
 class EvaluateConfig(BaseConfig):
     """`examples/evaluate.py`: sample responses, score them, measure the loss on held-out text."""
 
-    data: PromptDataConfig
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     """Prompts, tokenizer, pretraining text for the held-out loss."""
     policy: RoleConfig = field(default_factory=RoleConfig)
     """The model that answers."""

@@ -124,7 +124,11 @@ class Tokenizer:
 
     def stop_watch(self) -> StopWatch | None:
         """For one response; None if there are no such texts."""
-        return StopWatch(self._continuation, self.stop_texts) if self.stop_texts else None
+        return self.watch_for(self.stop_texts)
+
+    def watch_for(self, texts: Sequence[str]) -> StopWatch | None:
+        """For one response, that ends at any of these texts; None if there are none."""
+        return StopWatch(self._continuation, texts) if texts else None
 
     def encode(self, text: str, bos: bool = False, continuation: bool = False) -> list[int]:
         """Token ids of the text; `bos` begins it as the tokenizer itself begins a text (`start_ids`)."""

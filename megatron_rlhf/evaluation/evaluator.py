@@ -14,6 +14,7 @@ from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.data.pretraining import TokenSequences
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.evaluation.benchmarks.run import Benchmarks
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_nll
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.files import write_lines
@@ -27,31 +28,52 @@ log = logging.getLogger(__name__)
 MICRO_BATCH_SIZE = 8
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Prompts to answer."""
+
+    prompts: Sequence[Prompt]
+    inputs: list[list[int]]
+    """What the policy reads for each prompt, which may start with few-shot examples."""
+
+
 @dataclass
 class Evaluator:
-    """A frozen policy, optionally a reward model, and the prompts to answer."""
+    """A frozen policy, optionally a reward model, and what is measured of them."""
 
     config: EvaluateConfig
     session: Session
     tokenizer: Tokenizer
-    prompts: Sequence[Prompt]
-    inputs: list[list[int]]
-    """What the policy reads for each prompt, which may start with few-shot examples."""
+    questions: Questions | None
     output: Path
     held_out: TokenSequences | None
+    benchmarks: Benchmarks | None
     policy: Role
     reward: Role | None
 
     def run(self) -> dict[str, float]:
         """Write `evaluate.output` in the run folder, one response per line, and log the means."""
         self.session.begin(-1)  # an evaluation in the same folder replaces the previous one
-        chosen = self.prompts
-        ids = [prompt.id for prompt in chosen]
+        metrics: dict[str, float] = {}
+        if self.questions is not None:
+            metrics |= self._answers(self.questions)
+        if self.held_out is not None:
+            metrics["tax/pretraining_loss"] = self._held_out_loss()
+        if self.benchmarks is not None:
+            metrics |= self._benchmarks(self.benchmarks)
+        self.session.log(0, metrics)
+        for name, value in metrics.items():
+            log.info("%s %.4f", name, value)
+        self.session.close()
+        return metrics
+
+    def _answers(self, questions: Questions) -> dict[str, float]:
+        ids = [prompt.id for prompt in questions.prompts]
         seed, tokenizer = (self.config.run.seed, 0), self.tokenizer
         completions = sample_responses(
-            self.policy, self.inputs, ids, self.config.sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
+            self.policy, questions.inputs, ids, self.config.sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
         )
-        responses = Responses.pack(self.inputs, completions, self.tokenizer.pad_id, collectives.device())
+        responses = Responses.pack(questions.inputs, completions, self.tokenizer.pad_id, collectives.device())
         lengths = responses.response_lengths_b.float()
         metrics = {
             "rollout/response_length_mean": float(lengths.mean()),
@@ -63,8 +85,6 @@ class Evaluator:
             scores_b = values_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
             metrics["reward/score_mean"] = float(scores_b.mean())
             scores = scores_b.tolist()
-        if self.held_out is not None:
-            metrics["tax/pretraining_loss"] = self._held_out_loss()
         rows = [
             {
                 "prompt_id": prompt.id,
@@ -73,17 +93,23 @@ class Evaluator:
                 "stopped": completion.stopped,
                 "score": None if scores is None else scores[i],
             }
-            for i, (prompt, completion) in enumerate(zip(chosen, completions, strict=True))
+            for i, (prompt, completion) in enumerate(zip(questions.prompts, completions, strict=True))
         ]
         if dist.get_rank() == 0:
             write_lines(self.output, rows)
             log.info("%d responses in %s", len(rows), self.output)
         self.session.samples.log(0, rows[:8])
-        self.session.log(0, metrics)
-        for name, value in metrics.items():
-            log.info("%s %.4f", name, value)
-        self.session.close()
         return metrics
+
+    def _benchmarks(self, benchmarks: Benchmarks) -> dict[str, float]:
+        from megatron_rlhf.evaluation.benchmarks.harness import HarnessModel  # an extra, and slow to import
+
+        model = HarnessModel(self.policy, self.tokenizer, MICRO_BATCH_SIZE, self.config.sampling, self.config.run.seed)
+        folder = self.output.parent / "benchmarks"
+        figures = benchmarks.run(model, folder, is_first=dist.get_rank() == 0)
+        if figures:
+            log.info("benchmarks in %s", folder)
+        return {f"benchmark/{name}": value for name, value in figures.items()}
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None

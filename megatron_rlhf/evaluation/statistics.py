@@ -23,6 +23,13 @@ def win_rate(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return float(wins.mean()), float(wins.std(ddof=1) / math.sqrt(len(wins)))
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error (0 of a single value)."""
+    _require_finite(values)
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), spread / math.sqrt(len(values))
+
+
 def best_of_n_kl(n: int) -> float:
     """KL(best of n samples || one sample) in nats: log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
 

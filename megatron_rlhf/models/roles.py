@@ -19,7 +19,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.packing import Arrangement, Sequences, arrange, as_sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
-from megatron_rlhf.parallel.vocab import token_logprobs, without
+from megatron_rlhf.parallel.vocab import is_likeliest, token_logprobs, without
 
 
 @dataclass
@@ -184,6 +184,19 @@ class Role:
 
         return self._read(as_sequences(sequences), read, micro_batch_size, inputs_until=-1)
 
+    def logprobs_and_choices(
+        self, sequences: Sequences | Tensor, micro_batch_size: Budget | int
+    ) -> tuple[Tensor, Tensor]:
+        """`logprobs`, and whether greedy decoding would choose that token: bool [b, s - 1]. One pass for both."""
+
+        def read(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
+            group = self.layout.groups.tp
+            logprobs_n = token_logprobs(logits_nv, targets_n, group)
+            return torch.stack([logprobs_n, is_likeliest(logits_nv, targets_n, group).to(logprobs_n.dtype)], dim=-1)
+
+        both = self._read(as_sequences(sequences), read, micro_batch_size, inputs_until=-1, numbers=(2,))
+        return both[..., 0], both[..., 1] > 0
+
     def arrange(self, sequences: Sequences, rows: Sequence[int], micro_batch_size: Budget | int) -> Arrangement:
         """Some of the sequences as this model reads them: a budget in tokens packs them."""
         return arrange(sequences, rows, self.pad_length(1), packed=Budget.of(micro_batch_size).tokens is not None)
@@ -194,14 +207,15 @@ class Role:
         read: Callable[[Tensor, Tensor], Tensor],
         micro_batch_size: Budget | int,
         inputs_until: int | None = None,
+        numbers: tuple[int, ...] = (),
     ) -> Tensor:
-        """One number per input token: `read(output_n, next_n)` of the model's output for some tokens, and the tokens
-        after them.
+        """One number per input token, or an array of them of the shape `numbers`: `read(output_n, next_n)` of the model's
+        output for some tokens, and the tokens after them.
 
         Each data-parallel rank passes its sequences forward, `read` runs on the last stage, and all get the whole batch.
         """
         tokens_ns, inputs = sequences.tokens_ns, sequences.until(inputs_until)
-        result = torch.zeros(inputs.tokens_ns.shape, device=tokens_ns.device)
+        result = torch.zeros(*inputs.tokens_ns.shape, *numbers, device=tokens_ns.device)
         if not self.layout.is_member:
             return result
 

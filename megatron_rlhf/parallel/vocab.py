@@ -45,6 +45,14 @@ def entropy(logits: Tensor, group: Group) -> Tensor:
     return _Entropy.apply(logits, group)
 
 
+def is_likeliest(logits: Tensor, tokens: Tensor, group: Group) -> Tensor:
+    """bool, shaped as `tokens`: no other token has a larger logit. The same on every rank of `group`."""
+    local, here = _on_this_rank(tokens.unsqueeze(-1), logits.shape[-1], group)
+    chosen = torch.where(here, logits.gather(-1, local), -torch.inf).squeeze(-1)
+    both = _all_reduce(torch.stack([chosen, logits.amax(dim=-1)]), group, dist.ReduceOp.MAX)
+    return both[0] >= both[1]
+
+
 def without(logits: Tensor, unknown_v: Tensor | None, group: Group) -> Tensor:
     """The logits with no probability on some tokens; None: unchanged.
 

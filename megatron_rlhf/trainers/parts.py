@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config import checks, layout_checks
-from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig, PromptPart
+from megatron_rlhf.config.data import PretrainingDataConfig, PromptPart, PromptRulesConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Precision, without_implied
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, SFTConfig
@@ -108,11 +108,11 @@ def read_text(path: str, key: str) -> str:
         raise UserError(f"{key}={path} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
-def make_prompts(config: PromptDataConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
-    """The prompts that remain of the file, from the requested part."""
+def make_prompts(source: str, config: PromptRulesConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
+    """The prompts that remain of the file (or `datasets` name) `source`, from the requested part."""
     limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
     shape = Shape.of(config.format, config.columns.given(), config.chat)
-    prompts = load_prompts(config.prompts, tokenizer, *limits, shape)
+    prompts = load_prompts(source, tokenizer, *limits, shape)
     prompts.report()
     if config.part is not PromptPart.all:
         names = [PromptPart.train, PromptPart.validation, PromptPart.test]

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ import numpy as np
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.data import AssistantTurns, DemonstrationDataConfig
-from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.stages import EvaluateConfig, RewardModelConfig, SFTConfig
-from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY, TRAINED_REWARD
+from megatron_rlhf.config.stages import RewardModelConfig, SFTConfig
+from megatron_rlhf.conversion.starting_point import POLICY, TRAINED_REWARD
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
 from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.examples import Examples
@@ -21,11 +19,11 @@ from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
-from megatron_rlhf.evaluation.evaluator import Evaluator, output_file
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import parts
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
+from megatron_rlhf.trainers.setup_evaluation import build_evaluate
 from megatron_rlhf.trainers.setup_ppo import build_ppo
 from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
@@ -135,48 +133,6 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     role.freeze_head_bias()  # no comparison depends on it, and Adam would amplify rounding errors
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
     return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
-
-
-def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
-    """`examples/evaluate.py`."""
-    wanted = AVERAGE if config.evaluate.ema else POLICY
-    output = output_file(Path(config.run.dir), config.evaluate.output)
-    source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
-    parts.check_role("policy", model, config)
-    judge = None
-    if config.reward.init_from is not None:
-        judge = parts.find_judge(config, "critic_parallel")
-    tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, "reward.init_from": judge}, session)
-    require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
-    prompts = parts.make_prompts(config.data, tokenizer)
-    chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
-    inputs = [prompt.tokens.tolist() for prompt in chosen]
-    which = "the longest prompt"
-    if config.evaluate.few_shot is not None:
-        if any(prompt.messages for prompt in chosen):
-            raise UserError(
-                f"evaluate.few_shot={config.evaluate.few_shot} is text that goes before prompts of text, and "
-                f"{config.data.prompts} holds messages: put the examples into them, as turns"
-            )
-        few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")
-        inputs = [tokenizer.encode(few_shot + prompt.text, bos=True) for prompt in chosen]
-        which += ", evaluate.few_shot included"
-    for shape, whose in ((model, "policy"), (judge.model if judge else model, "reward model")):
-        longest = max(map(len, inputs))
-        checks.check_response_fits(longest, which, config.sampling.max_response_tokens, shape, whose)
-        require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
-    held_out = None
-    if config.data.pretraining.source is not None:
-        held_out = parts.make_pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
-    layout = ParallelLayout.create(config.parallel)
-    layout.seed(config.run.seed)
-    policy = parts.make_role("policy", model, layout, config, source).frozen()
-    policy.know_only(tokenizer.known_ids)
-    reward = None
-    if judge is not None:
-        critic_layout = ParallelLayout.create(config.critic_parallel)
-        reward = parts.make_role("reward", judge.model, critic_layout, config, judge, scalar=True).frozen()
-    return Evaluator(config, session, tokenizer, chosen, inputs, output, held_out, policy, reward)
 
 
 def _load_demonstrations(

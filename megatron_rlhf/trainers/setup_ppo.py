@@ -114,7 +114,7 @@ def _read_data(
     config: PPOConfig, tokenizer: Tokenizer, model: ModelConfig, session: Session
 ) -> tuple[Examples[Prompt], PretrainingData | None]:
     """Prompts and, where there is some, pretraining text; budgets in tokens must have room for both."""
-    prompts = parts.make_prompts(config.data, tokenizer)
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer)
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
     parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
     ppo, pretraining = config.ppo, None

@@ -22,8 +22,8 @@ START = {name: ["model=tiny"] for name in STAGES} | {"ppo": ["model=tiny", "mode
 ZERO_MEANS_SOMETHING = set(
     """seed save_every keep_last keep_every timeout_s gate_every position_offset held_out pretraining_mix betas
     weight_decay clip_norm dropout final_lr_fraction warmup_steps temperature top_k validation_fraction critic_ranks gamma
-    lam entropy_coef kl_coef ptx_coef warmup_iterations critic_warmup_iterations ema_decay missing_stop_penalty tax_every
-    gradient_report_every
+    lam task_shots entropy_coef kl_coef ptx_coef warmup_iterations critic_warmup_iterations ema_decay missing_stop_penalty
+    tax_every gradient_report_every
     reserved_gib
     node_latency_us network_latency_us layer_launch_us process_gib price_per_gpu_hour""".split()
 )

@@ -288,6 +288,14 @@ CASES: dict[str, Case] = {
         "evaluate", ["evaluate.output={recipe}/text.txt/x.jsonl"], [r"evaluate\.output=.* cannot be written"]
     ),
     "evaluation_is_not_resumed": Case("evaluate", ["run.resume=true"], [r"run\.resume=true: an evaluation is not"]),
+    "nothing_to_measure": Case("evaluate", [], ["nothing to measure: give data.prompts"], without=["data.prompts"]),
+    "judged_prompts_missing": Case(
+        "evaluate",
+        ["reward.init_from={recipe}/reward_model", "evaluate.tasks=[instructgpt]"],
+        [r"reward\.init_from scores answers to prompts: give data\.prompts"],
+        without=["data.prompts"],
+    ),
+    "unknown_task": Case("evaluate", ["evaluate.tasks=[instructgpt_helaswag]"], [r"no task instructgpt_helaswag"]),
     "nothing_held_out": Case(
         "evaluate",
         ["data.pretraining.source={recipe}/text.txt", "data.pretraining.held_out=0"],

@@ -1,0 +1,32 @@
+"""What an evaluation measures."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class EvaluateAlgorithmConfig:
+    """What to measure."""
+
+    samples: int = 128
+    """Prompts to answer."""
+    ema: bool = False
+    """Use the moving average of the policy's weights."""
+    few_shot: str | None = None
+    """A text file put before every prompt (the paper's few-shot baseline)."""
+    output: str = "evaluation.jsonl"
+    """File in run.dir that gets one line per response; it replaces that of an earlier evaluation, and nothing else."""
+    tasks: list[str] = field(default_factory=list)
+    """Public benchmarks, tasks or tags of lm-evaluation-harness; instructgpt is all of the paper's. docs/benchmarks.md."""
+    task_path: str | None = None
+    """A folder with more task files, one's own."""
+    task_data: str | None = None
+    """The folder with the benchmarks' files, as they are published, that the instructgpt tasks read."""
+    task_limit: int | None = None
+    """Only the first rows of each task, to try it."""
+    task_shots: int | None = None
+    """Solved examples in front of each row; not given: as the task says."""
+    task_chat: bool = False
+    """Put prompts in the tokenizer's chat template."""
+    scorer: str | None = None
+    """PATH/TO/FILE.py:NAME or MODULE:NAME: judges the answers to tasks that ask for it (toxicity); takes prompts, responses
+    and rows as a reward function does, and returns a number for each."""

@@ -1,0 +1,1 @@
+"""Public benchmarks, by lm-evaluation-harness, on models in their layouts; no export."""

@@ -1,0 +1,79 @@
+"""From a configuration to an evaluator, as in setup.py: data and starting points first, then models."""
+
+from pathlib import Path
+
+from megatron_rlhf.config import checks
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.stages import EvaluateConfig
+from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
+from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
+from megatron_rlhf.evaluation.benchmarks.run import Benchmarks, load_scorer
+from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
+from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
+
+
+def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
+    """`examples/evaluate.py`."""
+    wanted = AVERAGE if config.evaluate.ema else POLICY
+    output = output_file(Path(config.run.dir), config.evaluate.output)
+    source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
+    parts.check_role("policy", model, config)
+    judge = None
+    if config.reward.init_from is not None:
+        judge = parts.find_judge(config, "critic_parallel")
+    tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, "reward.init_from": judge}, session)
+    for shape, whose in ((model, "policy"), (judge.model if judge else model, "reward model")):
+        require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
+    benchmarks = _benchmarks(config)
+    questions = _questions(config, tokenizer, model, judge.model if judge else model)
+    held_out = None
+    if config.data.pretraining.source is not None:
+        held_out = parts.make_pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
+    layout = ParallelLayout.create(config.parallel)
+    layout.seed(config.run.seed)
+    policy = parts.make_role("policy", model, layout, config, source).frozen()
+    policy.know_only(tokenizer.known_ids)
+    reward = None
+    if judge is not None:
+        critic_layout = ParallelLayout.create(config.critic_parallel)
+        reward = parts.make_role("reward", judge.model, critic_layout, config, judge, scalar=True).frozen()
+    return Evaluator(config, session, tokenizer, questions, output, held_out, benchmarks, policy, reward)
+
+
+def _benchmarks(config: EvaluateConfig) -> Benchmarks | None:
+    asked = config.evaluate
+    if not asked.tasks:
+        return None
+    scorer = load_scorer(asked.scorer) if asked.scorer else None
+    return Benchmarks.load(
+        asked.tasks, asked.task_path, asked.task_data, asked.task_limit, asked.task_shots, asked.task_chat, scorer
+    )
+
+
+def _questions(
+    config: EvaluateConfig, tokenizer: Tokenizer, policy: ModelConfig, judge: ModelConfig
+) -> Questions | None:
+    """The prompts to answer, whose answers fit both models."""
+    if config.data.prompts is None:
+        return None
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer)
+    chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
+    inputs = [prompt.tokens.tolist() for prompt in chosen]
+    which = "the longest prompt"
+    if config.evaluate.few_shot is not None:
+        if any(prompt.messages for prompt in chosen):
+            raise UserError(
+                f"evaluate.few_shot={config.evaluate.few_shot} is text that goes before prompts of text, and "
+                f"{config.data.prompts} holds messages: put the examples into them, as turns"
+            )
+        few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")
+        inputs = [tokenizer.encode(few_shot + prompt.text, bos=True) for prompt in chosen]
+        which += ", evaluate.few_shot included"
+    for shape, whose in ((policy, "policy"), (judge, "reward model")):
+        longest = max(map(len, inputs))
+        checks.check_response_fits(longest, which, config.sampling.max_response_tokens, shape, whose)
+    return Questions(chosen, inputs)
