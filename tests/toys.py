@@ -53,12 +53,13 @@ def make_role(
     seed: int = 0,
     precision: Precision = Precision.fp32,
     layout: ParallelLayout | None = None,
+    **adapters: object,
 ) -> Role:
     """A role at a layout; its weights depend on the seed alone."""
     layout = layout or ParallelLayout.create(parallel or ParallelConfig())
     with layout:
         model_parallel_cuda_manual_seed(seed + 1, force_reset_rng=True)
-    role = Role.build(name, model, layout, precision, scalar, dropout)
+    role = Role.build(name, model, layout, precision, scalar, dropout, **adapters)
     fill_weights(role, seed)
     return role
 
@@ -91,12 +92,13 @@ def weight_blocks(role: Role) -> list[Block]:
 
 
 def gradient_blocks(trained: TrainedRole, microbatches: Sequence[Microbatch]) -> list[Block]:
-    """This rank's gradients of the microbatches' losses, reduced over ranks. The role's weights are kept."""
+    """This rank's gradients of the microbatches' losses, reduced over ranks; frozen weights as they are. The role's weights
+    are kept."""
     for chunk in trained.role.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     forward_backward(trained.role.chunks, microbatches, trained.role.layout)
-    parameters = [p for chunk in trained.role.chunks for p in chunk.parameters()]
+    parameters = [p for chunk in trained.role.chunks for p in chunk.parameters() if p.requires_grad]
     weights = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter in parameters:

@@ -4,6 +4,7 @@
     python tools/convert_checkpoint.py hf-to-megatron --nemo gpt_2b.nemo --output checkpoints/gpt_2b
     python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/ppo --output assistant --dtype bf16
     python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/rm --role reward --output judge
+    python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/lora --adapter only --output adapter     # for peft
     torchrun --nproc-per-node 8 tools/convert_checkpoint.py megatron-to-hf ...     # shares the work among 8 processes
 
 Training takes a Hugging Face folder as it is (policy.init_from=DIR): import one only to check it or to load it faster.
@@ -97,15 +98,22 @@ def export_model(options: argparse.Namespace) -> str:
     tokenizer, remark = _tokenizer(companions.tokenizer, none)
     if tokenizer is not None:
         companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    role = convert.ROLES[options.role] if options.role else _only_role(checkpoint)
+    if options.adapter == "only":
+        base = options.base or (str(companions.config) if companions.config else None)
+        if base is None:
+            raise UserError("--adapter only: name the Hugging Face folder of the model that was adapted with --base")
+        return convert.export_peft(checkpoint, Path(options.output), role, options.architecture, companions, base)
     report = convert.export_huggingface(
         checkpoint,
         Path(options.output),
-        convert.ROLES[options.role] if options.role else _only_role(checkpoint),
+        role,
         options.architecture,
         DTYPES.get(options.dtype),
         companions,
         CheckOptions(_text(tokenizer), options.check_length),
         round(options.shard_gb * 1e9),
+        with_adapter=options.adapter != "none",
     )
     return f"{report}{remark}"
 
@@ -161,6 +169,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=list(DTYPES), help="type of the weights; default: as in the checkpoint")
     command.add_argument(
         "--architecture", choices=key_maps.names(), help="model type to write; default: one that fits the shape"
+    )
+    command.add_argument(
+        "--adapter",
+        choices=["merged", "only", "none"],
+        default="merged",
+        help="of a model with LoRA adapters: added to its weights (default), alone as a folder for peft, or left out",
+    )
+    command.add_argument(
+        "--base",
+        metavar="DIR",
+        help="Hugging Face folder that --adapter only refers to; default: what the run began from",
     )
     command.add_argument(
         "--like",

@@ -7,16 +7,15 @@ how damage is found in `integrity`.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
@@ -24,12 +23,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlhf.checkpoint import restricted
-from megatron_rlhf.checkpoint.draft import Draft, write_text, writing
+from megatron_rlhf.checkpoint.description import adapter_from_json, model_from_json, model_to_json, write_description
+from megatron_rlhf.checkpoint.draft import Draft, writing
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
 from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
 from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
+from megatron_rlhf.models.adapters import is_adapter
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.collectives import device, publish_object
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -40,6 +40,7 @@ __all__ = [
     "Draft",
     "NotWritten",
     "SavedRole",
+    "adapter_from_json",
     "find_checkpoint",
     "latest",
     "layout_signature",
@@ -56,13 +57,6 @@ __all__ = [
     "write_meta",
     "writing",
 ]
-
-_ENUMS: dict[str, type[Enum]] = {
-    "positions": Positions,
-    "rope_scaling": RopeScaling,
-    "norm": Norm,
-    "activation": Activation,
-}
 
 
 @dataclasses.dataclass
@@ -98,26 +92,7 @@ def state_to_save(saved: SavedRole) -> dict[str, Any]:
 def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any], tokenizer: str | None = None) -> None:
     """`meta.json`, last: shapes of the roles, layouts, the trainer's state (JSON), and the tokenizer's fingerprint."""
     described = {name: (role.model, role.scalar, layout_signature(role)) for name, role in roles.items()}
-    write_description(folder, described, state, tokenizer)
-
-
-def write_description(
-    folder: Path,
-    roles: Mapping[str, tuple[ModelConfig, bool, str]],
-    state: Mapping[str, Any],
-    tokenizer: str | None = None,
-) -> None:
-    """`write_meta` for roles that are not in memory: shape, whether it has a scalar head, and layout of each. Collective."""
-    content = {
-        "format": FORMAT,
-        "roles": {
-            name: {"model": model_to_json(model), "scalar": scalar, "layout": layout}
-            for name, (model, scalar, layout) in roles.items()
-        },
-        "tokenizer": tokenizer,
-        "state": dict(state),
-    }
-    write_text(folder / META, json.dumps(content, indent=1))
+    write_description(folder, described, state, tokenizer, {name: role.adapter for name, role in roles.items()})
 
 
 def _known_to_all(state: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
@@ -147,29 +122,25 @@ def load_role(folder: Path, saved: SavedRole) -> None:
 
 
 def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = False) -> None:
-    """Fill a role's weights from another role's, saved at any layout; `keep_head` leaves its scalar head alone. Collective."""
+    """Fill a role's weights from another role's, saved at any layout; `keep_head` leaves its scalar head alone. Collective.
+
+    Adapters that the checkpoint does not have stay as they are.
+    """
+    keep_adapters = "adapter" not in read_meta(folder)["roles"][from_role]
+
+    def stays(name: str) -> bool:
+        return (keep_head and _is_head(name)) or (keep_adapters and is_adapter(name))
+
     with role.layout:
         state = _sharded_state(SavedRole(role), is_loading=True) if role.layout.is_member else {}
         # Extra state is the scaling history of fp8, not weights, and an imported model has none.
         for part in state.values():
-            for name in [n for n in part if _is_extra_state(n) or (keep_head and _is_head(n))]:
+            for name in [n for n in part if _is_extra_state(n) or stays(n)]:
                 del part[name]
         loaded = _load(state, folder / from_role)
         for key, chunk in _keyed(role).items():
             missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-            assert not unexpected and all(_is_head(name) or _is_extra_state(name) for name in missing), missing
-
-
-def model_to_json(model: ModelConfig) -> dict[str, Any]:
-    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(model).items()}
-
-
-def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
-    try:
-        fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
-        return ModelConfig(**fields)
-    except (TypeError, ValueError) as error:  # written by hand, or by another version
-        raise UserError(f"{META}: not a model's shape as this version knows it: {error}") from error
+            assert not unexpected and all(stays(name) or _is_extra_state(name) for name in missing), missing
 
 
 _DEVICE, _OPTIMIZER = " x device ", " x distributed optimizer "
@@ -276,6 +247,8 @@ def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True)
     }
     if saved.optimizer is not None:
         state["optimizer"] = saved.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        if saved.role.trains_some_layers:
+            state["optimizer"] = dict_list_map_inplace(_by_layer, state["optimizer"])
         if with_random:
             ranks = saved.role.layout.ranks
             random = None if is_loading else _random_state()
@@ -283,6 +256,19 @@ def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True)
                 "random", random, (len(ranks),), (dist.get_rank() - ranks.start,), replica_id=0
             )
     return state
+
+
+def _by_layer(part: Any) -> Any:
+    """A tensor that is stacked over layers under its own layer's name: a stack would have to hold all layers."""
+    if isinstance(part, ShardedTensorFactory):
+        build = part.build_fn
+        return dataclasses.replace(part, build_fn=lambda *args: dict_list_map_inplace(_by_layer, build(*args)))
+    if not isinstance(part, ShardedTensor) or part.prepend_axis_num == 0:
+        return part
+    names = {"global_shape", "global_offset", "axis_fragmentations"}
+    changes: dict[str, Any] = {name: value[1:] for name in names if (value := getattr(part, name)) is not None}
+    key = part.key.replace("layers.", f"layers.{part.global_offset[0]}.")
+    return dataclasses.replace(part, key=key, prepend_axis_num=part.prepend_axis_num - 1, **changes)
 
 
 def _random_state() -> dict[str, Any]:

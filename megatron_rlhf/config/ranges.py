@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, evaluation, model, ppo, rewards, stages, training
+from megatron_rlhf.config import cluster, data, evaluation, lora, model, ppo, rewards, stages, training
 from megatron_rlhf.config.errors import UserError
 
 LARGEST_WHOLE = 2**31 - 1
@@ -50,6 +50,7 @@ SOME_SHARE = Range(above=0, most=1)
 RANGES: Mapping[type, Mapping[str, Range]] = {
     training.RunConfig: {"stop_at_step": COUNT, "max_skipped_steps": COUNT},
     training.OptimizerConfig: {"lr": POSITIVE, "betas": PROPER_SHARE, "epsilon": POSITIVE},
+    lora.LoraConfig: {"rank": COUNT, "alpha": POSITIVE, "dropout": PROPER_SHARE},
     training.Fp8Config: {"gate_max_gap": POSITIVE, "gate_samples": COUNT},
     training.SamplingConfig: {
         "top_p": SOME_SHARE,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from megatron_rlhf.config.lora import LoraConfig
 from megatron_rlhf.config.model import Fp8Recipe, Precision
 
 NOT_GIVEN = "???"
@@ -82,6 +83,11 @@ class TrainedRoleConfig(RoleConfig):
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Its optimizer."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters, which train instead of the model's own weights."""
+    trainable: list[str] = field(default_factory=list)
+    """Train only some weights: layers (layers.4-7, layers.20-), names as in checkpoints or beginnings of them
+    (decoder.final_layernorm), or patterns (*.mlp.*). Not given: all. A scalar head always trains. docs/lora.md."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """Whole conversions: read, write to a temporary folder, check, and only then move the result into place."""
 
 import contextlib
+import dataclasses
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.lora import Adapter
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, model_differences
+from megatron_rlhf.conversion import peft
+from megatron_rlhf.conversion.adapted import Merged, factor_shapes
 from megatron_rlhf.conversion.architecture import WORD_EMBEDDINGS, Head, tensor_shapes
 from megatron_rlhf.conversion.check.outputs import CheckFailed, compare_outputs, compare_tensors
 from megatron_rlhf.conversion.check.tokens import check_batches
@@ -21,6 +25,7 @@ from megatron_rlhf.conversion.hf import extra_files
 from megatron_rlhf.conversion.hf.export import AsType, Exported, choose_architecture, write_weights
 from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
 from megatron_rlhf.conversion.hf.folder import same_bits
+from megatron_rlhf.conversion.hf.load import is_hf_folder
 from megatron_rlhf.conversion.hf.weights import Described, Weights
 from megatron_rlhf.conversion.nemo import archive as nemo_archive
 from megatron_rlhf.conversion.whole_tensors import CheckpointReader, TensorSource, places, write_checkpoint
@@ -141,20 +146,27 @@ def export_huggingface(
     extra: ExtraFiles,
     check: CheckOptions,
     shard_bytes: int = hf_export.SHARD_BYTES,
+    with_adapter: bool = True,
 ) -> Report:
     """Write one role of one of our checkpoints as a Hugging Face folder. Collective.
+
+    Args:
+        with_adapter: adapters are added to the weights; otherwise they are left out: the model that they adapt.
 
     Raises:
         UserError: for a role or a shape that cannot be converted.
         CheckFailed: when the result is not the same model; the output is removed.
     """
-    model, scalar = _role_shape(checkpoint, role)
+    model, scalar, adapter = _role_shape(checkpoint, role)
     described = Described(choose_architecture(model, architecture, extra.model_type), model, _HEADS[role])
     if described.architecture.head_module(described.head) is None:
         name = described.architecture.class_name(described.head)
         raise UserError(f"--role {role}: transformers has no {name}, which a value model would become")
     check.require_known_tokens(model, extra.tokenizer)
-    reader = AsType(CheckpointReader(checkpoint / role, tensor_shapes(model, scalar), model.num_layers), dtype)
+    stored: TensorSource = CheckpointReader(checkpoint / role, _shapes(model, scalar, adapter), model.num_layers)
+    if adapter is not None:
+        stored = Merged(stored, model, adapter if with_adapter else dataclasses.replace(adapter, targets=()))
+    reader = AsType(stored, dtype)
     exported = Exported.of(described, reader)
     with _into(output) as folder:
         write_weights(folder, exported, shard_bytes)
@@ -166,6 +178,49 @@ def export_huggingface(
         return _checked(reader, exported, weights, check, exported.needs_code)
 
 
+def export_peft(
+    checkpoint: Path, output: Path, role: str, architecture: str | None, extra: ExtraFiles, base: str
+) -> str:
+    """Write a role's adapters as a folder for `peft`; returns what was checked. Collective.
+
+    Args:
+        base: Hugging Face folder of the model that they adapt. If it is here, its weights must be those that the
+            adapters were trained beside, bit by bit or rounded to the checkpoint's type.
+    """
+    model, scalar, adapter = _role_shape(checkpoint, role)
+    if adapter is None:
+        raise UserError(f"--adapter only: the {role} in {checkpoint} has no adapters")
+    if scalar:
+        raise UserError(f"--adapter only --role {role}: peft has no place for this head; take --adapter merged")
+    described = Described(choose_architecture(model, architecture, extra.model_type), model, Head.language)
+    reader = CheckpointReader(checkpoint / role, _shapes(model, scalar, adapter), model.num_layers)
+    with _into(output) as folder:
+
+        def write() -> str:
+            peft.write(folder, described, reader, adapter, base)
+            extra.copy_to(folder, generation=False)
+            if not is_hf_folder(base):
+                return f"adapters of rank {adapter.rank}; their base {base} is not here, and was not compared"
+            _require_same_base(Path(base), reader, model)
+            again = peft.PeftFolder.open(folder, "--output")
+            if again.adapter != adapter:
+                raise CheckFailed(f"read back, the adapters are {again.adapter}, and not {adapter}")
+            return f"adapters of rank {adapter.rank}; their base is {base}, whose weights are the checkpoint's"
+
+        return _on_first_rank(write)
+
+
+def _require_same_base(base: Path, reader: CheckpointReader, model: ModelConfig) -> None:
+    described = Described.read(base)
+    if described.scalar or model_differences(model, described.model):
+        raise UserError(f"--base {base}: is not the model that the adapters were trained beside")
+    theirs = Weights.open(base, described)
+    for place in places(described.shapes, model.num_layers):
+        ours = reader.read(place)
+        if not same_bits(ours, theirs.read(place).to(ours.dtype)):
+            raise UserError(f"--base {base}: tensor {place} is not the one that the adapters were trained beside")
+
+
 def _role_for(described: Described, role: str | None, source: Path) -> str:
     """The folder of the checkpoint that an import writes."""
     name = ROLES[role] if role else {Head.language: "policy", Head.score: "reward", Head.token: "value"}[described.head]
@@ -175,13 +230,22 @@ def _role_for(described: Described, role: str | None, source: Path) -> str:
     return name
 
 
-def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool]:
+def _shapes(model: ModelConfig, scalar: bool, adapter: Adapter | None) -> dict[str, tuple[int, ...]]:
+    return tensor_shapes(model, scalar) | (factor_shapes(model, adapter) if adapter else {})
+
+
+def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool, Adapter | None]:
     roles = sharded.read_meta(checkpoint)["roles"]
     if role not in roles:
         names = {folder: name for name, folder in ROLES.items()}
         held = ", ".join(names.get(folder, folder) for folder in roles)
         raise UserError(f"--role {names[role]}: {checkpoint} holds {held}")
-    return sharded.model_from_json(roles[role]["model"]), roles[role]["scalar"]
+    content = roles[role]
+    return (
+        sharded.model_from_json(content["model"]),
+        content["scalar"],
+        sharded.adapter_from_json(content.get("adapter")),
+    )
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ from pathlib import Path
 from megatron_rlhf.checkpoint import integrity, sharded
 from megatron_rlhf.checkpoint.naming import TOKENIZER
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import ModelConfig, model_differences
 from megatron_rlhf.conversion.hf import load as hf_load
 from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
 from megatron_rlhf.conversion.hf.folder import CONFIG
+from megatron_rlhf.conversion.peft import SETTINGS, PeftFolder, is_peft_folder
 from megatron_rlhf.models.roles import Role
 
 HEAD_BYTES = 2**20
@@ -54,6 +56,10 @@ class StartingPoint:
     """It has a scalar head (reward or value model)."""
     saved_role: str | None
     """Folder inside one of our checkpoints; None for a Hugging Face folder."""
+    adapter: Adapter | None = None
+    """The adapters that come with the weights."""
+    peft: PeftFolder | None = None
+    """Where they are, if they have a folder of their own; `path` is then their base's."""
 
     @classmethod
     def find(cls, path: str, key: str, wanted: Wanted) -> "StartingPoint":
@@ -63,8 +69,11 @@ class StartingPoint:
             UserError: if the path holds nothing to start from, or something that does not fit the role.
         """
         folder = Path(path)
+        peft = PeftFolder.open(folder, key) if is_peft_folder(folder) else None
+        if peft is not None:
+            folder = peft.base
         if hf_load.is_hf_folder(folder):
-            found = cls(folder, *hf_load.read_model_config(folder), None)
+            found = cls(folder, *hf_load.read_model_config(folder), None, peft.adapter if peft else None, peft)
             if wanted is AVERAGE:
                 raise UserError(f"{key}={path}: a Hugging Face folder holds no moving average; needed is a run of PPO")
         else:
@@ -74,7 +83,8 @@ class StartingPoint:
             if name is None:
                 needed = " or ".join(wanted.roles)
                 raise UserError(f"{key}={path}: {folder} holds {', '.join(roles)}; needed is {needed}")
-            found = cls(folder, sharded.model_from_json(roles[name]["model"]), roles[name]["scalar"], name)
+            model, adapter = roles[name]["model"], sharded.adapter_from_json(roles[name].get("adapter"))
+            found = cls(folder, sharded.model_from_json(model), roles[name]["scalar"], name, adapter)
         if found.scalar != wanted.scalar and not wanted.fresh_head:
             holds = "a model with a scalar head" if found.scalar else "a language model, without a scalar head"
             raise UserError(f"{key}={path}: {folder} holds {holds}; needed is {wanted.describe()}")
@@ -84,6 +94,8 @@ class StartingPoint:
     def tokenizer(self) -> Path | None:
         """The folder with the tokenizer that came with these weights."""
         folders = [self.path] if self.saved_role is None else [self.path / TOKENIZER, self.path / KEPT]
+        if self.peft is not None:
+            folders = [self.peft.folder, *folders]
         return next(filter(holds_tokenizer, folders), None)
 
     def require_shape(self, model: ModelConfig | None, key: str) -> None:
@@ -107,14 +119,22 @@ class StartingPoint:
         if self.saved_role is not None:
             return integrity.digest_of(self.path, self.saved_role)
         total = hashlib.sha256()
-        for path in sorted(p for p in self.path.iterdir() if p.name == CONFIG or p.suffix in (".safetensors", ".bin")):
+        folders = [self.path] if self.peft is None else [self.path, self.peft.folder]
+        files = [path for folder in folders for path in folder.iterdir()]
+        kinds = (CONFIG, SETTINGS)
+        for path in sorted(p for p in files if p.name in kinds or p.suffix in (".safetensors", ".bin")):
             with path.open("rb") as file:
                 total.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(HEAD_BYTES))
         return total.hexdigest()[:16]
 
     def load_into(self, role: Role) -> None:
-        """Fill the role's weights. A scalar role loaded from a language model keeps its new head."""
+        """Fill the role's weights. A scalar role loaded from a language model keeps its new head.
+
+        The role must have the adapters of this starting point, or, where it has none, may have any new ones.
+        """
         if self.saved_role is None:
             hf_load.load_into(role, self.path)
+            if self.peft is not None:
+                self.peft.load_into(role)
         else:
             sharded.load_weights(self.path, role, self.saved_role, keep_head=role.scalar and not self.scalar)

@@ -8,7 +8,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
+from megatron_rlhf.models import adapters, trainable
 from megatron_rlhf.models.layers import block_spec
 from megatron_rlhf.models.packed import LanguageModel, ScalarModel
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -114,8 +116,13 @@ def build_chunks(
     scalar: bool = False,
     dropout: float = 0.0,
     fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
+    adapter: Adapter | None = None,
+    adapter_dropout: float = 0.0,
 ) -> list[GPTModel]:
-    """This rank's part of a model: one chunk, or one for each virtual stage. Weights are random."""
+    """This rank's part of a model: one chunk, or one for each virtual stage. Weights are random.
+
+    With adapters, these and a scalar head are all that trains.
+    """
     config = transformer_config(model, layout, precision, dropout, fp8_recipe)
     virtual = layout.config.virtual_stages
     chunks = []
@@ -124,7 +131,7 @@ def build_chunks(
             vp_stage = stage if virtual > 1 else None
             arguments: dict = {
                 "config": config,
-                "transformer_layer_spec": block_spec(model, config, layout, vp_stage),
+                "transformer_layer_spec": block_spec(model, config, layout, vp_stage, fuses_norms=adapter is None),
                 "vocab_size": model.padded_vocab_size(layout.config.tensor),
                 "max_sequence_length": model.max_sequence_length + model.position_offset,
                 "pre_process": layout.is_first_stage and stage == 0,
@@ -146,6 +153,11 @@ def build_chunks(
                     **arguments,
                 )
             _adapt_positions(chunk, model)
+            if adapter is not None:
+                adapters.attach(chunk, model, adapter, adapter_dropout)
+                if scalar and chunk.post_process:
+                    chunk.output_layer.requires_grad_(True)
+                trainable.carry_gradients(chunk)
             chunks.append(_to_device(chunk, config))
     return chunks
 

@@ -21,18 +21,25 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 
 
 def block_spec(
-    model: ModelConfig, config: TransformerConfig, layout: ParallelLayout, vp_stage: int | None
+    model: ModelConfig,
+    config: TransformerConfig,
+    layout: ParallelLayout,
+    vp_stage: int | None,
+    fuses_norms: bool = True,
 ) -> TransformerBlockSubmodules:
-    """The layers of one chunk, and the norm after the model's last layer."""
+    """The layers of one chunk, and the norm after the model's last layer.
+
+    `fuses_norms`: Transformer Engine may normalise inside the linear layers, whose input is then not normalised.
+    """
     layer = ModuleSpec(
         module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
-        submodules=_layer_submodules(model),
+        submodules=_layer_submodules(model, fuses_norms),
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=_final_norm())
 
 
-def _layer_submodules(model: ModelConfig) -> TransformerLayerSubmodules:
+def _layer_submodules(model: ModelConfig, fuses_norms: bool) -> TransformerLayerSubmodules:
     """The parts of a layer. Names in checkpoints are the same for both kinds: those of Transformer Engine, which fuses norms."""
     column: type
     row: type
@@ -41,8 +48,10 @@ def _layer_submodules(model: ModelConfig) -> TransformerLayerSubmodules:
     if transformer_engine_serves():
         from megatron.core.extensions import transformer_engine as fused
 
-        column, row = fused.TELayerNormColumnParallelLinear, fused.TERowParallelLinear
-        norm, qk_norm = IdentityOp, fused.TENorm
+        row, qk_norm = fused.TERowParallelLinear, fused.TENorm
+        column, norm = fused.TEColumnParallelLinear, fused.TENorm
+        if fuses_norms:
+            column, norm = fused.TELayerNormColumnParallelLinear, IdentityOp
     else:
         column, row = ColumnLinear, RowLinear
         norm = qk_norm = SequenceParallelNorm

@@ -1,6 +1,7 @@
 """Policy, reference, reward and value model: one class for a model in its layout, frozen or trained."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
-from megatron_rlhf.models import fp8
+from megatron_rlhf.models import adapters, fp8, trainable
+from megatron_rlhf.models.adapters import FirstAdapters
 from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -35,6 +38,12 @@ class Role:
     """Frozen weights that are in host memory except during the passes that read them."""
     unknown_v: Tensor | None = None
     """bool over the padded vocabulary: rows of the embedding that are not tokens of the tokenizer. None: all rows are tokens."""
+    adapter: Adapter | None = None
+    """Its low-rank adapters."""
+    trains_some_layers: bool = False
+    """Not every layer may have an optimizer's state."""
+    first: FirstAdapters | None = None
+    """Of a reference whose weights are the policy's, but for the adapters."""
 
     @classmethod
     def build(
@@ -46,10 +55,13 @@ class Role:
         scalar: bool = False,
         dropout: float = 0.0,
         fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise,
+        adapter: Adapter | None = None,
+        adapter_dropout: float = 0.0,
     ) -> "Role":
-        """A model with random weights."""
-        chunks = build_chunks(model, layout, precision, scalar, dropout, fp8_recipe) if layout.is_member else []
-        return cls(name, model, layout, chunks, scalar)
+        """A model with random weights, and adapters that do nothing yet."""
+        options = precision, scalar, dropout, fp8_recipe, adapter, adapter_dropout
+        chunks = build_chunks(model, layout, *options) if layout.is_member else []
+        return cls(name, model, layout, chunks, scalar, adapter=adapter)
 
     def know_only(self, tokens: Sequence[int]) -> None:
         """Declares these the only tokens: other rows of the embedding are never sampled.
@@ -72,6 +84,32 @@ class Role:
         for chunk in self.modules:
             if chunk.post_process:
                 chunk.output_layer.reset(seed)
+
+    def reset_adapters(self, seed: int) -> None:
+        """New weights for the adapters, which depend only on the seed."""
+        for chunk in self.modules:
+            adapters.reset(chunk, seed)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights beside them: from then on it is a model without any."""
+        for chunk in self.modules:
+            adapters.merge(chunk)
+        self.adapter = None
+
+    def train_only(self, patterns: Sequence[str]) -> None:
+        """Freeze all weights but those that the patterns select; to be called before an optimizer is made."""
+        self.trains_some_layers = True
+        for chunk in self.modules:
+            trainable.train_only(chunk, patterns)
+            trainable.carry_gradients(chunk)
+
+    def as_it_started(self, name: str, keep: bool) -> "Role":
+        """A frozen role of the weights that this one has now, and of no other memory: only the adapters of this one train.
+
+        `keep`: these adapters belong to the start; otherwise they are new, and the start has none.
+        """
+        assert self.adapter is not None, "without adapters, the weights that train would be the frozen ones"
+        return dataclasses.replace(self, name=name, chunks=self.modules, first=FirstAdapters(self.modules, keep))
 
     def freeze_head_bias(self) -> None:
         """Freezes the scalar head's bias; to be called before an optimizer is made."""
@@ -153,7 +191,7 @@ class Role:
         if sequence_parallel:
             _set_sequence_parallel(modules, False)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.first.back() if self.first else contextlib.nullcontext():
                 yield
         finally:
             if sequence_parallel:

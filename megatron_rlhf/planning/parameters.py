@@ -1,5 +1,8 @@
 """How many weights a model has, and how many of them one rank holds."""
 
+from collections.abc import Sequence
+
+from megatron_rlhf.config.lora import selects
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, ParallelConfig, Positions
 
 
@@ -38,21 +41,35 @@ def padded_vocabulary(model: ModelConfig, tensor: int) -> int:
 
 def layer_parameters(model: ModelConfig, tensor: int) -> int:
     """Weights of one transformer layer on one tensor-parallel rank."""
+    return sum(layer_weights(model, tensor).values())
+
+
+def layer_weights(model: ModelConfig, tensor: int) -> dict[str, int]:
+    """The same, weight by weight, by their names in checkpoints."""
     h, t = model.hidden_size, tensor
-    matrices = h * (qkv_width(model) + attention_width(model) + first_mlp_width(model) + ffn_width(model)) // t
-    biases = 0
-    if model.linear_bias:
-        biases += first_mlp_width(model) // t + 2 * h
-    if model.linear_bias or model.qkv_bias:
-        biases += qkv_width(model) // t
-    norms = 2 * norm_parameters(model, h)
+    qkv, attention, fc1, ffn = qkv_width(model), attention_width(model), first_mlp_width(model), ffn_width(model)
+    matrices = {
+        "self_attention.linear_qkv": (h * qkv, qkv // t),
+        "self_attention.linear_proj": (h * attention, h),
+        "mlp.linear_fc1": (h * fc1, fc1 // t),
+        "mlp.linear_fc2": (h * ffn, h),
+    }
+    weights = {}
+    for name, (size, bias) in matrices.items():
+        weights[f"{name}.weight"] = size // t
+        if model.linear_bias or (model.qkv_bias and name.endswith("qkv")):
+            weights[f"{name}.bias"] = bias
+    kinds = _norm_kinds(model)
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        weights |= {f"{name}.layer_norm_{kind}": h for kind in kinds}
     if model.qk_norm:
-        norms += 2 * norm_parameters(model, head_dim(model))
-    return matrices + biases + norms
+        norms = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+        weights |= {f"{name}.{kind}": head_dim(model) for name in norms for kind in kinds}
+    return weights
 
 
-def norm_parameters(model: ModelConfig, width: int) -> int:
-    return width if model.norm is Norm.rmsnorm else 2 * width
+def _norm_kinds(model: ModelConfig) -> tuple[str, ...]:
+    return ("weight",) if model.norm is Norm.rmsnorm else ("weight", "bias")
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
@@ -63,22 +80,53 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> in
     return last if stage == parallel.pipeline - 1 else (model.num_layers - last) // (parallel.pipeline - 1)
 
 
+def layers_of(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[int]:
+    """Which layers a pipeline stage has, counted from 0, over all its virtual stages."""
+    count = stage_layers(model, parallel, stage)
+    if parallel.virtual_stages == 1:
+        first = stage * stage_layers(model, parallel, 0)
+        return list(range(first, first + count))
+    each = count // parallel.virtual_stages
+    firsts = [(chunk * parallel.pipeline + stage) * each for chunk in range(parallel.virtual_stages)]
+    return [layer for first in firsts for layer in range(first, first + each)]
+
+
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int, scalar: bool) -> int:
-    """Weights on one rank of a pipeline stage. A tied embedding lives on the first and on the last stage."""
+    """Weights on one rank of a pipeline stage."""
+    layers = stage_layers(model, parallel, stage) * layer_parameters(model, parallel.tensor)
+    return layers + sum(outer_weights(model, parallel, stage, scalar).values())
+
+
+def outer_weights(model: ModelConfig, parallel: ParallelConfig, stage: int, scalar: bool) -> dict[str, int]:
+    """Those outside the layers, by their names in checkpoints. A tied embedding lives on the first and on the last stage."""
     h, last = model.hidden_size, parallel.pipeline - 1
     embedding = padded_vocabulary(model, parallel.tensor) // parallel.tensor * h
-    total = stage_layers(model, parallel, stage) * layer_parameters(model, parallel.tensor)
+    weights = {}
     if stage == 0:
-        total += embedding
+        weights["embedding.word_embeddings.weight"] = embedding
         if model.positions is Positions.learned:
-            total += (model.max_sequence_length + model.position_offset) * h
+            rows = model.max_sequence_length + model.position_offset
+            weights["embedding.position_embeddings.weight"] = rows * h
     if stage == last:
-        total += norm_parameters(model, h)
+        weights |= {f"decoder.final_layernorm.{kind}": h for kind in _norm_kinds(model)}
         if scalar:
-            total += h + 1
-        elif not model.tied_embeddings or last > 0:
-            total += embedding
-    return total
+            weights |= {"output_layer.weight": h, "output_layer.bias": 1}
+        elif not model.tied_embeddings:
+            weights["output_layer.weight"] = embedding
+        elif last > 0:
+            weights["embedding.word_embeddings.weight"] = embedding
+    return weights
+
+
+def trained_parameters(
+    model: ModelConfig, parallel: ParallelConfig, stage: int, scalar: bool, patterns: Sequence[str]
+) -> int:
+    """Weights on one rank of a stage that patterns select (`config.lora.selects`)."""
+    weights = outer_weights(model, parallel, stage, scalar)
+    for layer in layers_of(model, parallel, stage):
+        in_layer = layer_weights(model, parallel.tensor).items()
+        weights |= {f"decoder.layers.{layer}.{name}": count for name, count in in_layer}
+    return sum(count for name, count in weights.items() if any(selects(pattern, name) for pattern in patterns))
 
 
 def total_parameters(model: ModelConfig, scalar: bool = False) -> int:

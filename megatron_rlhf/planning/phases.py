@@ -8,6 +8,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.layout_checks import check_layout, check_model
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig
+from megatron_rlhf.config.training import TrainedRoleConfig
 from megatron_rlhf.planning.activations import Shape, training_peak
 from megatron_rlhf.planning.placement import PlacedModel
 from megatron_rlhf.planning.plan import PlannedPhase
@@ -56,7 +57,12 @@ def place(
     check_layout(parallel, len(ranks), parallel_key)
     check_model(model, parallel, parallel_key)
     precision, execution = config.precision_of(role), Execution.of(parallel)
-    return PlacedModel(model, parallel, precision, len(ranks), scalar, ranks.start, execution)
+    trained = getattr(config, role, None)
+    adapter, patterns = None, tuple[str, ...]()
+    if isinstance(trained, TrainedRoleConfig):
+        adapter, patterns = trained.lora.adapter(model, f"{role}.lora"), tuple(trained.trainable)
+        patterns = (*patterns, "output_layer") if patterns and scalar else patterns
+    return PlacedModel(model, parallel, precision, len(ranks), scalar, ranks.start, execution, adapter, patterns)
 
 
 def microbatches(sequences: int, budget: Budget, placed: PlacedModel, mean: float, longest: int) -> tuple[Shape, Batch]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision, Recompute
 from megatron_rlhf.planning import parameters
 from megatron_rlhf.planning.speed.execution import Execution
@@ -26,6 +27,10 @@ class PlacedModel:
     scalar: bool = False
     first: int = 0
     execution: Execution = field(default_factory=Execution)
+    adapter: Adapter | None = None
+    """Its adapters; with any, they and a scalar head are all that trains."""
+    trainable: tuple[str, ...] = ()
+    """Patterns of the weights that train; all, if there are none."""
 
     @property
     def ranks(self) -> range:
@@ -75,8 +80,26 @@ class PlacedModel:
         return (rank - self.first) // (self.gpus // self.parallel.pipeline)
 
     def parameters(self, stage: int) -> int:
-        """Weights on one rank of a stage."""
+        """Weights on one rank of a stage, adapters included."""
+        return self._own_parameters(stage) + self._adapter_parameters(stage)
+
+    def trained_parameters(self, stage: int) -> int:
+        """Those that have gradients and an optimizer's state."""
+        patterns = self.trainable
+        if self.adapter is not None:
+            patterns = ("output_layer",) if self.scalar else ()
+        elif not patterns:
+            return self._own_parameters(stage)
+        own = parameters.trained_parameters(self.model, self.parallel, stage, self.scalar, patterns)
+        return own + self._adapter_parameters(stage)
+
+    def _own_parameters(self, stage: int) -> int:
         return parameters.stage_parameters(self.model, self.parallel, stage, self.scalar)
+
+    def _adapter_parameters(self, stage: int) -> int:
+        if self.adapter is None:
+            return 0
+        return self.stage_layers(stage) * self.adapter.parameters(self.model, self.parallel.tensor)
 
     def with_parallel(self, **changes) -> "PlacedModel":
         return replace(self, parallel=replace(self.parallel, **changes))

@@ -48,12 +48,13 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
         True,
     )
     reference = replace(policy, precision=config.precision_of("reference"))
-    reward = replace(value, precision=config.precision_of("reward"))
+    reward = replace(value, precision=config.precision_of("reward"), adapter=None, trainable=())
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
     roles = _ppo_roles(config, policy, reference, reward, value)
     critics = [*[reward] * len(_reward_models(config)), *([value] if config.ppo.has_critic else [])]
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
         sampling = place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
+        sampling = replace(sampling, adapter=policy.adapter)
         roles.append(PlannedRole("sampler", sampling, trained=False))
     recomputes = config.ppo.old_logprobs is OldLogprobs.recomputed
     phases = [
@@ -83,9 +84,11 @@ def _ppo_roles(
         name: {"weights": ("rollout", other, *updates, SAVING)} if getattr(config.offload, name) else {}
         for name, other in away.items()
     }
+    # Under adapters, the reference is the policy's own frozen weights.
+    second = [] if policy.adapter else [PlannedRole("reference", reference, trained=False, rests=rests["reference"])]
     roles = [
         PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
-        PlannedRole("reference", reference, trained=False, rests=rests["reference"]),
+        *second,
         *(PlannedRole(name, reward, trained=False, rests=rests["reward"]) for name in _reward_models(config)),
     ]
     if config.ppo.has_critic:
@@ -185,7 +188,7 @@ def _policy_phases(
 
     def memory(stage: int) -> dict[str, float]:
         peaks = [training_peak(policy, stage, shape, total) for shape in shapes]
-        kept = {"text's gradient": policy.parameters(stage) * FP32} if ppo.reports_gradients else {}
+        kept = {"text's gradient": policy.trained_parameters(stage) * FP32} if ppo.reports_gradients else {}
         return max(peaks, key=lambda peak: sum(peak.values())) | kept
 
     return [

@@ -13,16 +13,16 @@ def frozen_bytes(placed: PlacedModel, stage: int) -> Bytes:
 
 
 def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Bytes:
-    """A trained model: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
+    """A trained model. Of what trains of it: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
 
     The distributed optimizer shards moments, master weights and their moving average (`average`) over data and context
     parallelism.
     """
-    count = placed.parameters(stage)
+    count = placed.trained_parameters(stage)
     shards = placed.data * placed.parallel.context if placed.parallel.distributed_optimizer else 1
     copies = 2 if placed.precision is Precision.fp32 else 3
     state: Bytes = {
-        "weights": count * placed.element,
+        "weights": placed.parameters(stage) * placed.element,
         "gradients": count * FP32,
         "optimizer": count * copies * FP32 / shards,
     }

@@ -40,6 +40,9 @@ def _trained(role: str) -> dict[str, Change]:
     return {
         f"{role}.init_from": Change.content,
         **_keys(Change.taken, f"{role}.optimizer.", "lr betas epsilon weight_decay clip_norm"),
+        # They decide which weights have an optimizer's state in the checkpoint.
+        **_keys(Change.refused, f"{role}.", "lora.rank lora.alpha lora.targets trainable"),
+        f"{role}.lora.dropout": Change.taken,
     }
 
 

@@ -45,7 +45,7 @@ class MovingAverage:
 
         A sharded average is gathered inside the block; what is loaded into it is sharded again afterwards.
         """
-        current = [{name: p.data for name, p in chunk.named_parameters()} for chunk in self.role.modules]
+        current = [{name: p.data for name, p in _trained(chunk).items()} for chunk in self.role.modules]
         whole = self._gathered()
         self._point_to(whole)
         try:
@@ -67,7 +67,7 @@ class MovingAverage:
         result = []
         for chunk, masters, shadow in zip(self.role.modules, self._masters(), self.shadows, strict=True):
             whole = {}
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in _trained(chunk).items():
                 whole[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 if name in masters:
                     masters[name].part_of(whole[name]).copy_(shadow[name])
@@ -78,5 +78,10 @@ class MovingAverage:
 
     def _point_to(self, weights: list[dict[str, Tensor]]) -> None:
         for chunk, tensors in zip(self.role.modules, weights, strict=True):
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in _trained(chunk).items():
                 parameter.data = tensors[name]
+
+
+def _trained(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Frozen weights are their own average."""
+    return {name: parameter for name, parameter in chunk.named_parameters() if parameter.requires_grad}

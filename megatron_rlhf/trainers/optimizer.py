@@ -1,5 +1,10 @@
 """Megatron-Core's gradient buffers and Adam around the chunks of a role."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -7,6 +12,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.layout import ParallelLayout
 
 
 def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer | None:
@@ -70,10 +77,33 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
         params_dtype=role.modules[0].config.params_dtype,
         use_distributed_optimizer=role.layout.config.distributed_optimizer,
     )
-    return get_megatron_optimizer(
-        megatron_config,
-        list(role.chunks),
-        config_overrides=get_standard_config_overrides(megatron_config),  # a wd_mult of 0 for biases and norms
-        use_gloo_process_groups=False,
-        pg_collection=role.layout.groups,
-    )
+    with _groups_of(role.layout):
+        return get_megatron_optimizer(
+            megatron_config,
+            list(role.chunks),
+            config_overrides=get_standard_config_overrides(megatron_config),  # a wd_mult of 0 for biases and norms
+            use_gloo_process_groups=False,
+            pg_collection=role.layout.groups,
+        )
+
+
+@contextlib.contextmanager
+def _groups_of(layout: ParallelLayout) -> Iterator[None]:
+    """Parameter groups that some rank of the layout fills.
+
+    Megatron-Core gives every rank the groups of all ranks of the world, other roles' too: a policy whose adapters need no
+    group for biases would get one, and lose it at resume, depending on the value model's placement.
+    """
+    of_the_world = megatron_optimizer._get_param_groups
+
+    def of_the_layout(*args, **kwargs):
+        groups = of_the_world(*args, **kwargs)
+        counts = torch.tensor([float(len(group["params"])) for group in groups], device=collectives.device())
+        filled = collectives.sum_over(counts, layout.groups.intra_dist_opt).tolist()
+        return [group for group, count in zip(groups, filled, strict=True) if count]
+
+    megatron_optimizer._get_param_groups = of_the_layout
+    try:
+        yield
+    finally:
+        megatron_optimizer._get_param_groups = of_the_world

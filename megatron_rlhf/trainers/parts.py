@@ -26,6 +26,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers import partial_training
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def find_judge(config: SFTConfig | EvaluateConfig, parallel_key: str) -> Startin
 
 
 def check_role(name: str, model: ModelConfig, config: BaseConfig, key: str = "parallel") -> None:
-    """Check the shape of a role against its layout, the configuration's `key`; before any role is built."""
+    """Check the shape of a role against its layout, the configuration's `key`, and what of it trains; before any role is
+    built."""
     parallel: ParallelConfig = getattr(config, key)
     layout_checks.check_model(model, parallel, key)
     if config.precision_of(name) is Precision.fp8_hybrid:
@@ -86,13 +88,23 @@ def make_role(
     scalar: bool = False,
     dropout: float = 0.0,
 ) -> Role:
-    """Build a role, with a new head where it is scalar, and load it from `source`."""
-    precision = config.precision_of(name)
-    role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe)
+    """Build a role, with a new head where it is scalar, and load it from `source`; freeze what does not train.
+
+    Adapters of a role that does not train with adapters are added to its weights.
+    """
+    precision, lora = config.precision_of(name), partial_training.lora_of(config, name)
+    own = lora.adapter(model, f"{name}.lora")
+    adapter = own or (source.adapter if source else None)
+    role = Role.build(name, model, layout, precision, scalar, dropout, config.fp8.recipe, adapter, lora.dropout)
+    role.reset_adapters(config.run.seed)
     if scalar:
         role.reset_head(config.run.seed)
     if source is not None:
         source.load_into(role)
+    if own is None and adapter is not None:
+        role.merge_adapters()
+    if patterns := partial_training.patterns_of(config, name, scalar):
+        role.train_only(patterns)
     origin = f", from {source.path}" if source else ", random weights"
     log.info("%s: %s parameters, %s%s", name, f"{role.num_parameters:,}", layout.describes, origin)
     return role
@@ -174,5 +186,16 @@ def make_sampler(policy: Role, config: PPOConfig) -> Role:
         return policy
     rows = policy.model.padded_vocab_size(config.parallel.tensor)  # the copy has the same number
     model = dataclasses.replace(policy.model, vocab_multiple=rows // layout.tensor)
-    precision = config.precision_of("sampler")
-    return Role.build("sampler", model, ParallelLayout.create(layout, policy.layout.ranks), precision).frozen()
+    precision, ranks = config.precision_of("sampler"), policy.layout.ranks
+    sampling = ParallelLayout.create(layout, ranks)
+    return Role.build("sampler", model, sampling, precision, adapter=policy.adapter).frozen()
+
+
+def make_reference(
+    policy: Role, model: ModelConfig, layout: ParallelLayout, config: PPOConfig, source: StartingPoint | None
+) -> Role:
+    """The policy as it starts: its own frozen weights where only adapters train, else a second model."""
+    if policy.adapter is None:
+        return make_role("reference", model, layout, config, source).frozen()
+    log.info("reference: the policy's weights, without what its adapters learn")
+    return policy.as_it_started("reference", keep=source is not None and source.adapter is not None)

@@ -21,7 +21,7 @@ from megatron_rlhf.data.splits import hold_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers import partial_training, parts
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.setup_evaluation import build_evaluate
 from megatron_rlhf.trainers.setup_ppo import build_ppo
@@ -40,6 +40,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     data = config.data
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     parts.check_role("policy", model, config)
+    partial_training.check("policy", config, model, source, scalar=False)
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     judge = None
     if config.reward.init_from is not None:
@@ -92,6 +93,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     data = config.data
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     parts.check_role("reward", model, config)
+    partial_training.check("reward", config, model, source, scalar=True)
     parts.keep_start(session, "reward model", source, model, "reward.init_from")
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")

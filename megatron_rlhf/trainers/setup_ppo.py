@@ -18,7 +18,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers import partial_training, parts
 from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.step import TrainedRole
@@ -55,7 +55,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     for each in (critic_layout, layout):
         each.seed(config.run.seed)
     policy = parts.make_role("policy", policy_start.model, layout, config, policy_start.source)
-    reference = parts.make_role("reference", policy_start.model, layout, config, policy_start.source).frozen()
+    reference = parts.make_reference(policy, policy_start.model, layout, config, policy_start.source)
     reward.models = {part.name: build(starts[part.key], "reward").frozen() for part in config.reward_models}
     value = build(starts["value"], "value") if "value" in starts else None
     away = [reference] if config.offload.reference else []
@@ -80,6 +80,7 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     parts.check_role("policy", model, config)
+    partial_training.check("policy", config, model, source, scalar=False)
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         layout_checks.check_generation(model, sampling, config.parallel)
         model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
@@ -103,6 +104,8 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
         source, shape = parts.find_start(init_from, keys[role], wanted, config.critic_model, "critic_model")
         parts.keep_start(session, what, source, shape, keys[role], "critic_model")
         parts.check_role("value" if role == "value" else "reward", shape, config, "critic_parallel")
+        if role == "value":
+            partial_training.check("value", config, shape, source, scalar=True, key=keys[role])
         starts[role] = Start(keys[role], source, shape)
     for start in starts.values():
         limits = config.data.max_prompt_tokens, config.rollout.max_response_tokens

@@ -58,6 +58,15 @@ class TensorFiles:
             _require_as_listed(index, listed, files)
         return cls(folder, files, shapes, dtypes)
 
+    @classmethod
+    def of_file(cls, path: Path) -> "TensorFiles":
+        """The tensors of one safetensors file."""
+        header = _header(path)
+        shapes = {name: shape for name, (shape, _) in header.items()}
+        return cls(
+            path.parent, dict.fromkeys(header, path), shapes, {name: dtype for name, (_, dtype) in header.items()}
+        )
+
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """A part of a tensor: rows, and columns where it has two dimensions."""
         part = (rows, columns)[: len(self.shapes[name])]

@@ -19,7 +19,7 @@ class SavedModel:
 
     @property
     def bytes(self) -> float:
-        """In the checkpoint: weights, optimizer state, and the moving average as fp32 weights."""
+        """In the checkpoint: weights, optimizer state, and the moving average, fp32 where it trains."""
         return sum(self._by_stage) * self.placed.parallel.tensor
 
     def host_bytes(self, rank: int) -> float:
@@ -32,14 +32,19 @@ class SavedModel:
         """On a rank's GPU while it is written: the moving average, gathered from its shards."""
         if rank not in self.placed.ranks or not self.average or not self.placed.parallel.distributed_optimizer:
             return 0.0
-        return FP32 * self.placed.parameters(self.placed.stage_of(rank))
+        return FP32 * self.placed.trained_parameters(self.placed.stage_of(rank))
 
     @functools.cached_property
     def _by_stage(self) -> list[float]:
         """Of one copy's rank of each stage: nothing is divided over data parallelism."""
         whole = self.placed.with_parallel(distributed_optimizer=False)
         held = [trained_bytes(whole, stage, self.average) for stage in range(whole.parallel.pipeline)]
-        return [kinds["weights"] + kinds["optimizer"] + kinds.get("ema", 0.0) for kinds in held]
+        written = [kinds["weights"] + kinds["optimizer"] + kinds.get("ema", 0.0) for kinds in held]
+        if not self.average:
+            return written
+        # The average is written as a whole model, with the weights that do not train.
+        frozen = [whole.parameters(s) - whole.trained_parameters(s) for s in range(whole.parallel.pipeline)]
+        return [size + count * whole.element for size, count in zip(written, frozen, strict=True)]
 
 
 @dataclass(frozen=True)

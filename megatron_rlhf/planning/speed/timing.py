@@ -81,7 +81,7 @@ def update_seconds(
     Args:
         beside: the microbatches behind whose last backward and first forward pass the exchange is hidden, where it is.
     """
-    count = max(placed.parameters(stage) for stage in placed.ends)
+    count = max(placed.trained_parameters(stage) for stage in placed.ends)
     shards = placed.data * placed.parallel.context if placed.parallel.distributed_optimizer else 1
     group = links.data_group(placed, cluster)
     scatter = links.gather(count * placed.execution.gradient_bytes, group, cluster)
