@@ -150,8 +150,7 @@ def export_huggingface(
 ) -> Report:
     """Write one role of one of our checkpoints as a Hugging Face folder. Collective.
 
-    Args:
-        with_adapter: adapters are added to the weights; otherwise they are left out: the model that they adapt.
+    `with_adapter`: adapters are added to the weights; otherwise they are left out.
 
     Raises:
         UserError: for a role or a shape that cannot be converted.
