@@ -33,6 +33,9 @@ setup(
         "matplotlib>=3.9",
         "numpy>=1.26",
         # The labeling page.
+        "datasketch>=1.6",
+        "phonenumbers>=8.13",
+        "python-stdnum>=1.20",
         "starlette>=0.40",
         "uvicorn>=0.30",
         "python-multipart>=0.0.18",  # starlette's forms

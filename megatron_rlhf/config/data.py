@@ -6,20 +6,6 @@ from enum import Enum
 from typing import Any
 
 
-@dataclass(kw_only=True)
-class PretrainingDataConfig:
-    """Text for the pretraining mix."""
-
-    source: str | None = None
-    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
-    sequence_length: int = 512
-    """Tokens of one pretraining example (InstructGPT: 2048)."""
-    held_out: float = 0.05
-    """Share of the documents kept for the held-out loss, the alignment tax."""
-    held_out_samples: int = 64
-    """Sequences in each held-out measurement."""
-
-
 def _template() -> Any:
     """A key that holds a format template: its braces name columns, also after a $."""
     return field(default=None, metadata={"template": True})
@@ -32,6 +18,30 @@ class Templates:
         """The templates that were given, `written_out`; None if there are none."""
         pairs = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
         return {name: written_out(text) for name, text in pairs.items() if text is not None} or None
+
+
+@dataclass(kw_only=True)
+class TextColumns(Templates):
+    """How to make a text from a record's own columns."""
+
+    text: str | None = _template()
+    """A format template, e.g. "{title}\\n\\n{body}"; not given: the column `text`."""
+
+
+@dataclass(kw_only=True)
+class PretrainingDataConfig:
+    """Text for the pretraining mix."""
+
+    source: str | None = None
+    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
+    columns: TextColumns = field(default_factory=TextColumns)
+    """Where records have other column names."""
+    sequence_length: int = 512
+    """Tokens of one pretraining example (InstructGPT: 2048)."""
+    held_out: float = 0.05
+    """Share of the documents kept for the held-out loss, the alignment tax."""
+    held_out_samples: int = 64
+    """Sequences in each held-out measurement."""
 
 
 @dataclass(kw_only=True)

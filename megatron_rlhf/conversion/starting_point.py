@@ -14,6 +14,7 @@ from megatron_rlhf.conversion.hf import load as hf_load
 from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
 from megatron_rlhf.conversion.hf.folder import CONFIG
 from megatron_rlhf.conversion.peft import SETTINGS, PeftFolder, is_peft_folder
+from megatron_rlhf.data import hub
 from megatron_rlhf.models.roles import Role
 
 HEAD_BYTES = 2**20
@@ -69,6 +70,8 @@ class StartingPoint:
             UserError: if the path holds nothing to start from, or something that does not fit the role.
         """
         folder = Path(path)
+        if not folder.exists():
+            folder = hub.fetch(path, key, hub.MODEL_FILES) or folder
         peft = PeftFolder.open(folder, key) if is_peft_folder(folder) else None
         if peft is not None:
             folder = peft.base

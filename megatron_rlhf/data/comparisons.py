@@ -23,7 +23,7 @@ from megatron_rlhf.data.chat.template import Chat
 from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user
 from megatron_rlhf.data.formats.dialogues import Dialogue
 from megatron_rlhf.data.formats.makers import CYCLE
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 

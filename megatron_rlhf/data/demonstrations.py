@@ -18,7 +18,7 @@ from megatron_rlhf.data.chat.messages import (
 )
 from megatron_rlhf.data.chat.template import Chat, Rendered
 from megatron_rlhf.data.examples import Examples, length_limits, read_prompt
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 

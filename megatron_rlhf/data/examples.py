@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

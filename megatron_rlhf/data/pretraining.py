@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.records import read_records
+from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.text_files import Progress
-from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 with warnings.catch_warnings():  # data needs none of the accelerators whose absence Megatron warns about
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -64,9 +64,9 @@ class CorpusSize:
     """With the beginning and the end of each document."""
 
 
-def read_texts(source: str | Path, progress: Progress | None = None) -> Iterator[str]:
+def read_texts(source: str | Path, progress: Progress | None = None, columns: Columns = None) -> Iterator[str]:
     """The field `text` of each record that is not blank; see `read_records`, and `split_documents` for .txt files."""
-    for record in read_records(source, progress=progress):
+    for record in read_records(source, columns, progress):
         text = record.text("text")
         if text.strip():
             yield text
@@ -82,15 +82,19 @@ def build_indexed_dataset(texts: Iterable[str], tokenizer: Tokenizer, output_pre
     Raises:
         UserError: There is no text, or the files cannot be written.
     """
+    return write_documents(tokenizer.encode_documents(texts), tokenizer, output_prefix)
+
+
+def write_documents(documents: Iterable[Tokens], tokenizer: Tokenizer, output_prefix: str | Path) -> CorpusSize:
+    """`build_indexed_dataset` of documents that are tokens already, their ends included."""
     prefix = Path(output_prefix).expanduser()
     _writable_folder(prefix.parent)
     unfinished = f"{prefix}.{secrets.token_hex(4)}.unfinished"  # process ids repeat on other nodes
     builder = IndexedDatasetBuilder(f"{unfinished}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     try:
         tokens = 0
-        for ids in tokenizer.encode_stream(texts, bos=True):
-            document = torch.from_numpy(np.append(ids, np.int32(tokenizer.eos_id)))
-            builder.add_document(document, [len(document)])
+        for document in documents:
+            builder.add_document(torch.from_numpy(document), [len(document)])
             tokens += len(document)
         size = CorpusSize(len(builder.document_indices) - 1, tokens)
         if not size.documents:
@@ -117,6 +121,7 @@ def load_pretraining(
     held_out_fraction: float = 0.0,
     is_builder: bool = True,
     barrier: Callable[[], None] = lambda: None,
+    columns: Mapping[str, str] | None = None,
 ) -> PretrainingData:
     """Makes at least `samples` training sequences and one epoch of held-out ones. Every rank of the world calls it.
 
@@ -130,6 +135,7 @@ def load_pretraining(
             at least one sequence. With 0 there is no held-out part.
         is_builder: True on global rank 0 alone: it writes, the others wait at `barrier` and read.
         barrier: Waits for all ranks. Not needed with one rank.
+        columns: How to make `text` of other columns, as in `read_records`.
 
     Raises:
         UserError: A mistake in the source, a corpus smaller than a sequence, tokens of another tokenizer, or a
@@ -138,7 +144,7 @@ def load_pretraining(
     assert samples > 0, samples
     assert 0 <= held_out_fraction < 1, held_out_fraction
     cache = _writable_folder(cache_dir)
-    prefix = _tokenise_once(source, tokenizer, cache, is_builder, barrier)
+    prefix = _tokenise_once(source, tokenizer, cache, is_builder, barrier, columns)
     lengths = _document_lengths(prefix, tokenizer)
     held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
     trained = int(lengths[: len(lengths) - held_out].sum())
@@ -208,13 +214,18 @@ def _writable_folder(folder: str | Path) -> Path:
 
 
 def _tokenise_once(
-    source: str | Path, tokenizer: Tokenizer, cache: Path, is_builder: bool, barrier: Callable[[], None]
+    source: str | Path,
+    tokenizer: Tokenizer,
+    cache: Path,
+    is_builder: bool,
+    barrier: Callable[[], None],
+    columns: Mapping[str, str] | None,
 ) -> Path:
     """The prefix of the source's token files, which the builder makes if they do not exist."""
-    prefix = _tokenised_prefix(source, tokenizer, cache)
+    prefix = _tokenised_prefix(source, tokenizer, cache, columns)
     try:
         if is_builder and not IndexedDataset.exists(str(prefix)):
-            build_indexed_dataset(read_texts(source), tokenizer, prefix)
+            build_indexed_dataset(read_texts(source, columns=columns), tokenizer, prefix)
     finally:
         barrier()  # also when the builder fails: the others must not wait for a rank that has exited
     if not IndexedDataset.exists(str(prefix)):
@@ -224,7 +235,7 @@ def _tokenise_once(
     return prefix
 
 
-def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> Path:
+def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path, columns: Mapping[str, str] | None) -> Path:
     """Where the source's token files are, or will be. Names in the cache change with the text and the tokenizer."""
     path = Path(source).expanduser()
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
@@ -233,6 +244,7 @@ def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path) -> 
     if path.suffix in (".bin", ".idx"):
         raise UserError(f"{source}: both {prefix.name}.bin and {prefix.name}.idx are needed; one of them is missing")
     identity = (_stamp(path) if path.exists() else str(source)) + tokenizer.fingerprint
+    identity += json.dumps(columns, sort_keys=True) if columns else ""
     return cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 

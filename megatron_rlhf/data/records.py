@@ -1,6 +1,8 @@
 """One way to read records, wherever they are stored: a file, a `datasets` folder, a name on the Hugging Face hub."""
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import datasets
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.formats.record import Record, nearest
 from megatron_rlhf.data.formats.shape import Shape
-from megatron_rlhf.data.record import Record, nearest
 from megatron_rlhf.data.text_files import Progress, is_text_file, iterate_text_file
 
 Columns = Mapping[str, Any] | Shape | None
@@ -53,17 +55,23 @@ def _rows(source: str, progress: Progress | None) -> Iterator[tuple[str, Mapping
         for line, fields in iterate_text_file(path, progress):
             yield f"{path}, line {line}", fields
     else:
-        for row, fields in enumerate(_load_dataset(name, path, split)):
-            yield f"{source}, row {row + 1}", fields
+        rows = iter(_load_dataset(name, path, split))
+        for row in itertools.count(1):
+            fields = _load(name, lambda: next(rows, None))
+            if fields is None:
+                return
+            yield f"{source}, row {row}", fields
 
 
-def _load_dataset(name: str, path: Path, split: str) -> datasets.Dataset:
-    """A parquet file, a folder or a hub name, by the `datasets` library."""
+def _load_dataset(name: str, path: Path, split: str) -> Iterable[Mapping[str, Any]]:
+    """A parquet file, a folder or a hub name, by the `datasets` library; what it can stream is never held as a whole."""
     hub_name, _, configuration = name.partition(":")
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"{name}: a file must end in {FORMATS}")
-        return _load(name, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        return _load(
+            name, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _choose_split(name, _load(name, lambda: datasets.load_from_disk(str(path))), split)
     if path.is_dir():
@@ -71,7 +79,12 @@ def _load_dataset(name: str, path: Path, split: str) -> datasets.Dataset:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".parquet" or is_text_file(path):
         neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such file or folder{nearest(path.name, neighbours)}")
-    return _load(name, lambda: datasets.load_dataset(hub_name, configuration or None, split=split or "train"))
+    # Without a network it is in the library's cache, which it does not stream from.
+    streaming = {} if datasets.config.HF_HUB_OFFLINE else {"streaming": True}
+    load = functools.partial(
+        datasets.load_dataset, hub_name, configuration or None, split=split or "train", **streaming
+    )
+    return _load(name, load)
 
 
 def _load(name: str, load: Callable[[], Any]) -> Any:

@@ -48,14 +48,19 @@ def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: i
     user counts as a user of its own. The fractions are shares of the users, relative to their sum.
     """
     assert fractions, "at least one fraction"
-    bounds = [edge / sum(fractions) for edge in accumulate(fractions)]
     parts: list[list[Prompt]] = [[] for _ in fractions]
     for prompt in prompts:
-        owner = f"text {prompt.text}" if prompt.user is None else f"user {prompt.user}"
-        digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        parts[next((i for i, bound in enumerate(bounds) if place < bound), -1)].append(prompt)
+        parts[place_of(prompt.user, prompt.text, fractions, seed)].append(prompt)
     return parts
+
+
+def place_of(user: str | None, text: str, fractions: Sequence[float], seed: int) -> int:
+    """The part that a user's prompts are in, and that a prompt without a user is in; see `split_by_user`."""
+    owner = f"text {text}" if user is None else f"user {user}"
+    digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    bounds = (edge / sum(fractions) for edge in accumulate(fractions))
+    return next((i for i, bound in enumerate(bounds) if place < bound), len(fractions) - 1)
 
 
 def _together(owners: Sequence[Iterable[Hashable]]) -> list[list[int]]:

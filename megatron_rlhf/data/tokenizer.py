@@ -18,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data import special_tokens
+from megatron_rlhf.data import hub, special_tokens
+from megatron_rlhf.data.chat.files import replace_template
 from megatron_rlhf.data.special_tokens import GENERATION
 from megatron_rlhf.data.stop_watch import StopWatch
 
@@ -152,6 +153,10 @@ class Tokenizer:
             for ids in self.encode_batch(chunk, bos, continuation):
                 yield np.array(ids, dtype=np.int32)
 
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[Tokens]:
+        """Each text as a document: begun as the tokenizer begins a text, and ended by the end of text."""
+        return (np.append(ids, np.int32(self.eos_id)) for ids in self.encode_stream(texts, bos=True))
+
     def decode(self, ids: Iterable[int], continuation: bool = False, skip_special_tokens: bool = True) -> str:
         """The text of the ids (any iterable of integers, tensors included); `continuation` as in `encode`."""
         backend = self._continuation if continuation else self._whole
@@ -176,22 +181,13 @@ class Tokenizer:
             if (self.folder / TEMPLATES).is_dir():
                 shutil.copytree(self.folder / TEMPLATES, target / TEMPLATES, copy_function=shutil.copyfile)
             if self._own_template:
-                self._replace_chat_template(target)
+                replace_template(target, self.hf.chat_template)
         else:
             self.hf.save_pretrained(str(target))
         if self.folder is not None and (self.folder / GENERATION).is_file():
             settings = special_tokens.read_object(self.folder / GENERATION)
         settings["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.eos_id
         (target / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    def _replace_chat_template(self, folder: Path) -> None:
-        """In a copy of the tokenizer's files, which may hold the former one in several places."""
-        settings = special_tokens.read_object(folder / FILES[1]) if (folder / FILES[1]).is_file() else {}
-        if settings.pop("chat_template", None) is not None:
-            (folder / FILES[1]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (folder / "chat_template.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-        (folder / "chat_template.jinja").write_text(self.hf.chat_template, encoding="utf-8")
 
     def agrees_with(self, fingerprint: str) -> bool:
         """Whether ids made with the tokenizer of this fingerprint mean the same texts."""
@@ -207,12 +203,14 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a Hugging Face tokenizer folder.
+    """Loads a Hugging Face tokenizer folder, or that of a model's name on the hub.
 
     Raises:
         UserError: The folder does not exist, or has no fast tokenizer in it.
     """
     folder = Path(path).expanduser()
+    if not folder.exists():
+        folder = hub.fetch(str(path), "data.tokenizer", hub.TOKENIZER_FILES) or folder
     if not folder.is_dir():
         raise UserError(f"{path}: no such tokenizer folder")
     # A tokenizer.json is unambiguous; AutoTokenizer would use the model type of a config.json next to it.

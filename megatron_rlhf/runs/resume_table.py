@@ -70,6 +70,7 @@ _COMMON = {
 _SAMPLING = "temperature top_k top_p max_response_tokens min_response_tokens"
 _PRETRAINING = {
     "data.pretraining.source": Change.content,
+    "data.pretraining.columns": Change.content,
     "data.pretraining.sequence_length": Change.refused,
     "data.pretraining.held_out": Change.refused,
     "data.pretraining.held_out_samples": Change.taken,

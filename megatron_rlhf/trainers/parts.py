@@ -168,6 +168,7 @@ def make_pretraining(
         held_out_fraction=config.held_out,
         is_builder=dist.get_rank() == 0,
         barrier=dist.barrier,
+        columns=config.columns.given(),
     )
     session.require_same("pretraining text", ["data.pretraining.source"], loaded.describes)
     return loaded

@@ -97,3 +97,49 @@ def test_check_a_known_format_as_a_conversation(run, tmp_path, write_records, to
     assert "learned tokens: least 6, median 6" in capsys.readouterr().out
     assert run(*asked) == 2
     assert "line 1: holds messages, and the tokenizer" in capsys.readouterr().err
+
+
+def test_clean_goes_on_and_reports(run, tmp_path, write_records, capsys):
+    path = write_records(
+        *({"prompt": f"question number {i}, please", "user": f"u{i % 9}"} for i in range(40)), {"prompt": "a@b.org"}
+    )
+    asked = ("clean", "--input", path, "--output", tmp_path / "out", "--split", "0.8,0.1,0.1")
+    assert run(*asked) == 0
+    printed = capsys.readouterr()
+    assert "41 records read; kept: " in printed.out and "dropped: 1 personal_data" in printed.out
+    assert "100%" in printed.err
+    kept = sum(
+        len((tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "validation", "test")
+    )
+    assert kept == 40
+    assert run(*asked) == 2
+    assert "a finished preparation is there" in capsys.readouterr().err
+    for wrong, says in ((("--split", "1"), "two or three shares"), (("--max-prompt-tokens", 5), "needs --tokenizer")):
+        assert run("clean", "--input", path, "--output", tmp_path / "new", *wrong) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_rankings_and_back(run, tmp_path, write_records, capsys):
+    pairs = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in ("ab", "bc", "xy", "yz", "zx")]
+    assert run("rankings", "--input", write_records(*pairs), "--output", tmp_path / "ranked.jsonl") == 0
+    printed = capsys.readouterr().out
+    assert "5 votes are 1 rankings of three or more and 0 pairs; 0 without a majority, 1 in a circle" in printed
+    assert "line 1: 0 > 1 > 2 > 0, of 3 responses" in printed
+    assert (
+        tmp_path / "ranked.jsonl"
+    ).read_text() == '{"prompt": "p", "responses": ["a", "b", "c"], "ranks": [0, 1, 2]}\n'
+    assert run("pairs", "--input", tmp_path / "ranked.jsonl", "--output", tmp_path / "pairs.jsonl") == 0
+    assert "1 rankings are 3 pairs" in capsys.readouterr().out
+
+
+def test_blend(run, tokenizer, tmp_path, write_records, capsys):
+    tokenizer.save(tmp_path / "tok")
+    many = write_records(*({"text": "abcd efgh"} for _ in range(90)), name="many.jsonl")
+    few = write_records(*({"text": "xyz"} for _ in range(90)), name="few.jsonl")
+    prefix = tmp_path / "corpus"
+    asked = ("--tokenizer", tmp_path / "tok", "--output", prefix, "--tokens", 600)
+    assert run("blend", "--input", f"{many}=3", f"{few}=1", *asked) == 0
+    assert "many.jsonl: 450 tokens, 74.8%" in capsys.readouterr().out
+    documents = IndexedDataset(str(prefix))
+    assert sum(map(len, documents)) == 602
+    assert {len(document) for document in documents} == {4, 10}

@@ -246,3 +246,13 @@ def test_real_text(shared_data, tmp_path, capfd):
     assert len(data.train) >= 300
     assert 16 <= len(data.held_out) <= 26  # 5% of about 90,000 tokens, rounded up to whole documents
     assert capfd.readouterr() == ("", "")
+
+
+def test_text_of_other_columns(tokenizer, write_records, tmp_path):
+    """And two templates of one file are two corpora."""
+    path = write_records(*({"title": f"t{i}", "body": "abcdefgh" * 3} for i in range(9)))
+    for template, begins in (("{title}: {body}", "t0: abc"), ("{body}", "abcdefgh")):
+        data = load_pretraining(path, tokenizer, 8, 4, 1, tmp_path / "cache", columns={"text": template})
+        del data
+        assert next(read_texts(path, columns={"text": template})).startswith(begins)
+    assert len(list((tmp_path / "cache").glob("*.idx"))) == 2

@@ -294,3 +294,25 @@ def test_a_missing_column_names_its_cure():
     with pytest.raises(UserError) as caught:
         record.value("text")
     assert "data.columns" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({"conversations": []}, "sharegpt"),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
+        ({"prompt": "a", "answers": []}, "nectar"),
+        ({"chosen": "a", "rejected": "b"}, "hh_rlhf"),
+    ],
+)
+def test_a_known_format_is_recognised_where_our_columns_are_missing(write_records, record, format):
+    (found,) = read_records(write_records(record))
+    with pytest.raises(UserError, match=f"no column 'response'; .*, or data.format={format} "):
+        found.value("response")
+
+
+def test_null_is_empty_among_several_columns_and_missing_where_it_is_optional(write_records):
+    path = write_records({"a": "x", "b": None, "who": None})
+    (found,) = read_records(path, {"prompt": "{a}\n{b}\n", "user": "{who}", "messages": "{who}"})
+    assert found.fields["prompt"] == "x\n\n"
+    assert "user" not in found and "messages" not in found

@@ -37,10 +37,11 @@ def test_messages_are_trained_on_as_the_text_that_they_become(recipe, tmp_path):
     for name, (demonstrations, comparisons) in forms.items():
         data = write_lines(tmp_path / f"{name}.jsonl", demonstrations)
         settings = [template, f"data.demonstrations={data}", f"data.validation={data}", "sft.dropout=0"]
+        settings += [f"policy.init_from={recipe.root / 'sft'}", "policy.optimizer.epsilon=1e-4"]
         ranks, layout = (1, []) if name == "texts" else (2, ["parallel.tensor=2", "parallel.sequence=true"])
         run_ranks(ranks, run_stage, "sft", recipe.sft(str(tmp_path / f"sft_{name}"), *settings, *layout), timeout=400)
         ranked = write_lines(tmp_path / f"{name}_ranked.jsonl", comparisons)
-        settings = [template, f"data.comparisons={ranked}"]
+        settings = [template, f"data.comparisons={ranked}", "reward.optimizer.epsilon=1e-4"]
         start = recipe.root / "reward_model"
         reward = recipe.reward_model(str(tmp_path / f"rm_{name}"), start, *settings, *layout)
         run_ranks(ranks, run_stage, "reward_model", reward, timeout=400)
@@ -50,7 +51,7 @@ def test_messages_are_trained_on_as_the_text_that_they_become(recipe, tmp_path):
             for name in ("messages", "texts")
         )
         assert ours and len(ours) == len(theirs)
-        assert all(abs(a - b) < 1e-5 * abs(b) for a, b in zip(ours, theirs, strict=True)), (stage, figure)
+        assert all(abs(a - b) < 1e-5 * abs(b) for a, b in zip(ours, theirs, strict=True)), (figure, ours, theirs)
     _policy_and_export(recipe, tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Chat templates as files: one that the user names, and that of a tokenizer's folder."""
 
+import json
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.special_tokens import read_object
 
-FILE = "chat_template.jinja"
+FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 
 
 def read_chat_template(given: str, key: str, hf: PreTrainedTokenizerFast) -> str:
@@ -41,6 +43,17 @@ def template_in(folder: Path) -> str | None:
     """The template in a tokenizer's folder, without loading the tokenizer; None if it has none, or several."""
     if (folder / FILE).is_file():
         return (folder / FILE).read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
+    settings = folder / SETTINGS
     found = read_object(settings).get("chat_template") if settings.is_file() else None
     return found if isinstance(found, str) else None
+
+
+def replace_template(folder: Path, template: str) -> None:
+    """Of a copy of a tokenizer's files, which may hold the former one in several places."""
+    path = folder / SETTINGS
+    settings = read_object(path) if path.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    (folder / FILE).write_text(template, encoding="utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 
 ASSISTANT = "assistant"
 Message = Mapping[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rlhf.data.chat.messages import Conversation, Message, Messages
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.template import Template
 from megatron_rlhf.data.formats.votes import Cycle, dense, pairs, ranks_from_votes
-from megatron_rlhf.data.record import Record
 
 Maker = Callable[[Record], Any]
 CYCLE = "cyclic_votes"

@@ -10,8 +10,8 @@ import yaml
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.dialogues import Dialogue
 from megatron_rlhf.data.formats.makers import Maker, maker
+from megatron_rlhf.data.formats.record import Record, nearest
 from megatron_rlhf.data.formats.trees import Tree
-from megatron_rlhf.data.record import Record, nearest
 
 OURS = {"prompt", "responses", "ranks"}
 KNOWN = Path(__file__).parent / "known"

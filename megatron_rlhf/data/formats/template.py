@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.record import Record, nearest
+from megatron_rlhf.data.formats.record import Record, nearest
 
 MAY_BE_NULL = ("user", "messages", "tools")
 """Columns that are optional: null is as if they were not there."""

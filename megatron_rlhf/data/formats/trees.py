@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,18 @@ from typing import Any
 
 from megatron_rlhf.config.errors import UserError
 
+TELLTALE = {
+    frozenset({"conversations"}): "sharegpt",
+    frozenset({"instruction", "output"}): "alpaca",
+    frozenset({"instruction", "completions"}): "ultrafeedback",
+    frozenset({"prompt", "answers"}): "nectar",
+    frozenset({"info", "summaries"}): "tldr",
+    frozenset({"answer_0", "answer_1"}): "webgpt",
+    frozenset({"prediction 1"}): "qa_feedback",
+    frozenset({"message_tree_id"}): "oasst",
+    frozenset({"chosen", "rejected"}): "hh_rlhf",
+}
+"""By which columns a known format is recognised where ours are missing."""
 MADE_BY_TEMPLATES = ("prompt", "response", "messages", "responses", "ranks", "chosen", "rejected")
 
 
@@ -44,7 +56,10 @@ class Record:
         if column not in MADE_BY_TEMPLATES:
             return ""
         source = texts[-1] if column == "response" else texts[0]
-        return f'; make it of others, as in data.columns.{column}="{{{source}}}" (prepare_data.py: --column)'
+        known = next(
+            (f", or data.format={name}" for columns, name in TELLTALE.items() if columns <= self.fields.keys()), ""
+        )
+        return f'; make it of others, as in data.columns.{column}="{{{source}}}"{known} (prepare_data.py: --column, --format)'
 
     def text(self, column: str) -> str:
         """The field, which must be text."""

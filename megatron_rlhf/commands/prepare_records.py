@@ -1,0 +1,256 @@
+"""`prepare` clean, rankings, pairs and blend: raw records and corpora to what training reads."""
+
+import argparse
+import json
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_rlhf.config.data import written_out
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.formats.shape import Shape, known_formats
+from megatron_rlhf.data.preparation.blending import Corpus, blend, parse_weights
+from megatron_rlhf.data.preparation.cleaning import REPORT, Cleaning, Rules
+from megatron_rlhf.data.preparation.rankings import RankingCounts, pairs_from_ranking, rankings_from_pairs
+from megatron_rlhf.data.preparation.report import write_report
+from megatron_rlhf.data.pretraining import read_texts, write_documents
+from megatron_rlhf.data.records import read_records
+from megatron_rlhf.data.tokenizer import load_tokenizer
+
+KINDS = ("prompts", "demonstrations", "comparisons", "text")
+
+
+def clean(options: argparse.Namespace) -> None:
+    """Filters, split and report; goes on where an earlier call was stopped."""
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer is not None else None
+    if options.max_prompt_tokens is not None and tokenizer is None:
+        raise UserError(f"--max-prompt-tokens {options.max_prompt_tokens} needs --tokenizer DIR")
+    rules = Rules(
+        prefix_characters=options.prefix or None,
+        near_duplicates=options.near_duplicates,
+        max_per_user=options.max_per_user or None,
+        max_characters=options.max_characters,
+        max_tokens=options.max_prompt_tokens,
+        personal=options.personal,
+        region=None if options.region == "none" else options.region,
+        shares=_shares(options.split),
+        seed=options.seed,
+    )
+    shape, kind = shape_of(options), None if options.kind == "text" else options.kind
+    about = {"kind": options.kind, "format": options.format, "columns": options.column, "chat": options.chat}
+    if tokenizer is not None:
+        about["tokenizer"] = tokenizer.fingerprint
+    folder = Path(options.output)
+    cleaning = Cleaning(folder, options.input, rules, shape, kind or "text", about)
+    if cleaning.counts.read:
+        print(f"{folder}: goes on after {cleaning.counts.read:,} records")
+    with bar(options.input) as progress:
+        counts = cleaning.run(
+            None if tokenizer is None else lambda text: len(tokenizer.encode(text, bos=True)), progress
+        )
+    write_report(folder, counts, cleaning.settings)
+    kept = ", ".join(f"{count:,} {part}" for part, count in counts.parts.items()) or "0"
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in counts.dropped.items()) or "none"
+    print(f"{folder}: {counts.read:,} records read; kept: {kept}; dropped: {dropped} ({REPORT}, report.html)")
+
+
+def rankings(options: argparse.Namespace) -> None:
+    """Pairwise votes to rankings."""
+    counts = RankingCounts()
+    with tempfile.TemporaryDirectory(dir=_folder_of(options.output)) as folder, bar(options.input) as progress:
+        database = sqlite3.connect(Path(folder) / "votes.sqlite", isolation_level=None)
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute("BEGIN")
+        _write(options.output, rankings_from_pairs(_records(options, progress), database, counts))
+        database.close()
+    print(
+        f"{options.output}: {counts.votes:,} votes are {counts.rankings:,} rankings of three or more and {counts.pairs:,} pairs; "
+        f"{counts.ties:,} without a majority, {len(counts.cycles):,} in a circle"
+    )
+    for cycle in counts.cycles[:20]:
+        print(f"  circle: {cycle}")
+
+
+def pairs(options: argparse.Namespace) -> None:
+    """Rankings to pairwise votes."""
+    counts = RankingCounts()
+    with bar(options.input) as progress:
+        made = (pair for record in _records(options, progress) for pair in pairs_from_ranking(record, counts))
+        _write(options.output, made)
+    print(f"{options.output}: {counts.rankings:,} rankings are {counts.pairs:,} pairs; {counts.ties:,} ties left out")
+
+
+def blend_corpora(options: argparse.Namespace) -> None:
+    """Several corpora to one, tokenised."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    sources = parse_weights(options.input)
+    columns = columns_of(options.column)
+    taken: list[int] = []
+
+    def documents(source: str) -> Iterable[Any]:
+        return tokenizer.encode_documents(read_texts(source, columns=columns))
+
+    corpora: list[Corpus] = [partial(documents, source) for source, _ in sources]
+    stream = blend(corpora, [weight for _, weight in sources], options.tokens, taken)
+    with tqdm(total=options.tokens, unit="token", unit_scale=True, mininterval=0.5) as shown:
+        size = write_documents(_told(stream, shown.update), tokenizer, options.output)
+    print(f"{options.output}.bin, .idx: {size.documents:,} documents, {size.tokens:,} tokens")
+    for (source, _), tokens in zip(sources, taken, strict=True):
+        print(f"  {source}: {tokens:,} tokens, {tokens / max(sum(taken), 1):.1%}")
+
+
+def _told(documents: Iterable[Any], tell: Callable[[int], Any]) -> Iterator[Any]:
+    for document in documents:
+        tell(len(document))
+        yield document
+
+
+def bar(sources: Sequence[str]) -> "Bar":
+    """A progress bar over the bytes of the files among the sources, with the time that is left."""
+    return Bar(sum(Path(source).stat().st_size for source in sources if Path(source).is_file()))
+
+
+class Bar:
+    """Gives the function to call with bytes read."""
+
+    def __init__(self, total: int):
+        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, mininterval=0.5)
+
+    def __enter__(self) -> Callable[[int], Any]:
+        return self._bar.update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    """What the options say of the records' shape."""
+    return Shape.of(options.format, columns_of(options.column), options.chat)
+
+
+def columns_of(assignments: Sequence[str]) -> dict[str, str]:
+    """`NAME=TEMPLATE` each."""
+    columns = {}
+    for assignment in assignments:
+        name, equals, template = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--column {assignment!r}: write NAME=TEMPLATE, such as 'prompt={{question}}'")
+        columns[name] = written_out(template)
+    return columns
+
+
+def _records(options: argparse.Namespace, progress: Callable[[int], Any]) -> Iterator[Any]:
+    shape = shape_of(options)
+    for source in options.input:
+        yield from read_records(source, shape, progress, "comparisons")
+
+
+def _write(path: str, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON lines; the file appears under its name only when it is whole."""
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _folder_of(path: str) -> Path:
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise UserError(f"--output {path}: there is no folder {folder}")
+    return folder
+
+
+def _shares(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if len(shares) not in (2, 3) or not all(0 < share < float("inf") for share in shares):
+        raise UserError(f"--split {text}: give two or three shares, such as 0.9,0.05,0.05")
+    return shares
+
+
+def add_commands(commands: Any) -> None:
+    """The parsers of this file's commands."""
+    command = commands.add_parser("clean", help="filter, split by user, report; goes on where it was stopped")
+    command.add_argument("--kind", choices=KINDS, default="prompts", help="what the records are; default prompts")
+    _add_shape(command, many=True)
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
+    command.add_argument(
+        "--prefix", type=int, default=200, metavar="N", help="equal first characters are a duplicate; 0: off"
+    )
+    command.add_argument(
+        "--near-duplicates", type=_share, metavar="S", help="MinHash similarity that is one, such as 0.8"
+    )
+    command.add_argument("--max-per-user", type=int, default=200, metavar="N", help="prompts of a user; 0: no limit")
+    command.add_argument("--max-characters", type=int, metavar="N", help="longer prompts are dropped")
+    command.add_argument(
+        "--max-prompt-tokens", type=int, metavar="N", help="longer prompts are dropped; needs --tokenizer"
+    )
+    command.add_argument("--tokenizer", metavar="DIR", help="for --max-prompt-tokens")
+    command.add_argument(
+        "--personal", choices=("drop", "mask", "keep"), default="drop", help="records with personal data"
+    )
+    command.add_argument("--region", default="US", help="of phone numbers without a country code, or none")
+    command.add_argument("--split", metavar="SHARES", help="train, validation[, test] by user, such as 0.9,0.05,0.05")
+    command.add_argument("--seed", type=int, default=0, help="of the split")
+    command.set_defaults(run=clean)
+    for name, run, what in (
+        ("rankings", rankings, "pairwise votes (prompt, chosen, rejected) to rankings of K"),
+        ("pairs", pairs, "rankings of K to pairwise votes"),
+    ):
+        command = commands.add_parser(name, help=what)
+        _add_shape(command, many=True)
+        command.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
+        command.set_defaults(run=run)
+    command = commands.add_parser("blend", help="several corpora by weight into one .bin and .idx")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="SOURCE=WEIGHT", help="text; shares are of tokens"
+    )
+    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    command.add_argument(
+        "--output", required=True, metavar="PREFIX", help="path of the files to write, less .bin, .idx"
+    )
+    command.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="tokens to reach, repeating what ends; default: until the first corpus ends",
+    )
+    command.add_argument(
+        "--column", action="append", default=[], metavar="text=TEMPLATE", help="make the text of columns"
+    )
+    command.set_defaults(run=blend_corpora)
+
+
+def _add_shape(command: argparse.ArgumentParser, many: bool = False) -> None:
+    command.add_argument(
+        "--input",
+        nargs="+" if many else None,
+        required=True,
+        metavar="SOURCE",
+        help="records; for formats see prepare_data.py --help",
+    )
+    command.add_argument("--format", metavar="NAME", help=f"{', '.join(known_formats())}, or a YAML file")
+    command.add_argument("--chat", action="store_true", help="read texts as turns of a conversation")
+    command.add_argument(
+        "--column", action="append", default=[], metavar="NAME=TEMPLATE", help="make a column from others; repeatable"
+    )
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0, and at most 1")
+    return value
