@@ -1,10 +1,29 @@
 """Package metadata and dependencies, in the ranges that were tested."""
 
+import re
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+class BuildWithSettings(build_py):
+    """conf/ is at the top of the repository; a wheel has it inside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "conf", Path(self.build_lib) / "megatron_rlhf" / "conf", dirs_exist_ok=True)
+
 
 setup(
     name="megatron_rlhf",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "megatron_rlhf" / "__init__.py").read_text())[1],
+    cmdclass={"build_py": BuildWithSettings},
+    entry_points={"console_scripts": ["megatron-rlhf = megatron_rlhf.__main__:main"]},
     description="InstructGPT's recipe on Megatron-Core: SFT, K-wise reward models and PPO-ptx from two CPU cores to 175B",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_rlhf", "megatron_rlhf.*"]),

@@ -1,1 +1,3 @@
 """InstructGPT's recipe on Megatron-Core: supervised fine-tuning, reward modelling and PPO-ptx at any scale."""
+
+__version__ = "0.1.0"

@@ -33,7 +33,11 @@ from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.ranges import check_ranges
 
 Config = TypeVar("Config")
-CONF = Path(__file__).parent.parent / "conf"
+PACKAGE = Path(__file__).parent
+CONF = next(
+    (folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE.parent / "conf"
+)
+"""Inside the package where a wheel is installed, else at the top of the repository."""
 MISSING = "???"
 
 

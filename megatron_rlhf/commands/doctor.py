@@ -1,0 +1,25 @@
+"""Is this machine fit to train on? Versions, GPUs, and a self-test of collectives and one training step (20 seconds).
+
+    python tools/doctor.py [--no-self-test]    or    megatron-rlhf doctor
+    DOCTOR=1 sbatch slurm/ppo_175b.sh ...      on every node of a job, before it starts
+
+Exit code 1, and what to do, if something is broken; what is merely absent is listed with its benefit.
+"""
+
+import argparse
+import platform
+from collections.abc import Sequence
+
+from megatron_rlhf import doctor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Examine, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-self-test", action="store_true", help="look at versions only")
+    options = parser.parse_args(arguments)
+    findings = doctor.examine()
+    if not options.no_self_test and not doctor.broken(findings):
+        findings.append(doctor.self_test())
+    print(f"{platform.node()}\n{doctor.report(findings)}")
+    return 1 if doctor.broken(findings) else 0
