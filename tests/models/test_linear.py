@@ -1,0 +1,69 @@
+"""The linear layers' own product, compared with autograd; the buffer of gradients is Megatron-Core's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from toys import GPT2_LIKE, make_role
+
+from megatron_rlhf.config.model import Precision
+from megatron_rlhf.config.training import OptimizerConfig
+from megatron_rlhf.models.linear import _Product
+from megatron_rlhf.trainers.step import TrainedRole
+
+
+def tensors(dtype=torch.float32):
+    random = torch.Generator().manual_seed(0)
+    shapes = ((3, 2, 5), (4, 5), (4,), (3, 2, 4))
+    return [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
+def test_gradients_are_autograds(frozen):
+    input_, weight, bias, grad = tensors()
+    found, expected = [], []
+    for function, results in ((_Product.apply, found), (F.linear, expected)):
+        leaves = [x.clone().requires_grad_() for x in (input_, weight, bias)]
+        if frozen != "nothing":
+            leaves[["input", "weight"].index(frozen)].requires_grad_(False)
+        output = function(*leaves)
+        output.backward(grad)
+        results += [output.detach(), *(leaf.grad for leaf in leaves)]
+    for ours, theirs in zip(found, expected, strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_of_the_weights_type_gets_the_sum_and_no_other_gradient_is_made(dtype):
+    input_, weight, bias, grad = tensors(dtype)
+    weight = torch.nn.Parameter(weight)
+    weight.main_grad = torch.ones(4, 5)
+    for _ in range(2):
+        _Product.apply(input_, weight, bias).backward(grad)
+    product = grad.float().flatten(0, 1).t() @ input_.float().flatten(0, 1)
+    if dtype is torch.float32:
+        assert weight.grad is None
+        torch.testing.assert_close(weight.main_grad, 1 + 2 * product)
+    else:  # left to Megatron-Core's hook
+        assert weight.main_grad.eq(1).all()
+        torch.testing.assert_close(weight.grad.float(), 2 * product, rtol=0.05, atol=0.05)
+
+
+def test_no_layer_makes_a_gradient_that_has_to_be_added(world, monkeypatch):
+    """Weights of layers reach the hook without a gradient; the embedding, which has no such product, with one."""
+    role = make_role(GPT2_LIKE)
+    TrainedRole.create(role, OptimizerConfig(lr=1e-3), Precision.fp32)
+    arrived = {}
+    for name, parameter in role.modules[0].named_parameters():
+        parameter.register_hook(lambda grad, name=name: arrived.update({name: grad is not None}))
+    (chunk,) = role.chunks
+    tokens = torch.arange(12).view(2, 6)
+    with role.layout:
+        chunk(tokens, torch.arange(6).expand(2, 6), None).square().mean().backward()
+    assert any(arrived[name] for name in arrived if "embedding" in name)
+    for name, has_gradient in arrived.items():
+        assert not (has_gradient and "linear" in name and name.endswith(".weight")), name
+    for name, parameter in role.modules[0].named_parameters():
+        assert parameter.main_grad.ne(0).any(), name
