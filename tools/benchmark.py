@@ -7,6 +7,7 @@ python tools/benchmark.py reward [--data FILE]       rankings, against pairs and
 python tools/benchmark.py ppo --peer-python PYTHON   whole PPO iterations, against TRL's PPOTrainer
 python tools/benchmark.py overhead                   share of a PPO iteration that is neither model nor optimizer
 python tools/benchmark.py train                      an update, against bare matrix products and transformers
+python tools/benchmark.py cost                       how time and memory grow with length, width, batch, vocabulary, K, ranks
 python tools/benchmark.py layouts                    every figure of every stage at many layouts, against one rank
 
 With --json the last line is one object: ratio, both sides' figures, machine, versions.
@@ -26,6 +27,7 @@ COMMANDS = {
     "ppo": "whole PPO iterations, against TRL's PPOTrainer in an environment of its own",
     "overhead": "share of a PPO iteration that is neither model nor optimizer",
     "train": "share of the rate of bare matrix products, and transformers' beside it",
+    "cost": "how time and memory grow with length, width, batch, vocabulary, K and ranks",
     "layouts": "largest differences of figures and weights between layouts",
 }
 
