@@ -30,10 +30,13 @@ def clean(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer is not None else None
     if options.max_prompt_tokens is not None and tokenizer is None:
         raise UserError(f"--max-prompt-tokens {options.max_prompt_tokens} needs --tokenizer DIR")
+    # Several comparisons or demonstrations of one prompt, and many of one user, say more than one.
+    limit = 200 if options.kind == "prompts" else 0
+    prefix, per_user = (limit if given is None else given for given in (options.prefix, options.max_per_user))
     rules = Rules(
-        prefix_characters=options.prefix or None,
+        prefix_characters=prefix or None,
         near_duplicates=options.near_duplicates,
-        max_per_user=options.max_per_user or None,
+        max_per_user=per_user or None,
         max_characters=options.max_characters,
         max_tokens=options.max_prompt_tokens,
         personal=options.personal,
@@ -188,12 +191,15 @@ def add_commands(commands: Any) -> None:
     _add_shape(command, many=True)
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
     command.add_argument(
-        "--prefix", type=int, default=200, metavar="N", help="equal first characters are a duplicate; 0: off"
+        "--prefix",
+        type=int,
+        metavar="N",
+        help="equal first characters are a duplicate; default: 200 for prompts, else 0: off",
     )
     command.add_argument(
         "--near-duplicates", type=_share, metavar="S", help="MinHash similarity that is one, such as 0.8"
     )
-    command.add_argument("--max-per-user", type=int, default=200, metavar="N", help="prompts of a user; 0: no limit")
+    command.add_argument("--max-per-user", type=int, metavar="N", help="default: 200 for prompts, else 0: no limit")
     command.add_argument("--max-characters", type=int, metavar="N", help="longer prompts are dropped")
     command.add_argument(
         "--max-prompt-tokens", type=int, metavar="N", help="longer prompts are dropped; needs --tokenizer"

@@ -14,7 +14,14 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 table { border-collapse: collapse; width: 100%; margin: 0 0 2rem; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8886; vertical-align: top; overflow-wrap: anywhere; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-code { font-size: .9em; }
+pre { overflow-x: auto; }
+@media (max-width: 45rem) {  /* a phone: each row is a card */
+  tr:first-child { display: none; }
+  tr, td { display: block; }
+  tr { border-bottom: 1px solid #8886; padding: .4rem 0; }
+  td, td.n { border: 0; text-align: left; padding: .1rem 0; }
+  td::before { content: attr(data-name) " "; opacity: .65; }
+}
 """
 MEANINGS = {
     "duplicate": "begins like an earlier prompt",
@@ -62,12 +69,11 @@ def _page(content: Mapping[str, Any], examples: Mapping[str, Sequence[str]]) -> 
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        return f'<td class="n">{value:,}</td>' if isinstance(value, int) else f"<td>{html.escape(str(value))}</td>"
+    def cell(name: str, value: Any) -> str:
+        kind, shown = (' class="n"', f"{value:,}") if isinstance(value, int) else ("", html.escape(str(value)))
+        return f'<td{kind} data-name="{name}:">{shown}</td>'
 
-    body = (
-        "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-        or f'<tr><td colspan="{len(head)}">none</td></tr>'
-    )
+    cells = ("".join(map(cell, head, row)) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells) or f'<tr><td colspan="{len(head)}">none</td></tr>'
     names = "".join(f"<th>{name}</th>" for name in head)
     return f"<h2>{title}</h2><table><tr>{names}</tr>{body}</table>"
