@@ -76,7 +76,7 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
 
     check_machine(config, detect_launch().world_size)
     planned = _plan_checkpoints(config)
-    runtime.initialize()
+    runtime.initialize(config.run.rendezvous_timeout_s)
     with Watchdog(config.watchdog.timeout_s) as watchdog:
         session = Session.open(stage, config, resolved)
         if planned:

@@ -10,7 +10,6 @@ import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -28,16 +27,12 @@ from omegaconf.errors import (
 )
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.files import CONF
 from megatron_rlhf.config.keys import Key, keys, nearest, unnamed
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.ranges import check_ranges
 
 Config = TypeVar("Config")
-PACKAGE = Path(__file__).parent
-CONF = next(
-    (folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE.parent / "conf"
-)
-"""Inside the package where a wheel is installed, else at the top of the repository."""
 MISSING = "???"
 
 

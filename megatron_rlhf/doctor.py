@@ -73,7 +73,7 @@ def self_test() -> Finding:
         hint = "ranks cannot reach each other: check the firewall, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
         return Finding("self-test", BROKEN, f"{what} did not end in {SELF_TEST_TIMEOUT} s", "", hint)
     if done.returncode:
-        reason = _first_exception(done.stderr) or f"exit code {done.returncode}"
+        reason = first_exception(done.stderr) or f"exit code {done.returncode}"
         return Finding("self-test", BROKEN, f"{what}: {reason}", "", f"run `{' '.join(command)}` to see it whole")
     return Finding("self-test", OK, what, "")
 
@@ -195,7 +195,7 @@ def _slurm() -> Finding:
     buys = "slurm/*.sh: many nodes, requeueing"
     if shutil.which("srun") is None:
         return Finding("Slurm", ABSENT, "no srun", buys)
-    return Finding("Slurm", OK, _output("srun", "--version").replace("slurm", "").strip() or "installed", buys)
+    return Finding("Slurm", OK, _number(_output("srun", "--version")) or "installed", buys)
 
 
 def _optional(name: str, package: str, module: str, buys: str, fix: str) -> Finding:
@@ -236,7 +236,13 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _first_exception(printed: str) -> str:
+def _number(printed: str) -> str:
+    """The version in "slurm 23.02.1" or Debian's "slurm-wlm 22.05.8"."""
+    found = re.search(r"\d+(\.\w+)+", printed)
+    return found.group() if found else ""
+
+
+def first_exception(printed: str) -> str:
     """Last line of a rank's first traceback: 'RuntimeError: ...'; later ones only follow from it."""
     found = re.search(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)$", printed, re.MULTILINE)
     return found.group(1).strip() if found else ""

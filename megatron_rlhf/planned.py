@@ -2,14 +2,13 @@
 
 import copy
 
-from megatron_rlhf.compose import CONF, compose_config
-from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
+from megatron_rlhf.compose import compose_config
+from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, file_of_gpu
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.files import CONF
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
 from megatron_rlhf.config.training import AUTO
 from megatron_rlhf.planning.stages import plan_stage
-
-WITHOUT_GPU = "laptop"
 
 
 def take_shapes(config: BaseConfig) -> None:
@@ -47,15 +46,11 @@ def _of_ranks(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
 
 
 def _cluster_name(given: str | None, gpu: str | None) -> str:
-    if given is not None:
-        return given
-    if gpu is None:
-        return WITHOUT_GPU
     names = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
-    for name in names:
-        if name.split("_")[0].upper() in gpu.upper().replace("-", " ").split():
-            return name
-    raise UserError(
-        f"run.save_every={AUTO}: no file of conf/cluster/ describes {gpu}; give run.cluster ({', '.join(names)}), or a number "
-        "of steps"
-    )
+    name = given or file_of_gpu(names, gpu)
+    if name is None:
+        raise UserError(
+            f"run.save_every={AUTO}: no file of conf/cluster/ describes {gpu}; give run.cluster ({', '.join(names)}), or a "
+            "number of steps"
+        )
+    return name

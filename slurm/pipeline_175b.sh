@@ -7,7 +7,8 @@
 #   PROMPTS=/shared/prompts.jsonl PRETRAINING=/shared/pretraining bash slurm/pipeline_175b.sh
 #
 # REWARD is what the reward model starts from; without it, the SFT run (then of the same size). Hydra overrides of one
-# stage go into SFT_OVERRIDES, REWARD_OVERRIDES and PPO_OVERRIDES, sbatch's flags for all jobs into SBATCH_FLAGS.
+# stage go into SFT_OVERRIDES, REWARD_OVERRIDES and PPO_OVERRIDES, sbatch's flags for all jobs into SBATCH_FLAGS, each
+# written as on a command line, with quotes where a value has blanks. A job that is queued again is waited for.
 # Prints the job ids.
 set -euo pipefail
 
@@ -17,18 +18,45 @@ set -euo pipefail
 : "${DEMONSTRATIONS:?demonstrations}" "${COMPARISONS:?rankings}"
 : "${PROMPTS:?prompts}" "${PRETRAINING:?pretraining text}"
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# Strings of words, split at spaces.
-read -ra flags <<<"${SBATCH_FLAGS:-}"
-read -ra sft <<<"${SFT_OVERRIDES:-}"
-read -ra reward <<<"${REWARD_OVERRIDES:-}"
-read -ra ppo <<<"${PPO_OVERRIDES:-}"
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+
+# The words of a text as a shell would read it: split at blanks and newlines that are not in quotes or behind a backslash.
+words() { # ARRAY TEXT
+    local -n into=$1
+    local rest=$2 word='' quote='' character begun=0
+    into=()
+    while [[ -n $rest ]]; do
+        character=${rest:0:1} rest=${rest:1}
+        if [[ -n $quote && $character == "$quote" ]]; then
+            quote=''
+        elif [[ -z $quote && $character == [\'\"] ]]; then
+            quote=$character begun=1
+        elif [[ -z $quote && $character == [[:space:]] ]]; then
+            ((begun)) && into+=("$word")
+            word='' begun=0
+        else
+            if [[ $character == \\ && $quote != \' ]]; then
+                character=${rest:0:1} rest=${rest:1}
+                [[ -z $quote || $character == [\"\\] ]] || character="\\$character"
+            fi
+            word+=$character begun=1
+        fi
+    done
+    ((begun == 0)) || into+=("$word")
+    [[ -z $quote ]] || { echo "error: a quote ($quote) is not closed in: $2" >&2 && exit 2; }
+}
+
+flags=() sft=() reward=() ppo=()
+words flags "${SBATCH_FLAGS:-}"
+words sft "${SFT_OVERRIDES:-}"
+words reward "${REWARD_OVERRIDES:-}"
+words ppo "${PPO_OVERRIDES:-}"
 
 submit() {
     sbatch --parsable --kill-on-invalid-dep=yes "${flags[@]}" "$@"
 }
 
-sft_job=$(RECIPE=${SFT_RECIPE:-instructgpt_175b/ppo_initialization} submit "$here/sft_175b.sh" \
+sft_job=$(submit "$here/sft_175b.sh" "recipe=${SFT_RECIPE:-instructgpt_175b/ppo_initialization}" \
     "run.dir=$RUNS/sft" "data.tokenizer=$TOKENIZER" "policy.init_from=$POLICY" \
     "data.demonstrations=$DEMONSTRATIONS" "data.pretraining.source=$PRETRAINING" "${sft[@]}")
 echo "SFT           job $sft_job"

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
@@ -20,7 +21,10 @@
 # The signal comes 600 s before the time limit: more than the longest step and a checkpoint should take.
 STAGE=ppo
 RECIPE=${RECIPE:-instructgpt_175b}
-job=$(scontrol show job "${SLURM_JOB_ID:?submit this script with sbatch}")
-submitted=$(sed -n 's/^ *Command=\([^ ]*\).*/\1/p' <<<"$job") # $0 is Slurm's copy
+submitted=$(scontrol show job "${SLURM_JOB_ID:?submit this script with sbatch}") # $0 is Slurm's copy
+submitted=${submitted#*Command=} submitted=${submitted%%$'\n   WorkDir='*}      # its path and arguments
+here=$(dirname "$(readlink -f "${submitted%" $*"}")")
+[[ -f $here/common.sh ]] || here=${REPOSITORY:-$SLURM_SUBMIT_DIR}/slurm # a copy of this script, elsewhere
+[[ -f $here/common.sh ]] || { echo "error: $here/common.sh: no such file; set REPOSITORY to the repository" >&2 && exit 2; }
 # shellcheck source=slurm/common.sh
-source "$(dirname "$submitted")/common.sh"
+source "$here/common.sh"

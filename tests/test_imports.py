@@ -47,10 +47,12 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
         "models",
         "doctor",
+        "nodes",
         "cli",
     },
     "__main__": {"__version__", "config", "commands", "cli"},
     "planned": {"config", "planning", "conversion", "compose"},
+    "nodes": {"config", "parallel", "doctor"},
     "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose", "planned"},
 }
 FOR_ALL = "config.errors"

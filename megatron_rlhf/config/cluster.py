@@ -1,5 +1,6 @@
 """The machines that a plan is made for, and how much text there is: what training configurations do not contain."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from megatron_rlhf.config.model import Precision
@@ -125,3 +126,15 @@ class PlanConfig:
     def cluster_for(self, stage: str) -> ClusterConfig:
         """The cluster with the stage's number of nodes."""
         return replace(self.cluster, nodes=self.cluster.nodes or self.recipe_nodes.get(stage, 1))
+
+
+WITHOUT_GPU = "laptop"
+"""The file of conf/cluster/ for ranks on CPUs."""
+
+
+def file_of_gpu(names: Iterable[str], gpu: str | None) -> str | None:
+    """Of these files of conf/cluster/, the one whose name begins with a word of the GPU's; None as a GPU is none."""
+    if gpu is None:
+        return WITHOUT_GPU
+    words = gpu.upper().replace("-", " ").split()
+    return next((name for name in sorted(names) if name.split("_")[0].upper() in words), None)

@@ -1,6 +1,8 @@
 """This process's rank among all, from what python, torchrun or srun left in the environment."""
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +41,38 @@ def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 "process alone"
             )
     return Launch(0, 1, 0)
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What Slurm calls this node, else its host name."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def expected_nodes(world_size: int, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The node of each rank of an srun step; none where nothing says so."""
+    nodes = node_names(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "")
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    tasks: list[int] = []
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", counts):
+        tasks += [int(count)] * int(times or 1)
+    if len(nodes) != len(tasks) or sum(tasks) != world_size:
+        return []
+    kind = environment.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0]
+    if kind == "cyclic":  # a task for each node that has room, round after round
+        return [node for turn in range(max(tasks)) for node, count in zip(nodes, tasks, strict=True) if turn < count]
+    blocks = [node for node, count in zip(nodes, tasks, strict=True) for _ in range(count)]
+    return blocks if kind in ("block", "*") else []
+
+
+def node_names(listed: str) -> list[str]:
+    """Slurm's list of nodes, "gpu[01-03,7],login": a container may have no scontrol to expand it."""
+    names = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", listed):
+        for part in ranges.split(",") if ranges else [""]:
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1) if part else [""]
+            names += [f"{prefix}{str(number).zfill(len(first))}{suffix}" for number in numbers]
+    return names
 
 
 def _is_srun_step(environment: Mapping[str, str]) -> bool:

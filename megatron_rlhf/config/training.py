@@ -1,8 +1,10 @@
 """What every stage shares: the run folder, optimizer, roles and sampling."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lora import LoraConfig
 from megatron_rlhf.config.model import Fp8Recipe, Precision
 
@@ -29,7 +31,8 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end. 0: only at the end; auto: as many as lose least time to
     saving and to failures, by the planner's seconds on `cluster`."""
     cluster: str | None = None
-    """With save_every=auto: a file of conf/cluster/. When not given, the one whose name is in the GPU's."""
+    """A file of conf/cluster/, for save_every=auto, and for the peak FLOP/s that throughput/mfu is a share of. When not
+    given, the one whose name is in the GPU's."""
     keep_last: int = 2
     """Checkpoints to keep, and the same number of SFT's epochs in addition to the best; older ones are deleted. 0 keeps all."""
     keep_every: int = 0
@@ -42,6 +45,26 @@ class RunConfig:
     """Also log to this Weights & Biases project; needs the wandb extra."""
     max_skipped_steps: int = 5
     """Stop when this many updates in a row were skipped for a non-finite loss or gradient."""
+    profile: str | None = None
+    """Steps to trace with the torch profiler on the first rank of each node, first and last: "10:12"."""
+    rendezvous_timeout_s: float = 300.0
+    """The run ends if not all ranks have started and reached the first one after this long; after a minute it says which."""
+
+    def profiled_steps(self) -> range:
+        """The steps that `profile` names, counted from 1.
+
+        Raises:
+            UserError: it names none.
+        """
+        if self.profile is None:
+            return range(0)
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.profile.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if first < 1 or last < first:
+            raise UserError(
+                f"run.profile={self.profile}: the first and the last step to trace, counted from 1, such as 10:12"
+            )
+        return range(first, last + 1)
 
 
 @dataclass(kw_only=True)

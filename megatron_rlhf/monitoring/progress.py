@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 
@@ -92,14 +92,18 @@ class PhaseTimer:
     """Adds up the seconds of a step by phase, and its peak memory: `with timer("rollout"): ...`, `timer.take()`.
 
     `synchronize` (such as `torch.cuda.synchronize`) is called before the clock is read, as kernels run asynchronously.
-    `peak_bytes` gives the most bytes held since its last call.
+    `peak_bytes` gives the most bytes held since its last call. `mark` is entered with a phase's name, for profilers.
     """
 
     def __init__(
-        self, synchronize: Callable[[], object] | None = None, peak_bytes: Callable[[], float] | None = None
+        self,
+        synchronize: Callable[[], object] | None = None,
+        peak_bytes: Callable[[], float] | None = None,
+        mark: Callable[[str], AbstractContextManager[object]] | None = None,
     ) -> None:
         self._synchronize = synchronize or (lambda: None)
         self._peak_bytes = peak_bytes
+        self._mark = mark or nullcontext
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         self._open: list[str] = []
@@ -117,7 +121,8 @@ class PhaseTimer:
         self._note_peak()
         self._open.append(phase)
         try:
-            yield
+            with self._mark(phase):
+                yield
         except BaseException:
             self._failed = self._failed or phase
             raise

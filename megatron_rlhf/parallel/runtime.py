@@ -2,20 +2,21 @@
 
 import datetime
 import os
-import re
-import socket
-import subprocess
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.launch import Launch, detect_launch
+from megatron_rlhf.parallel.rendezvous import address, meet
 
 
-def initialize(timeout_minutes: float = 30) -> Launch:
-    """Join the world (NCCL on GPUs, gloo on CPUs). Calling it again returns the same launch."""
+def initialize(rendezvous_timeout_s: float = 300.0, timeout_minutes: float = 30) -> Launch:
+    """Join the world (NCCL on GPUs, gloo on CPUs). Calling it again returns the same launch.
+
+    Raises:
+        RunFailed: naming the ranks that have not arrived after `rendezvous_timeout_s`.
+    """
     launch = detect_launch()
     if dist.is_initialized():
         return launch
@@ -25,12 +26,17 @@ def initialize(timeout_minutes: float = 30) -> Launch:
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    store: Any = None
     if launch.world_size > 1:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address()
+    if launch.world_size == 1:
+        store = dist.HashStore()  # no one to meet: a store of its own avoids choosing a port
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's agents have met before
+        store = meet(launch, rendezvous_timeout_s)
+        store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        # A single rank has no one to meet: a store of its own avoids choosing a port.
-        store=dist.HashStore() if launch.world_size == 1 else None,
+        store=store,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -54,38 +60,3 @@ def shutdown() -> None:
     """Leave the world quietly; safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def rendezvous(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """Address and port where the ranks meet: from MASTER_ADDR and MASTER_PORT, and from Slurm for what they do not say.
-
-    Raises:
-        UserError: for an invalid port, and if neither gives one.
-    """
-    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
-    job = environment.get("SLURM_JOB_ID", "")
-    if port and not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f"MASTER_PORT={port}: a port is a whole number from 1 to 65535")
-    if not port and not job.isdecimal() and host:
-        raise UserError(
-            f"MASTER_ADDR={host} is set and MASTER_PORT is not: set it to a port that is free there, the same on all ranks"
-        )
-    return host or _first_node(environment), port or str(20000 + int(job if job.isdecimal() else "0") % 20000)
-
-
-def _first_node(environment: Mapping[str, str]) -> str:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise UserError(
-            "MASTER_ADDR is not set and there is no SLURM_JOB_NODELIST to take it from: use torchrun or srun"
-        )
-    first = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    name = first.stdout.split()[0]
-    shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False).stdout
-    address = re.search(r"NodeAddr=(\S+)", shown)
-    host = address.group(1) if address else name
-    try:
-        socket.gethostbyname(host)
-    except OSError as error:
-        raise UserError(f"node {name} ({host}) cannot be resolved from {socket.gethostname()}: {error}") from error
-    return host

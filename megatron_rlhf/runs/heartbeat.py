@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import socket
 import sys
 import sysconfig
 import threading
@@ -12,10 +11,14 @@ from enum import Enum
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
+from megatron_rlhf.config.launch import node_name
+
 # Frames of these files mean that the rank waits for others; the innermost function's name is the collective's.
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 # Megatron-Core waits here for the gradient reduction that it started earlier.
 _GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
+_INNERMOST = 8
+"""Frames among which a collective is looked for."""
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Phases that concern other roles than all trained ones.
 _ROLES = {
@@ -65,7 +68,7 @@ class Beat:
     still_s: float = 0.0
     """Seconds since the main thread last moved."""
     place: Place = dataclasses.field(default_factory=lambda: Place(None, "?"))
-    host: str = dataclasses.field(default_factory=socket.gethostname)
+    host: str = dataclasses.field(default_factory=node_name)
     pid: int = dataclasses.field(default_factory=os.getpid)
     space: str = dataclasses.field(default_factory=lambda: _process_space())
     """The namespace of the process id: containers on one host may have their own."""
@@ -103,6 +106,10 @@ class MainThread:
     def place(self) -> Place:
         return _place([(frame.f_code, frame.f_lineno) for frame in self._frames()])
 
+    def waits(self) -> bool:
+        """Whether it is in a collective."""
+        return _collective([frame.f_code for frame in self._frames()[:_INNERMOST]]) is not None
+
     def _frames(self) -> list[FrameType]:
         """Innermost frame first."""
         frame = sys._current_frames().get(self._id or 0)
@@ -133,7 +140,7 @@ def _place(calls: Sequence[tuple[CodeType, int]]) -> Place:
 def _collective(codes: Sequence[CodeType]) -> str | None:
     """The outermost function of torch's collectives, of those not far from the innermost call."""
     found = None
-    for code in codes[:8]:
+    for code in codes[:_INNERMOST]:
         if code.co_filename.endswith(_COLLECTIVES):
             found = code.co_name
         elif code.co_filename.endswith(_GRADIENTS[0]) and code.co_name == _GRADIENTS[1]:

@@ -50,7 +50,8 @@ _COMMON = {
     **_keys(
         Change.free,
         "run.",
-        "dir resume auto_resume save_every cluster keep_last keep_every async_save stop_at_step wandb_project max_skipped_steps",
+        "dir resume auto_resume save_every cluster keep_last keep_every async_save stop_at_step wandb_project max_skipped_steps "
+        "rendezvous_timeout_s profile",
     ),
     "run.seed": Change.refused,
     "watchdog.timeout_s": Change.free,

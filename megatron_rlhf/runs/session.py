@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ from megatron_rlhf.runs import candidates, resume_table
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.runs.interruption import Interruption
+from megatron_rlhf.runs.peak import peak_flops_per_s
+from megatron_rlhf.runs.profile import Profile, phase_range
 from megatron_rlhf.runs.run_lock import RunLock
 from megatron_rlhf.runs.stage import EVALUATION, folder_for, write_stage
 from megatron_rlhf.runs.trained import Trained
+from megatron_rlhf.runs.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,11 @@ class Session:
     settings: dict[str, Any]
     """What a checkpoint keeps of the configuration."""
     guard: Guard
-    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes))
+    profile: Profile
+    peak_flops_per_s: float | None
+    """Of one rank, for throughput/mfu; None if it is not known."""
+    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(_synchronize, peak_bytes, phase_range))
+    waiting: Waiting = field(default_factory=Waiting)
     interruption: Interruption = field(default_factory=Interruption)
     content: dict[str, Any] = field(default_factory=dict)
     """What identifies models and data in a checkpoint."""
@@ -105,8 +113,11 @@ class Session:
             resolved_config=resolved_config,
             settings=settings,
             guard=Guard(folder / "replay"),
+            profile=Profile(config.profiled_steps(), folder, dist.get_rank()),
+            peak_flops_per_s=peak_flops_per_s(config.cluster, whole.precision),
         )
         session.interruption.listen()
+        session.waiting.start()
         log.info(describe_accelerators())
         log.info("run folder %s, %d ranks%s", folder, dist.get_world_size(), " (resumed)" if resume_from else "")
         return session
@@ -214,24 +225,36 @@ class Session:
     def progress(self, total: int, initial: int, description: str) -> Progress:
         return Progress(total, initial, description, enabled=dist.get_rank() == 0)
 
+    @contextmanager
+    def timed_step(self, number: int) -> Iterator[None]:
+        """Around the work of a step: its time, and its trace where run.profile asks for one."""
+        with self.profile.step(number), self.timer("step"):
+            yield
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics.jsonl, with the phases' times and memory peaks, each the largest over ranks.
 
         Collective. `step_tokens` and `step_flops`, where a trainer gives them, are divided by the time of its phase
         "step" to give rates.
         """
-        phases = largest(self.timer.take())
+        mine = self.timer.take()
+        phases = largest({**mine, **self.waiting.figures(mine.get("time/step_s", 0.0))})
         self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
-        line = {**metrics, **phases, "memory/peak_bytes": self._peak}
+        line = {**metrics, **self.waiting.metrics(phases), **phases, "memory/peak_bytes": self._peak}
         if "time/resharding_s" in line:
             line["time/resharding_share"] = line["time/resharding_s"] / max(line["time/step_s"], 1e-9)
         for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):
             if name in line:
                 line[rate] = line.pop(name) / max(line["time/step_s"], 1e-9)
+        if self.peak_flops_per_s and "throughput/model_flops_per_s" in line:
+            world = self.peak_flops_per_s * dist.get_world_size()
+            line["throughput/mfu"] = line["throughput/model_flops_per_s"] / world
         self.metrics.log(step, line)
 
     def close(self) -> None:
         """Close the files and write the report."""
+        self.profile.close()
+        self.waiting.stop()
         self.writer.finish()
         if not self._stops:  # a job that is being stopped may get another signal
             self.interruption.ignore()

@@ -65,7 +65,7 @@ class Trainer(ABC):
             while self.step < last:
                 session.guard.begin(self.step + 1)
                 checked = self.gate.check(self.step) if self.gate else {}
-                with session.timer("step"):
+                with session.timed_step(self.step + 1):
                     metrics = self.train_step() | checked
                 self.step += 1
                 metrics |= self.after_step()

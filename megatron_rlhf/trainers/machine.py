@@ -6,10 +6,13 @@ from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
+from megatron_rlhf.runs.peak import cluster_of
 
 
 def check_machine(config: BaseConfig, world_size: int) -> None:
     """Check layouts against the world size, precision against what is installed. No process group is needed."""
+    cluster_of(config.run.cluster)
+    config.run.profiled_steps()
     engine = transformer_engine_serves()
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)

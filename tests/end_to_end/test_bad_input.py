@@ -321,6 +321,8 @@ CASES: dict[str, Case] = {
     "critic_warmup_longer_than_the_run": Case(
         "ppo", ["ppo.critic_warmup_iterations=4"], [r"ppo\.critic_warmup_iterations=4 .* the run's 3 iterations"]
     ),
+    "cluster_that_is_none": Case("sft", ["run.cluster=h100"], [r"run\.cluster=h100: there is no", "h100_80gb"]),
+    "profile_backwards": Case("sft", ["run.profile=12:10"], [r"run\.profile=12:10: the first and the last step"]),
     "empty_text": Case("sft", ["run.wandb_project="], [r"run\.wandb_project= is empty"]),
     # Files.
     "missing_file": Case("sft", ["data.demonstrations={folder}/nothing.jsonl"], ["nothing.jsonl: no such file"]),

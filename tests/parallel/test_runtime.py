@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.launch import Launch
-from megatron_rlhf.parallel import runtime
+from megatron_rlhf.parallel import rendezvous, runtime
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
 
@@ -54,23 +54,23 @@ def fake_scontrol(monkeypatch, address):
 
 def test_slurm_rendezvous_is_the_first_nodes_address(monkeypatch):
     fake_scontrol(monkeypatch, "127.0.0.1")
-    host, port = runtime.rendezvous()
+    host, port = rendezvous.address()
     assert host == "127.0.0.1"
     assert 20000 <= int(port) < 40000
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert runtime.rendezvous()[1] != port, "two jobs on a node do not meet on one port"
+    assert rendezvous.address()[1] != port, "two jobs on a node do not meet on one port"
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert runtime.rendezvous() == ("127.0.0.1", "1234"), "what is given is kept"
+    assert rendezvous.address() == ("127.0.0.1", "1234"), "what is given is kept"
 
 
 def test_an_address_without_a_port_is_completed_in_a_job():
-    assert runtime.rendezvous({"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7"}) == ("n1", "20007")
+    assert rendezvous.address({"MASTER_ADDR": "n1", "SLURM_JOB_ID": "7"}) == ("n1", "20007")
 
 
 def test_a_node_that_cannot_be_resolved_is_named(monkeypatch):
     fake_scontrol(monkeypatch, "no-such-host.invalid")
     with pytest.raises(UserError, match=r"n1 \(no-such-host\.invalid\) cannot be resolved"):
-        runtime.rendezvous()
+        rendezvous.address()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_node_that_cannot_be_resolved_is_named(monkeypatch):
 )
 def test_where_to_meet_must_be_known(environment, says):
     with pytest.raises(UserError) as caught:
-        runtime.rendezvous(environment)
+        rendezvous.address(environment)
     assert says in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import cluster as slurm
 import pytest
 from cluster import Cluster
+from stub import Stub
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -31,3 +33,22 @@ def cluster() -> Iterator[Cluster]:
 def scripts() -> Path:
     """The same scripts that users submit."""
     return REPOSITORY / "slurm"
+
+
+@pytest.fixture(scope="session")
+def stub(cluster: Cluster) -> Stub:
+    """The same scripts in a repository whose training takes milliseconds, in a folder with a blank in its name."""
+    repository = cluster.folder / "a repository"
+    shutil.copytree(REPOSITORY / "slurm", repository / "slurm")
+    here = Path(__file__).parent
+    for name in ("train_sft", "train_reward_model", "train_ppo"):
+        (repository / "examples").mkdir(exist_ok=True)
+        shutil.copy(here / "stub_training.py", repository / "examples" / f"{name}.py")
+    (repository / "tools").mkdir()
+    for name in ("plan", "doctor"):
+        shutil.copy(here / "stub_planner.py", repository / "tools" / f"{name}.py")
+    bin = repository / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "python").symlink_to(sys.executable)
+    (bin / "activate").write_text(f'PATH="{bin}:$PATH"\n')
+    return Stub(cluster, repository)

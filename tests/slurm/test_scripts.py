@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
-JOBS = sorted(path for path in SLURM.glob("*.sh") if "#SBATCH" in path.read_text())
+JOBS = sorted(path for path in SLURM.glob("*.sh") if "\n#SBATCH" in path.read_text())
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
@@ -25,6 +25,12 @@ def test_jobs_can_be_interrupted_and_queued_again(script: Path) -> None:
     text = script.read_text()
     for flag in ("--requeue", "--open-mode=append", "--signal=B:USR1@"):
         assert f"#SBATCH {flag}" in text
+
+
+def test_jobs_find_the_repository_in_the_same_way() -> None:
+    texts = [script.read_text() for script in JOBS]
+    ways = {text[text.index("submitted=$(") : text.index("here/common.sh: no such file")] for text in texts}
+    assert len(ways) == 1
 
 
 def test_there_are_jobs_for_all_stages() -> None:

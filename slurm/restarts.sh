@@ -1,0 +1,286 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2154 # variables of common.sh
+# Sourced by common.sh: runs srun, hears signals, and decides at the end of a start whether the job is queued again.
+#
+# Signals (--signal=B:..., a time limit, preemption, requeue, scancel) come to this shell, and go from here to the tasks,
+# which save and exit with INTERRUPTED. Each end but a success is a line of run.dir/restarts.tsv, and these lines are
+# what the budget is counted from: a job that makes checkpoints is queued again for as long as it does.
+
+# An array's tasks have ids of their own; SLURM_JOB_ID of one of them means the whole array.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+START=$((${SLURM_RESTART_COUNT:-0} + 1))
+WARNING=$(sed -n 's/^#SBATCH .*--signal=B:USR1@\([0-9]*\).*/\1/p' "$0" | tail -n 1) # unless sbatch was given another
+SECONDS_TO_END=60                                                                  # for the others when a task has ended
+ASIDE=$(mktemp -d)
+MESSAGES=$ASIDE/srun
+SRUN='' FORWARD=TERM HEARD=0 SIGNALLED='' LIMIT='' LEFT='' PLANNED_STEP=0 RUN_DIR='' CONCLUDED=''
+trap 'rm -rf "$ASIDE"' EXIT
+trap 'hear USR1' USR1
+trap 'hear TERM' TERM
+
+hear() { # SIGNAL
+    HEARD=1
+    if [[ -z $SIGNALLED ]]; then
+        SIGNALLED=$1 LEFT=$(seconds_of "$(ask_slurm %L)")
+    fi
+    if [[ -n $SRUN ]]; then
+        kill "-$FORWARD" "$SRUN" 2>/dev/null || true
+    fi
+    if [[ $1 == TERM && $(ask_slurm %r) == TimeLimit ]]; then
+        conclude_at_the_limit # now: there may be no time later
+    fi
+}
+
+ask_slurm() { # FORMAT of squeue
+    squeue --noheader --jobs="$JOB" --format="$1" 2>/dev/null | head -n 1 || true
+}
+
+undisturbed() { # Slurm signals the whole process group, and so what works for this shell
+    (
+        trap '' TERM USR1
+        exec "$@"
+    )
+}
+
+seconds_of() { # [DAYS-][[HOURS:]MINUTES:]SECONDS -> seconds; nothing if there is no limit
+    local days=0 time=$1 total=0 part
+    [[ $time =~ ^([0-9]+-)?[0-9:]+$ ]] || return 0
+    if [[ $time == *-* ]]; then
+        days=${time%%-*} time=${time#*-}
+    fi
+    for part in ${time//:/ }; do
+        total=$((60 * total + 10#$part))
+    done
+    echo $((86400 * days + total))
+}
+
+# srun with these arguments. What srun and slurmstepd say themselves, lines for every task of a large job, is kept
+# aside: the log is the tasks' own words.
+run() { # SIGNAL-FOR-SRUN ARGUMENTS...
+    local code=0 last reader watcher
+    FORWARD=$1 HEARD=1
+    shift
+    [[ -p $ASIDE/pipe ]] || mkfifo "$ASIDE/pipe"
+    undisturbed sed -u -n -e "/^srun: /w $MESSAGES" -e "/[Aa]t fault: node/w $MESSAGES" \
+        -e "/ steps of [0-9.,]* s = /w $MESSAGES" -e '/^srun: \|^slurmstepd[^:]*: error: \*\*\*\|^Terminated$/!p' "$ASIDE/pipe" &
+    reader=$!
+    srun "$@" >"$ASIDE/pipe" 2>&1 &
+    SRUN=$!
+    end_if_lost "$SRUN" &
+    watcher=$!
+    while ((HEARD)); do # a signal ends `wait` before srun has ended
+        HEARD=0 last=$code code=0
+        wait "$SRUN" 2>/dev/null || code=$?
+        ((code != 127)) || code=$last # it had ended when the signal came
+    done
+    SRUN=''
+    kill "$watcher" 2>/dev/null || true
+    wait "$reader" "$watcher" 2>/dev/null || true
+    return "$(code_of_tasks "$code")"
+}
+
+# srun waits for the tasks of a slurmstepd that is gone for as long as the job lasts.
+end_if_lost() { # PROCESS
+    until grep -qE '^srun: (error: [^ ]+: tasks? [0-9]|First task exited)' "$MESSAGES" 2>/dev/null; do
+        sleep 5
+    done
+    sleep "$SECONDS_TO_END"
+    echo "srun: error: it still waited for tasks $SECONDS_TO_END s after the first one had ended" >>"$MESSAGES"
+    kill -KILL "$1" 2>/dev/null || true
+}
+
+# srun's code is the largest of its tasks', and those that it ends itself have large ones. A task that names a mistake
+# speaks for all, else the first one to end.
+code_of_tasks() { # CODE-OF-SRUN
+    if grep -q "Exited with exit code $USER_ERROR\$" "$MESSAGES"; then
+        echo "$USER_ERROR"
+        return
+    fi
+    case $(first_end) in
+        *"exit code "*) first_end | sed 's/.*exit code //' ;;
+        *Killed* | *"Out Of Memory"*) echo 137 ;;
+        *"Segmentation fault"*) echo 139 ;;
+        *) echo "$1" ;;
+    esac
+}
+
+first_end() { # NODE: task NUMBER: how it ended
+    sed -n 's/^srun: error: \([^ ]*: tasks\? [0-9].*\)/\1/p' "$MESSAGES" | head -n 1
+}
+
+failed_nodes() { # CODE: the nodes that the watchdog or the rendezvous names, else that of the first task to end
+    local named
+    named=$(sed -n 's/.*[Aa]t fault: node \([^ ]*\)\.$/\1/p' "$MESSAGES" | sort -u | paste -sd,)
+    if [[ -z $named ]] && (($1 != WATCHDOG)); then
+        named=$(first_end)
+    fi
+    echo "${named%%:*}"
+}
+
+# What there is at the beginning of a start, to see afterwards what it came to.
+begin() { # OVERRIDES...
+    local argument
+    for argument in "$@"; do
+        [[ $argument != run.dir=* ]] || RUN_DIR=${argument#run.dir=}
+    done
+    if [[ $RUN_DIR == *[\'\"\$\\]* ]]; then # Hydra's quotes, or another key's value
+        RUN_DIR=$(srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/examples/train_$STAGE.py" --cfg \
+            "recipe=$RECIPE" "$@" 2>/dev/null | sed -n "/^run:/,/^[^ ]/s/^  dir: //p") || true
+        RUN_DIR=${RUN_DIR#\'} RUN_DIR=${RUN_DIR%\'}
+    fi
+    LIMIT=$(seconds_of "$(ask_slurm %l)")
+    FROM=$(newest_checkpoint) FILE=$(state_of_metrics)
+    if ((START > 1)); then
+        echo "start $START of job $JOB, from ${FROM:-the beginning}$(last_end)"
+    fi
+}
+
+newest_checkpoint() {
+    cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || true
+}
+
+state_of_metrics() {
+    stat -c '%i %s %y' "$RUN_DIR/metrics.jsonl" 2>/dev/null || true
+}
+
+steps_done() { # by this start, after the checkpoint that it began from
+    local first=${FROM#step_} last=0
+    if [[ $(state_of_metrics) != "$FILE" ]]; then
+        last=$(tail -n 1 "$RUN_DIR/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\).*/\1/p')
+    fi
+    echo $((last > first ? last - first : 0))
+}
+
+last_end() {
+    awk -F '\t' -v job="$JOB" '$2 == job { cause = $8 } END { if (cause) print "; it ended: " cause }' \
+        "$RUN_DIR/restarts.tsv" 2>/dev/null || true
+}
+
+# A time limit that leaves no time for a step is refused: before a GPU works, if it is shorter than a step,
+require_time_for_a_step() {
+    local printed
+    printed=$(sed -n 's/.* steps of \([0-9.,]*\) s = .*/\1/p' "$MESSAGES" | tail -n 1)
+    printed=${printed//,/}
+    PLANNED_STEP=${printed%.*}
+    if [[ -n $LIMIT ]] && ((LIMIT <= PLANNED_STEP)); then
+        fail "the time limit (sbatch --time) of $LIMIT s is not longer than one step, which is planned to take" \
+            "$PLANNED_STEP s"
+    fi
+}
+
+# or else when its warning comes, half a minute early at most: only then is it known how long before the limit.
+refuse_useless_limit() {
+    local after
+    [[ $SIGNALLED == USR1 && -n $LIMIT && -n $LEFT ]] || return 0
+    after=$((LIMIT - LEFT))
+    if ((after + 30 <= PLANNED_STEP || (after <= 31 && LIMIT <= ${WARNING:-0} + PLANNED_STEP))); then
+        fail "the time limit (sbatch --time) of $LIMIT s leaves no time for a step: its warning came after $after s. Give" \
+            "a --time longer than the warning (sbatch --signal=B:USR1@SECONDS, here ${WARNING:-none} in the script) and" \
+            "some steps, of $PLANNED_STEP s each as planned"
+    fi
+}
+
+# Where the planner was not asked, or is wrong, a limit is found out by what it leaves time for.
+if_in_first_step() {
+    if [[ $SIGNALLED == USR1 && -n $LEFT && -n $WARNING ]] && ((LEFT <= WARNING + 31 && $(steps_done) <= 1)); then
+        echo " in the first step, by the warning before the time limit: --time is too short, or --signal too early"
+    fi
+}
+
+leave_if_signalled() {
+    [[ -z $SIGNALLED ]] || conclude "$INTERRUPTED"
+}
+
+# The end of a start: what it came to, and whether there is another one.
+conclude() { # CODE
+    local code=$1 state cause polite=0
+    if ((code == 0 || code == USER_ERROR)) || [[ -n $CONCLUDED ]]; then
+        exit "$code"
+    fi
+    # Tasks that were signalled before they could handle it end by the signal.
+    if ((code == INTERRUPTED)) || [[ -n $SIGNALLED && $code -gt 128 ]]; then
+        polite=1
+    fi
+    state=$(ask_slurm %T)
+    cause=$(first_end)
+    ((polite)) && cause="asked to stop$(if_in_first_step)"
+    record "$code" "${cause:-exit code $code}"
+    # `scancel` sends the same signal as a time limit or a preemption; only the job's state tells them apart.
+    if [[ $state != RUNNING ]]; then
+        echo "interrupted: job $JOB is ${state:-gone}: not queued again by this script"
+        exit "$code"
+    fi
+    ((polite == 0)) || refuse_useless_limit
+    ((polite)) || echo "job $JOB, start $START, failed: ${cause:-exit code $code}" >&2
+    go_on "$code" "$polite" && queue_again "$code"
+    exit "$code"
+}
+
+conclude_at_the_limit() {
+    local earlier=$((2 * (WARNING > PLANNED_STEP ? WARNING : PLANNED_STEP)))
+    [[ -z $CONCLUDED ]] || return 0
+    echo "job $JOB reached its time limit in the middle of a step: the warning before it has to leave time for a step" \
+        "and a checkpoint; sbatch --signal=B:USR1@$((earlier > 600 ? earlier : 600)) asks for an earlier one" >&2
+    record "$INTERRUPTED" "the time limit came in the middle of a step"
+    CONCLUDED=1
+    if go_on "$INTERRUPTED" 0; then
+        queue_again "$INTERRUPTED"
+    fi
+}
+
+readonly COLUMNS_OF_RECORD="ended\tjob\tstart\tfrom\tcheckpoint\tsteps\tcode\tcause"
+
+record() { # CODE CAUSE
+    local file=$RUN_DIR/restarts.tsv newest
+    newest=$(newest_checkpoint)
+    [[ -n $RUN_DIR ]] && mkdir -p "$RUN_DIR" || return 0
+    [[ -e $file ]] || printf '%b\n' "$COLUMNS_OF_RECORD" >"$file"
+    printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$(date '+%F %T')" "$JOB" "$START" "${FROM:--}" \
+        "${newest:--}" "$(steps_done)" "$1" "$2" >>"$file"
+}
+
+# Of this job's last starts, how many in a row made no step, and no checkpoint.
+in_a_row() {
+    awk -F '\t' -v job="$JOB" '
+        $2 == job { steps = $6 > 0 && $8 !~ /in the first step/ ? 0 : steps + 1; checkpoints = $4 != $5 ? 0 : checkpoints + 1 }
+        END { print steps + 0, checkpoints + 0 }' "$RUN_DIR/restarts.tsv"
+}
+
+go_on() { # CODE POLITE: whether another start is worth its GPUs
+    local without_step without_checkpoint allowed=${MAX_RESTARTS:-3} why=''
+    if (($2 && allowed < 3)); then
+        allowed=3 # for a disk that is full, or a site that preempts all the time
+    fi
+    if [[ ! -w $RUN_DIR/restarts.tsv ]]; then
+        why="run.dir=$RUN_DIR takes no record of its restarts"
+    else
+        read -r without_step without_checkpoint < <(in_a_row)
+        if ((without_step > 1)); then
+            why="$without_step starts in a row made no progress"
+        elif ((allowed == 0 || without_checkpoint > allowed)); then
+            why="$without_checkpoint starts in a row made no new checkpoint, and MAX_RESTARTS=$allowed"
+        fi
+    fi
+    [[ -z $why ]] && return 0
+    echo "job $JOB is not queued again: $why (causes: $RUN_DIR/restarts.tsv)" >&2
+    return 1
+}
+
+queue_again() { # CODE
+    local nodes='' before
+    if [[ ${EXCLUDE_FAILED:-0} == 1 ]]; then
+        nodes=$(failed_nodes "$1")
+    fi
+    echo "job $JOB is queued again${nodes:+, not on $nodes}"
+    if ! undisturbed scontrol requeue "$JOB"; then
+        echo "it could not be (is it being requeued already?)" >&2
+        return
+    fi
+    if [[ -n $nodes ]]; then
+        before=$(undisturbed scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
+        [[ $before == "(null)" ]] && before=''
+        undisturbed scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$nodes" ||
+            echo "$nodes could not be excluded" >&2
+    fi
+}
