@@ -68,6 +68,7 @@ setup(
         "nemo": ["nemo-toolkit>=2.7"],
         "benchmarks": ["lm_eval>=0.4.9,<0.5", "sacrebleu>=2.4", "rouge_score>=0.1.2"],
         "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=2.15"],
         "dev": [
             *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"),
             *("peft>=0.15", "playwright>=1.50"),

@@ -1,4 +1,4 @@
-"""Names of checkpoints in a run folder: `step_N`, `epoch_N`, and the pointers `latest` and `best`."""
+"""Names of checkpoints in a run folder: `step_N`, `epoch_N`, `evaluation_N`, and the pointers `latest` and `best`."""
 
 import json
 import re
@@ -18,7 +18,7 @@ BEST = "best"
 _WRITING, _LEAVING = "writing", "leaving"
 
 
-_CANDIDATE = re.compile(r"epoch_\d+(_step_\d+)?(_v\d+)?")
+_CANDIDATE = re.compile(r"(epoch_\d+(_step_\d+)?|evaluation_\d+)(_v\d+)?")
 
 
 def aside(folder: Path) -> Path:
@@ -73,7 +73,7 @@ def steps(root: Path) -> list[Path]:
 
 def candidates(root: Path) -> list[Path]:
     """The folders to choose from, such as `epoch_N`."""
-    return sorted(path for path in root.glob("epoch_*") if _CANDIDATE.fullmatch(path.name))
+    return sorted(path for path in root.glob("e*_*") if _CANDIDATE.fullmatch(path.name))
 
 
 def point(root: Path, name: str, target: str) -> None:

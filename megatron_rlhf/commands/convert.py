@@ -37,6 +37,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.conversion import convert, key_maps
 from megatron_rlhf.conversion.check.outputs import CheckFailed
+from megatron_rlhf.conversion.check.tokens import SAMPLE_TEXT
 from megatron_rlhf.conversion.convert import CheckOptions
 from megatron_rlhf.conversion.hf.extra_files import ExtraFiles, holds_tokenizer
 from megatron_rlhf.conversion.hf.folder import CONFIG
@@ -45,10 +46,6 @@ from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rlhf.parallel import runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TEXT = (
-    "Once upon a time there was a girl who asked a machine for help. It answered as well as it could, said what it did "
-    "not know, and did no harm. 1 + 1 = 2; (a, b) -> [b, a]."
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +131,7 @@ def _tokenizer(folder: Path | None, none: str) -> tuple[Tokenizer | None, str]:
 
 
 def _text(tokenizer: Tokenizer | None) -> list[int]:
-    return [] if tokenizer is None else tokenizer.encode(TEXT, bos=True)
+    return [] if tokenizer is None else tokenizer.encode(SAMPLE_TEXT, bos=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ Checks of single numbers: ranges.py.
 """
 
 from megatron_rlhf.config.budgets import check_micro_batch
-from megatron_rlhf.config.data import PretrainingDataConfig
+from megatron_rlhf.config.data import PretrainingDataConfig, PromptPart
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.placement import PlacementKind
@@ -16,7 +16,7 @@ from megatron_rlhf.config.stages import (
     RewardModelConfig,
     SFTConfig,
 )
-from megatron_rlhf.config.training import AUTO, NOT_GIVEN, RunConfig, SamplingConfig
+from megatron_rlhf.config.training import AUTO, NOT_GIVEN, ExportChoice, RunConfig, SamplingConfig, Selection
 
 
 def check_run(run: RunConfig) -> None:
@@ -103,6 +103,11 @@ def check_one_token(parallel: ParallelConfig, because: str) -> None:
         )
 
 
+def can_decode(parallel: ParallelConfig) -> bool:
+    """A model at this layout can sample: token by token, through plain stages."""
+    return parallel.virtual_stages == 1 and parallel.context == 1
+
+
 def check_sft(config: SFTConfig) -> None:
     """Demonstrations, mix and length of the schedule must agree."""
     data, sft = config.data, config.sft
@@ -118,6 +123,11 @@ def check_sft(config: SFTConfig) -> None:
         )
     if sft.max_steps is not None:
         check_warmup(sft.warmup_steps, sft.max_steps, "sft.warmup_steps")
+    if config.run.export_hf is ExportChoice.best and (data.pretraining_mix == 1 or not _sft_chooses(config)):
+        raise UserError(
+            "run.export_hf=best: nothing decides which epoch is best; give data.validation, or sft.select_by=reward_model, or "
+            "run.export_hf=last"
+        )
     check_micro_batch("sft", sft.micro_batch_size, sft.micro_batch_tokens)
     if config.sft.select_by.value == "reward_model" and config.reward.init_from is None:
         raise UserError("sft.select_by=reward_model needs reward.init_from")
@@ -131,8 +141,17 @@ def check_sft(config: SFTConfig) -> None:
         check_sampling(config.sampling, "sampling")
 
 
+def _sft_chooses(config: SFTConfig) -> bool:
+    """Epochs have a figure that decides which is best."""
+    return config.data.validation is not None or config.sft.select_by is Selection.reward_model
+
+
 def check_reward_model(config: RewardModelConfig) -> None:
     """A start and sensible sizes."""
+    if config.run.export_hf is ExportChoice.best:
+        raise UserError(
+            "run.export_hf=best: a reward model is what its last step is (one epoch); use run.export_hf=last"
+        )
     if config.reward.init_from is None and config.model is None:
         raise UserError("give reward.init_from (a checkpoint or Hugging Face folder) or a model shape (model=gpt3_6b)")
     algorithm = config.reward_model
@@ -160,6 +179,7 @@ def check_ppo(config: PPOConfig) -> None:
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
     check_rewards(config.reward, config.rewards)
+    _check_held_out(config)
     if not ppo.has_critic and config.placement.kind is PlacementKind.disaggregated and not config.reward_models:
         raise UserError(
             f"placement=disaggregated: the critic's ranks would hold nothing, as ppo.advantages={ppo.advantages.value} has no "
@@ -195,6 +215,24 @@ def _check_advantages(config: PPOConfig) -> None:
         raise UserError(
             f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations}: {chosen} has no value model to warm up; use 0"
         )
+
+
+def _check_held_out(config: PPOConfig) -> None:
+    """Evaluations need prompts that the run does not train on."""
+    evaluation = config.evaluation
+    if evaluation.is_on and evaluation.prompts is None and config.data.part is not PromptPart.train:
+        raise UserError(
+            f"evaluation.every={evaluation.every} needs prompts that are not trained on: give evaluation.prompts, or "
+            "data.part=train, which leaves the part `validation` for it"
+        )
+    if config.run.export_hf is ExportChoice.best and not evaluation.is_on:
+        raise UserError(
+            "run.export_hf=best: give evaluation.every, which decides what is best, or use run.export_hf=last"
+        )
+    for key in ("prompts", "patience"):
+        value = getattr(evaluation, key)
+        if value is not None and not evaluation.is_on:
+            raise UserError(f"evaluation.{key}={value} is for evaluations during the run: give evaluation.every too")
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, evaluation, lora, model, ppo, rewards, stages, training
+from megatron_rlhf.config import cluster, data, evaluation, held_out, lora, model, ppo, rewards, stages, training
 from megatron_rlhf.config.errors import UserError
 
 LARGEST_WHOLE = 2**31 - 1
@@ -115,6 +115,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "ema_decay": PROPER_SHARE,
     },
     evaluation.EvaluateAlgorithmConfig: {"samples": COUNT, "task_limit": COUNT},
+    held_out.HeldOutConfig: {"samples": COUNT, "patience": COUNT, "max_kl": POSITIVE},
     rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
     rewards.WeightedRewardConfig: {"weight": ANY},
     cluster.ClusterConfig: {

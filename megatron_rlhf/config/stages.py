@@ -11,6 +11,7 @@ from megatron_rlhf.config.data import (
     PromptDataConfig,
 )
 from megatron_rlhf.config.evaluation import EvaluateAlgorithmConfig
+from megatron_rlhf.config.held_out import HeldOutConfig
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
 from megatron_rlhf.config.ppo import PPOAlgorithmConfig
@@ -85,6 +86,10 @@ class SFTAlgorithmConfig:
     """Which epoch's checkpoint is named `best`: the lowest validation loss or the highest mean reward."""
     selection_samples: int = 64
     """Responses sampled for select_by=reward_model."""
+    logged_samples: int = 8
+    """Responses that are sampled, and written to samples.jsonl, at the end of each epoch, to the first prompts of
+    data.validation, else of data.demonstrations; 0 for none. Where a reward model judges an epoch they are the first of
+    those that it judged. Layouts that cannot decode (virtual stages, context parallelism) have none."""
 
     @property
     def micro_batch(self) -> Budget:
@@ -189,6 +194,8 @@ class PPOConfig(BaseConfig):
     """How responses are sampled."""
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
     """Batches, clipping, KL, pretraining mix."""
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Held-out prompts during the run, the best policy, and when to stop."""
 
     @property
     def reward_models(self) -> list[NamedReward]:

@@ -15,6 +15,13 @@ AUTO = "auto"
 """run.save_every: the planner's number."""
 
 
+class ExportChoice(Enum):
+    """Which checkpoint becomes a Hugging Face folder."""
+
+    best = "best"
+    last = "last"
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Where a run writes its files, and how it continues after an interruption."""
@@ -42,7 +49,16 @@ class RunConfig:
     stop_at_step: int | None = None
     """Save and stop at this step although the schedule is longer (to continue later with resume)."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project; needs the wandb extra."""
+    """Also send config, metrics and samples to this Weights & Biases project; needs the wandb extra."""
+    wandb_entity: str | None = None
+    """Whose project it is; not given: the account's default."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run there."""
+    mlflow_experiment: str | None = None
+    """Also send config, metrics and samples to this experiment of MLflow, at MLFLOW_TRACKING_URI; needs the mlflow extra."""
+    export_hf: ExportChoice | None = None
+    """best or last: when the run is over, also write the trained model as a Hugging Face folder, `dir`/huggingface, checked as
+    tools/convert_checkpoint.py does. best needs what decides it: validation (SFT) or evaluation.every (PPO)."""
     max_skipped_steps: int = 5
     """Stop when this many updates in a row were skipped for a non-finite loss or gradient."""
     profile: str | None = None

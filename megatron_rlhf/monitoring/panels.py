@@ -40,6 +40,7 @@ GROUPS = (
                 {"reward/score_mean": "the reward's own", "reward/total_mean": "after penalties"},
                 band="reward/score_std",
             ),
+            Panel("Score on held-out prompts", "the reward's own", {"evaluation/score_mean": ""}),
             Panel("KL from the reference", "nats per sequence", {"kl/mean": "k1", "kl/k3_mean": "k3"}),
             Panel("KL coefficient", "reward per nat", {"kl/coef": ""}, from_zero=True),
         ),
@@ -48,8 +49,16 @@ GROUPS = (
         "Behaviour",
         (
             Panel("Policy entropy", "nats per token", {"policy/entropy": ""}),
-            Panel("Response length", "tokens, mean", {"rollout/response_length_mean": ""}),
-            Panel("Responses that stop", "fraction of samples", {"rollout/stop_fraction": ""}),
+            Panel(
+                "Response length",
+                "tokens, mean",
+                {"rollout/response_length_mean": "training", "evaluation/response_length_mean": "held-out"},
+            ),
+            Panel(
+                "Responses that stop",
+                "fraction of samples",
+                {"rollout/stop_fraction": "training", "evaluation/stop_fraction": "held-out"},
+            ),
         ),
     ),
     Group(
@@ -156,6 +165,7 @@ COUNTERS = ("step", "samples", "tokens")
 
 HEADLINES = (
     "reward/score_mean",
+    "evaluation/score_mean",
     "kl/mean",
     "rm/validation_accuracy",
     "rm/accuracy",

@@ -47,16 +47,17 @@ def last_samples(path: Path, label: str) -> SampleColumn:
 
 
 def _read(path: Path) -> dict[int, list[Sample]]:
-    by_step: dict[int, list[Sample]] = {}
+    """The rows of held-out prompts, which are the same at each step, where there are some; else all."""
+    by_kind: dict[bool, dict[int, list[Sample]]] = {True: {}, False: {}}
     for record in read_records(path) if path.exists() else ():
-        rows = by_step.setdefault(record["step"], [])
+        rows = by_kind[bool(record.get("held_out"))].setdefault(record["step"], [])
         if len(rows) < ROWS_A_STEP:
             rows.append(_sample(record))
-    return by_step
+    return by_kind[True] or by_kind[False]
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
-    figures = {name: value for name, value in record.items() if name not in ("step", "prompt", "response")}
+    figures = {name: value for name, value in record.items() if name not in ("step", "prompt", "response", "held_out")}
     return Sample(
         prompt=_clip(str(record.get("prompt", ""))),
         response=_clip(str(record.get("response", ""))),

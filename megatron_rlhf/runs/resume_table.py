@@ -50,8 +50,8 @@ _COMMON = {
     **_keys(
         Change.free,
         "run.",
-        "dir resume auto_resume save_every cluster keep_last keep_every async_save stop_at_step wandb_project max_skipped_steps "
-        "rendezvous_timeout_s profile",
+        "dir resume auto_resume save_every cluster keep_last keep_every async_save stop_at_step export_hf max_skipped_steps "
+        "wandb_project wandb_entity wandb_tags mlflow_experiment rendezvous_timeout_s profile",
     ),
     "run.seed": Change.refused,
     "watchdog.timeout_s": Change.free,
@@ -88,6 +88,7 @@ TABLE: dict[str, dict[str, Change]] = {
         "reward.init_from": Change.content,
         **_keys(Change.taken, "sft.", "epochs max_steps dropout final_lr_fraction warmup_steps"),
         **_keys(Change.refused, "sft.", "batch_size select_by selection_samples"),
+        "sft.logged_samples": Change.taken,
         **_keys(Change.free, "sft.", "micro_batch_size micro_batch_tokens"),
         # They decide which epoch is best: figures from different ways of sampling are not comparable.
         **_keys(Change.refused, "sampling.", f"{_SAMPLING} precision"),
@@ -116,6 +117,10 @@ TABLE: dict[str, dict[str, Change]] = {
         "rewards.NAME.weight": Change.taken,
         **_keys(Change.free, "reward.", "processes timeout_s"),
         **_keys(Change.free, "rewards.NAME.", "processes timeout_s"),
+        # `best` compares scores of different steps: on the same prompts, sampled alike.
+        "evaluation.prompts": Change.content,
+        **_keys(Change.refused, "evaluation.", "samples temperature"),
+        **_keys(Change.taken, "evaluation.", "every patience max_kl"),
         **_parallel("critic_parallel."),
         "critic_model": Change.content,
         **_keys(Change.free, "placement.", "kind critic_ranks"),

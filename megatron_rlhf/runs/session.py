@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from megatron_rlhf.checkpoint import naming, sharded
 from megatron_rlhf.checkpoint.integrity import NotWritten
@@ -21,6 +22,7 @@ from megatron_rlhf.monitoring.files import replacing
 from megatron_rlhf.monitoring.logs import setup_logging
 from megatron_rlhf.monitoring.memory import peak_bytes
 from megatron_rlhf.monitoring.metrics import MetricsLogger, SamplesLogger
+from megatron_rlhf.monitoring.mirrors import Services
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
@@ -101,12 +103,20 @@ class Session:
             log.warning("checkpoint %s is damaged, and passed over for the one before: %s", name, problem)
         for change in changes:
             log.info(change)
+        services = Services(
+            wandb_project=config.wandb_project,
+            wandb_entity=config.wandb_entity,
+            wandb_tags=config.wandb_tags,
+            mlflow_experiment=config.mlflow_experiment,
+            config=yaml.safe_load(resolved_config) or {},
+        )
+        metrics = MetricsLogger(folder, enabled=first, services=services)
         session = cls(
             config=config,
             stage=stage,
             folder=folder,
-            metrics=MetricsLogger(folder, enabled=first, wandb_project=config.wandb_project),
-            samples=SamplesLogger(folder, enabled=first),
+            metrics=metrics,
+            samples=SamplesLogger(folder, first, metrics.mirrors),
             resume_from=resume_from,
             lock=lock,
             writer=CheckpointWriter(folder / "checkpoints", config, on_saved=lambda: write_report(folder)),

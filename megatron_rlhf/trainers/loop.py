@@ -1,19 +1,25 @@
 """The loop that all stages share: resume, step, log, save, and stop when asked."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers import export
 from megatron_rlhf.trainers.step import TrainedRole
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(ABC):
     """What a stage implements; `run` is the same for all."""
 
     session: Session
+    tokenizer: Tokenizer
     step: int = 0
     """Steps done."""
     gate: Fp8Gate | None = None
@@ -43,6 +49,14 @@ class Trainer(ABC):
         """Work after a step that is not part of its time, such as validation; returns more metrics."""
         return {}
 
+    def ends_early(self) -> str | None:
+        """Why the run is over before the end of its schedule, if it is: a function of what a checkpoint holds."""
+        return None
+
+    def export(self) -> None:
+        """The run is over, and its last checkpoint saved: `run.export_hf`."""
+        export.export(self.session.config, self.trained[0].role.name, self.tokenizer)
+
     def close(self) -> None:
         """The run is over: end what it has started."""
         return
@@ -58,11 +72,11 @@ class Trainer(ABC):
     def run(self) -> None:
         """All steps, from the checkpoint if the run is resumed."""
         self._restore()
-        session, last = self.session, self.session.last_step(self.total_steps)
+        session, last, ends = self.session, self.session.last_step(self.total_steps), self.ends_early()
         for trained in self.trained:
             trained.guard = session.guard
         with session.progress(self.total_steps, self.step, self.description) as progress:
-            while self.step < last:
+            while self.step < last and not ends:
                 session.guard.begin(self.step + 1)
                 checked = self.gate.check(self.step) if self.gate else {}
                 with session.timed_step(self.step + 1):
@@ -72,7 +86,12 @@ class Trainer(ABC):
                 session.log(self.step, metrics)
                 figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
                 progress.advance(1, **figures)
-                session.checkpoint(self.step, last, self.trained, self._state)
+                ends = self.ends_early()
+                session.checkpoint(self.step, self.step if ends else last, self.trained, self._state)
+        if self.step == self.total_steps or ends:
+            self.export()
+        if ends:
+            log.info("ended at step %d of %d: %s", self.step, self.total_steps, ends)
         self.close()
         session.close()
 

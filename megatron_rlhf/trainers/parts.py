@@ -135,14 +135,17 @@ def make_prompts(source: str, config: PromptRulesConfig, tokenizer: Tokenizer) -
     return prompts
 
 
-def warn_of_shared_prompts(training: Iterable[Tokens], validation: Iterable[Tokens]) -> None:
-    """A separate validation file is used as it is, but with a warning where it repeats training examples."""
+def warn_of_shared_prompts(
+    training: Iterable[Tokens], validation: Iterable[Tokens], *, key: str = "data.validation"
+) -> None:
+    """A separate validation file, of the key, is used as it is, but with a warning where it repeats training examples."""
     known = {prompt.tobytes() for prompt in training}
     asked = [prompt.tobytes() for prompt in validation]
     shared = sum(prompt in known for prompt in asked)
     if shared:
         log.warning(
-            "data.validation: %d of its %d prompts are trained on too; on those, figures say little about new prompts",
+            "%s: %d of its %d prompts are trained on too; on those, figures say little about new prompts",
+            key,
             shared,
             len(asked),
         )

@@ -1,7 +1,8 @@
 """PPO with pretraining gradients mixed in: PPO-ptx (Ouyang et al. 2022, section 3.5)."""
 
-import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,11 +19,7 @@ from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.models.microbatches import (
-    TokenBatch,
-    language_model_microbatches,
-    language_model_nll,
-)
+from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.resharding import WeightCopy
@@ -32,7 +29,9 @@ from megatron_rlhf.runs.agreement import require_same_batch
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
+from megatron_rlhf.trainers.episodes.held_out import Progress, evaluate
 from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
+from megatron_rlhf.trainers.episodes.tax import pretraining_tax
 from megatron_rlhf.trainers.episodes.texts import texts_of
 from megatron_rlhf.trainers.gradients import DominanceWatch
 from megatron_rlhf.trainers.loop import Trainer
@@ -65,19 +64,19 @@ class PPOTrainer(Trainer):
     value: TrainedRole | None
     """None where advantages come from several samples of a prompt."""
     roles: Roles
+    held_out: Sequence[Prompt] = ()
+    """Answered at times, not trained on."""
 
     def __post_init__(self) -> None:
         ppo, seed = self.config.ppo, self.config.run.seed
         self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size // ppo.samples_per_prompt, seed, whole=True)
-        self.kl_control = (
-            FixedKLController(ppo.kl_coef)
-            if ppo.kl_control is KLControl.fixed
-            else AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-        )
+        adaptive = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        self.kl_control = FixedKLController(ppo.kl_coef) if ppo.kl_control is KLControl.fixed else adaptive
         self.text_weight: TextWeight = (
             BalancedTextWeight(ppo.ptx_gradient_ratio) if ppo.steers_text else FixedTextWeight(float(ppo.ptx_coef))
         )
         self.dominance = DominanceWatch()
+        self.progress = Progress()
         self.pretraining_cursor = 0
         self.tokens_seen = 0
         self.pretrained_ahead: Accumulated | None = None
@@ -129,10 +128,30 @@ class PPOTrainer(Trainer):
         metrics = self._metrics(rollout, totals, returns, policy_updates, value_updates)
         if self.policy_step >= 0:
             self.kl_control.update(metrics["kl/mean"], cfg.batch_size)
+        self.progress.kl = metrics["kl/mean"]
         self._weigh_text(metrics)
         require_on_policy(metrics, self.step + 1, cfg.max_logprob_gap, self.config.precision)
         self.session.samples.log(self.step + 1, sample_rows(rollout, totals, kl, self.tokenizer))
         return metrics
+
+    def after_step(self) -> dict[str, float]:
+        """Evaluate on held-out prompts if it is time, and offer the policy's weights as the best."""
+        every = self.config.evaluation.every
+        if not self.held_out or (self.step % every and self.step < self.total_steps):
+            return {}
+        with self.session.timer("evaluation"), self._optimizer_resting():
+            metrics, rows = evaluate(self.config, self.roles, self.held_out, self.tokenizer, self._refresh_sampler)
+        score = self.progress.add(metrics["evaluation/score_mean"])
+        self.session.samples.log(self.step, rows)
+        state = {"step": self.step, "figure": -score, "metrics": metrics}
+        self.session.offer(f"evaluation_{self.step}", [self.policy], state)
+        return metrics
+
+    def ends_early(self) -> str | None:
+        return self.progress.reason_to_stop(self.config.evaluation)
+
+    def _optimizer_resting(self) -> AbstractContextManager[None]:
+        return self.optimizer_memory.asleep() if self.config.offload.optimizer else nullcontext()
 
     def _weigh_text(self, metrics: dict[str, float]) -> None:
         """Use an iteration's gradient report, if there is one: to warn, and to adapt the text's weight."""
@@ -147,7 +166,7 @@ class PPOTrainer(Trainer):
         require_same_batch(self.step, (prompt.tokens for prompt in prompts))
         self.session.guard.name("prompt", [prompt.id for prompt in prompts], [prompt.tokens for prompt in prompts])
         self._refresh_sampler()
-        with self.optimizer_memory.asleep() if self.config.offload.optimizer else contextlib.nullcontext():
+        with self._optimizer_resting():
             rollout = collect_rollout(
                 self.roles,
                 [prompt.tokens.tolist() for prompt in prompts],
@@ -224,18 +243,6 @@ class PPOTrainer(Trainer):
         self.pretraining_cursor += count
         return TokenBatch.pack(sequences, [1] * count)
 
-    def pretraining_tax(self) -> dict[str, float]:
-        """Loss on held-out text of the policy and of the reference, in nats per token (the alignment tax)."""
-        if self.pretraining is None or self.pretraining.held_out is None:
-            return {}
-        data = self.pretraining.held_out
-        count = min(len(data), self.config.data.pretraining.held_out_samples)
-        batch = TokenBatch.pack([data[i] for i in range(count)], [1] * count)
-        micro = self.config.ppo.ptx_micro_batch
-        policy, tokens = language_model_nll(self.policy.role, batch, micro)
-        reference, _ = language_model_nll(self.roles.reference, batch, micro)
-        return {"tax/pretraining_loss": policy / tokens, "tax/reference_pretraining_loss": reference / tokens}
-
     def _metrics(
         self, rollout: Rollout, totals_b: Tensor, returns_bt: Tensor, policy: list[Update], value: list[Update]
     ) -> dict[str, float]:
@@ -251,7 +258,9 @@ class PPOTrainer(Trainer):
         }
         if cfg.tax_every and (self.step + 1) % cfg.tax_every == 0:
             with self.session.timer("tax"):
-                metrics |= self.pretraining_tax()
+                samples = self.config.data.pretraining.held_out_samples
+                roles = self.policy.role, self.roles.reference
+                metrics |= pretraining_tax(*roles, self.pretraining, samples, cfg.ptx_micro_batch)
         sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * cfg.mixes_text
         cost = iteration_cost(
             policy=self.policy.role.num_parameters,
@@ -274,6 +283,7 @@ class PPOTrainer(Trainer):
             "prompts": self.batches.state_dict(),
             "pretraining_cursor": self.pretraining_cursor,
             "tokens_seen": self.tokens_seen,
+            "progress": asdict(self.progress),
             "kl_control": self.kl_control.state_dict(),
             "text_weight": self.text_weight.state_dict(),
             "text_dominates": self.dominance.in_a_row,
@@ -283,6 +293,7 @@ class PPOTrainer(Trainer):
         self.batches.load_state_dict(state["prompts"])
         self.pretraining_cursor = state["pretraining_cursor"]
         self.tokens_seen = state["tokens_seen"]
+        self.progress = Progress(**state.get("progress", {}))
         self.kl_control.load_state_dict(state["kl_control"])
         self.text_weight.load_state_dict(state.get("text_weight", {}))
         self.dominance.in_a_row = state.get("text_dominates", 0)

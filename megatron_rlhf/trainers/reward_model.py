@@ -15,6 +15,7 @@ from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.stages import RewardModelConfig
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import local_rows
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.packing import Sequences, share_out
@@ -82,6 +83,7 @@ class RewardModelTrainer(Trainer):
 
     config: RewardModelConfig
     session: Session
+    tokenizer: Tokenizer
     reward: TrainedRole
     training: Sequence[Comparison]
     validation: Sequence[Comparison]
@@ -132,10 +134,31 @@ class RewardModelTrainer(Trainer):
     def after_step(self) -> dict[str, float]:
         """Validate at intervals; after the last step, set the bias."""
         done = self.step == self.total_steps
-        metrics = self.validate() if done or self.step % self.config.reward_model.validate_every == 0 else {}
+        if not done and self.step % self.config.reward_model.validate_every:
+            return {}
+        metrics = self.validate()
         if done:
             self._center_on_demonstrations()
+        self._log_samples()
         return metrics
+
+    def _log_samples(self) -> None:
+        """Scores of the responses to the first prompts, held out where there are some, and how often people preferred each."""
+        comparisons = (self.validation or self.training)[:LOGGED_PROMPTS]
+        batch = RankedBatch.pack(comparisons)
+        scores = iter(self._scores(batch.sequences).tolist())
+        rows = [
+            {
+                "prompt": self.tokenizer.decode(comparison.prompt_tokens.tolist()),
+                "response": self.tokenizer.decode(response.tolist(), continuation=True),
+                "score": next(scores),
+                "preferred": int((comparison.pairs[:, 0] == i).sum()),
+                "rejected": int((comparison.pairs[:, 1] == i).sum()),
+            }
+            for comparison in comparisons
+            for i, response in enumerate(comparison.responses_tokens)
+        ]
+        self.session.samples.log(self.step, rows)
 
     def validate(self, comparisons: Sequence[Comparison] | None = None) -> dict[str, float]:
         """Accuracy over held-out pairs, over all and by the number K of completions that were ranked together; a tie of
@@ -178,6 +201,10 @@ class RewardModelTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches.load_state_dict(state["batches"])
+
+
+# Prompts in samples.jsonl, each with all its responses.
+LOGGED_PROMPTS = 3
 
 
 # Completions scored together in a validation pass: bounds the padding, does not affect the numbers.

@@ -22,6 +22,7 @@ from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training, parts
+from megatron_rlhf.trainers.export import require_exportable
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.setup_evaluation import build_evaluate
 from megatron_rlhf.trainers.setup_ppo import build_ppo
@@ -41,6 +42,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     parts.check_role("policy", model, config)
     partial_training.check("policy", config, model, source, scalar=False)
+    require_exportable(config.run, model)
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     judge = None
     if config.reward.init_from is not None:
@@ -94,6 +96,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     parts.check_role("reward", model, config)
     partial_training.check("reward", config, model, source, scalar=True)
+    require_exportable(config.run, model)
     parts.keep_start(session, "reward model", source, model, "reward.init_from")
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
@@ -134,7 +137,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
     role.freeze_head_bias()  # no comparison depends on it, and Adam would amplify rounding errors
     trained = TrainedRole.create(role, config.reward.optimizer, config.precision, config.run.max_skipped_steps)
-    return RewardModelTrainer(config, session, trained, training, validation, demonstrations)
+    return RewardModelTrainer(config, session, tokenizer, trained, training, validation, demonstrations)
 
 
 def _load_demonstrations(

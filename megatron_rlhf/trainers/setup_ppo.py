@@ -1,12 +1,13 @@
 """PPO's roles and data: checked first, then built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.budgets import require_room
+from megatron_rlhf.config.data import PromptPart
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.conversion.starting_point import POLICY, REWARD, VALUE, StartingPoint
@@ -20,6 +21,7 @@ from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training, parts
 from megatron_rlhf.trainers.episodes.functions import find_functions
+from megatron_rlhf.trainers.export import require_exportable
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
@@ -48,6 +50,8 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
         return parts.make_role(role, start.model, critic_layout, config, start.source, scalar=True)
 
     prompts, pretraining = _read_data(config, tokenizer, policy_start.model, session)
+    held_out = _read_held_out(config, tokenizer, session)
+    parts.warn_of_shared_prompts((p.tokens for p in prompts), (p.tokens for p in held_out), key="evaluation.prompts")
     policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
     layout = ParallelLayout.create(config.parallel, policy_ranks)
     critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
@@ -68,7 +72,7 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     skips = config.run.max_skipped_steps
     trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay)
     trained_value = TrainedRole.create(value, config.value.optimizer, config.precision, skips) if value else None
-    return PPOTrainer(config, session, tokenizer, prompts, pretraining, trained, trained_value, roles)
+    return PPOTrainer(config, session, tokenizer, prompts, pretraining, trained, trained_value, roles, held_out)
 
 
 def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
@@ -81,6 +85,7 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     parts.check_role("policy", model, config)
     partial_training.check("policy", config, model, source, scalar=False)
+    require_exportable(config.run, model)
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         layout_checks.check_generation(model, sampling, config.parallel)
         model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)
@@ -129,3 +134,17 @@ def _read_data(
         examples = ppo.iterations * ppo.inner_epochs * ppo.batch_size * ppo.ptx_ratio if ppo.mixes_text else 1
         pretraining = parts.make_pretraining(config.data.pretraining, tokenizer, model, examples, session)
     return prompts, pretraining
+
+
+def _read_held_out(config: PPOConfig, tokenizer: Tokenizer, session: Session) -> list[Prompt]:
+    """Prompts that are answered at times and not trained on; none where no evaluation is asked for."""
+    evaluation = config.evaluation
+    if not evaluation.is_on:
+        return []
+    part = PromptPart.validation if evaluation.prompts is None else PromptPart.all
+    source = evaluation.prompts or config.data.prompts
+    prompts = parts.make_prompts(source, replace(config.data, part=part), tokenizer)
+    chosen = [prompts[i] for i in range(min(evaluation.samples, len(prompts)))]
+    keys = ("evaluation.prompts", "data.prompts", "data.part_shares")
+    parts.keep_data(session, "held-out prompts", keys, (np.append(prompt.tokens, prompt.id) for prompt in chosen))
+    return chosen

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from megatron_rlhf.algorithms.schedules import cosine_lr
+from megatron_rlhf.config.checks import can_decode
 from megatron_rlhf.config.stages import SFTConfig
-from megatron_rlhf.config.training import Selection
+from megatron_rlhf.config.training import SamplingConfig, Selection
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.demonstrations import Demonstration
 from megatron_rlhf.data.examples import Examples
@@ -156,24 +157,44 @@ class SFTTrainer(Trainer):
             total, tokens = total + nll, tokens + count
         return total / max(tokens, 1)
 
-    def mean_reward(self) -> float:
-        """Mean reward-model score of responses sampled for validation prompts (how the paper chose its SFT model)."""
-        assert self.reward is not None
-        assert self.demonstrations is not None
-        chosen = selection_prompts(self.config, self.demonstrations, self.validation)
+    def answer(self) -> float | None:
+        """Sample responses to validation prompts for samples.jsonl; returns their mean reward-model score, which is how the
+        paper chose its SFT model, if there is a reward model."""
+        judged = self.config.sft.selection_samples if self.reward is not None else 0
+        count = judged or self.config.sft.logged_samples
+        if self.demonstrations is None or not count or (not judged and not can_decode(self.config.parallel)):
+            return None
+        examples = self.validation or self.demonstrations
+        chosen = [examples[i] for i in range(min(len(examples), count))]
         prompts = [d.tokens[: d.prompt_length].tolist() for d in chosen]
+        sampling, tokenizer = self._sampling(max(map(len, prompts))), self.tokenizer
+        seed = (self.config.run.seed, 0)
+        ids = list(range(len(prompts)))
         completions = sample_responses(
-            self.policy.role,
-            prompts,
-            list(range(len(prompts))),
-            self.config.sampling,
-            self.tokenizer.stop_ids,
-            (self.config.run.seed, 0),
-            self.tokenizer.stop_watch,
+            self.policy.role, prompts, ids, sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
         )
-        responses = Responses.pack(prompts, completions, self.tokenizer.pad_id, collectives.device())
-        scores_bs = self.reward.values(responses.sequences, self.config.sft.micro_batch)
-        return float(scores_bs.gather(1, responses.last_b.unsqueeze(-1)).mean())
+        scores = None
+        if self.reward is not None:
+            responses = Responses.pack(prompts, completions, tokenizer.pad_id, collectives.device())
+            scores_bs = self.reward.values(responses.sequences, self.config.sft.micro_batch)
+            scores = scores_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
+        rows = [
+            {
+                "prompt": tokenizer.decode(prompt),
+                "response": tokenizer.decode(completions[i].tokens, continuation=True),
+                "stopped": completions[i].stopped,
+                **({} if scores is None else {"score": float(scores[i])}),
+            }
+            for i, prompt in enumerate(prompts[: self.config.sft.logged_samples])
+        ]
+        self.session.samples.log(self.step, rows)
+        return None if scores is None else float(scores.mean())
+
+    def _sampling(self, longest: int) -> SamplingConfig:
+        """Responses that nobody judges are cut where the model's context ends after the longest prompt."""
+        asked = self.config.sampling
+        room = min(asked.max_response_tokens, self.policy.role.model.max_sequence_length - longest)
+        return replace(asked, max_response_tokens=room, min_response_tokens=min(asked.min_response_tokens, room))
 
     def after_step(self) -> dict[str, float]:
         """At the end of an epoch, and of the run: validate, save these weights, and mark the best so far."""
@@ -186,8 +207,10 @@ class SFTTrainer(Trainer):
         loss = self.validation_loss()
         if loss is not None:
             metrics["sft/validation_loss"] = loss
-        if self.reward is not None:
-            metrics["sft/validation_reward"] = self.mean_reward()
+        with self.session.timer("samples"):
+            reward = self.answer()
+        if reward is not None:
+            metrics["sft/validation_reward"] = reward
         by_reward = self.config.sft.select_by is Selection.reward_model
         figure = -metrics["sft/validation_reward"] if by_reward else loss
         name = self._epoch_name(whole)

@@ -20,8 +20,8 @@ SCHEMAS = {name: stage.schema for name, stage in STAGES.items()} | {"plan": Plan
 START = {name: ["model=tiny"] for name in STAGES} | {"ppo": ["model=tiny", "model@critic_model=tiny"], "plan": []}
 # Last words of the keys for which 0 has a meaning: off, none, greedy, all.
 ZERO_MEANS_SOMETHING = set(
-    """seed save_every keep_last keep_every timeout_s gate_every position_offset held_out pretraining_mix betas
-    weight_decay clip_norm dropout final_lr_fraction warmup_steps temperature top_k validation_fraction critic_ranks gamma
+    """seed every logged_samples save_every keep_last keep_every timeout_s gate_every position_offset held_out pretraining_mix
+    betas weight_decay clip_norm dropout final_lr_fraction warmup_steps temperature top_k validation_fraction critic_ranks gamma
     lam task_shots entropy_coef kl_coef ptx_coef warmup_iterations critic_warmup_iterations ema_decay missing_stop_penalty
     tax_every gradient_report_every
     reserved_gib

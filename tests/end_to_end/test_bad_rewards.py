@@ -1,4 +1,4 @@
-"""What a user can get wrong about rewards: exit code 2, one message on one rank, before any model is built."""
+"""What a user can get wrong about rewards and held-out prompts: exit code 2, one message, before any model is built."""
 
 import re
 
@@ -83,6 +83,23 @@ CASES: dict[str, tuple[list[str], str, int]] = {
         1,
     ),
     "model_that_is_none": (["rewards.x.init_from={recipe}/sft"], r"rewards\.x\.init_from=.*holds policy", 1),
+    "evaluation_of_no_prompts": (
+        [FUNCTION + "good", "evaluation.every=2"],
+        r"evaluation\.every=2 needs prompts that are not trained on: give evaluation\.prompts, or data\.part=train",
+        1,
+    ),
+    "evaluation_of_a_missing_file": (
+        [FUNCTION + "good", "evaluation.every=2", "evaluation.prompts={folder}/nothing.jsonl"],
+        r"nothing\.jsonl: no such file",
+        1,
+    ),
+    "patience_without_evaluations": (
+        [FUNCTION + "good", "evaluation.patience=2"],
+        r"evaluation\.patience=2 .*give evaluation\.every too",
+        1,
+    ),
+    "no_patience": ([FUNCTION + "good", "evaluation.patience=0"], r"evaluation\.patience=0 must be at least 1", 1),
+    "no_kl": ([FUNCTION + "good", "evaluation.max_kl=0"], r"evaluation\.max_kl=0\.0 must be more than 0", 1),
     "nothing_on_the_critics_side": (
         [
             *(FUNCTION + "good", "placement=disaggregated", "placement.critic_ranks=1"),

@@ -178,3 +178,19 @@ def test_a_browser_draws_and_reacts(ppo_run: MakeRun, tmp_path: Path) -> None:
     assert re.search(r'<div class="tip" style="[^"]*">\s*<div>step 30</div>', dom), "no tooltip at the last step"
     hidden = re.findall(r'<section class="column"( hidden="")?', dom)
     assert hidden == [' hidden=""', "", ' hidden=""', ""]
+
+
+def test_samples_of_held_out_prompts_are_shown_where_there_are_some(tmp_path: Path) -> None:
+    """They are the same prompts at each step, so that answers stand side by side."""
+    run = tmp_path / "run"
+    run.mkdir()
+    run_of(run, [{"step": step, "evaluation/score_mean": float(step)} for step in (2, 4)])
+    rows = [{"step": step, "prompt": "trained on", "response": "x", "score": 0.0} for step in (1, 2, 3, 4)]
+    fixed = [{"step": s, "held_out": True, "prompt": "fixed", "response": f"answer {s}", "score": 1.0} for s in (2, 4)]
+    lines = sorted(rows + fixed, key=lambda row: row["step"])
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(run))
+    assert "Score on held-out prompts" in page.charts
+    assert "answer 2" in page.text and "answer 4" in page.text
+    assert "trained on" not in page.text
+    assert "held_out" not in page.text

@@ -17,6 +17,7 @@ NO_FIGURE = (
     # Of which columns, through which template an example is made: tests/data, tests/end_to_end/test_chat.py.
     *("data.chat_template", "data.format", "data.chat", "data.assistant_turns", "data.pretraining.columns"),
     *("data.columns.messages", "data.demonstration_columns.messages"),
+    *("sft.logged_samples", "evaluation"),
     # Alternatives to sizes in sequences: tests/distributed and tests/trainers.
     *(
         "sft.micro_batch_tokens",
@@ -34,6 +35,7 @@ ELSEWHERE = {
     RewardModelConfig: ("data.validation", "data.stop", "data.columns"),
     # Which prompts remain: tests/data, tests/trainers/test_prompts_of_a_part.py.
     PPOConfig: (
+        *("reward.function", "reward.processes", "reward.timeout_s", "rewards"),  # tests/trainers/test_ppo_rewards.py
         "ppo.advantages",
         "ppo.samples_per_prompt",
         "data.deduplicate_prefix_tokens",

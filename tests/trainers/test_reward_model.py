@@ -154,3 +154,29 @@ def test_a_prompt_with_a_tie_among_others_keeps_its_strict_pairs(recipe, tmp_pat
     (row,) = read_metrics(tmp_path / "run")
     assert row["rm/pairs"] == 8
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["rm/loss"] > 0
+
+
+def test_samples_are_held_out_responses_with_scores_and_what_people_preferred(recipe):
+    """The last ones are scored after the bias is set: as the saved model scores them."""
+    name = "rm_samples"
+    arguments = recipe.reward_model(name, recipe.root / "sft", "reward_model.validate_every=2")
+    run_ranks(1, run_stage, "reward_model", arguments, timeout=300)
+    rows = [json.loads(line) for line in (recipe.root / name / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {2, 4}
+    of_last = [row for row in rows if row["step"] == 4]
+    assert len({row["prompt"] for row in of_last}) == 3
+    for prompt in {row["prompt"] for row in of_last}:
+        mine = [row for row in of_last if row["prompt"] == prompt]
+        assert sum(row["preferred"] for row in mine) == sum(row["rejected"] for row in mine) > 0
+        shortest = min(mine, key=lambda row: len(row["response"]))
+        assert shortest["rejected"] == 0, "fewer words are better"
+    again = recipe.reward_model(
+        "rm_samples_again",
+        recipe.root / name,
+        "reward_model.validate_every=1",
+        "run.stop_at_step=1",
+        "reward.optimizer.lr=1e-12",
+    )
+    run_ranks(1, run_stage, "reward_model", again, timeout=300)
+    rows = [json.loads(line) for line in (recipe.root / "rm_samples_again" / "samples.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in of_last], abs=1e-5)

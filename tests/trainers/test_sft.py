@@ -191,3 +191,31 @@ def test_bf16_learns(recipe):
     assert rows[-1]["sft/loss"] < rows[0]["sft/loss"] - 0.3
     meta = json.loads((recipe.root / "sft_bf16" / "checkpoints" / "step_9" / "meta.json").read_text())
     assert meta["state"]["step"] == 9
+
+
+def samples(recipe, name):
+    return [json.loads(line) for line in (recipe.root / name / "samples.jsonl").read_text().splitlines()]
+
+
+def test_an_epoch_leaves_samples_that_change_nothing(recipe):
+    """Dropout draws the same numbers with and without them."""
+    settings = ("sft.epochs=2", "sft.dropout=0.2", "sampling.max_response_tokens=1000")
+    _, with_samples = run(recipe, "sft_samples", *settings, "sft.logged_samples=3")
+    _, without = run(recipe, "sft_no_samples", *settings, "sft.logged_samples=0")
+    assert with_samples == without
+    rows = samples(recipe, "sft_samples")
+    assert [row["step"] for row in rows] == [3, 3, 3, 6, 6, 6]
+    assert {row["prompt"] for row in rows} == {"say alpha:"}, "of the validation file"
+    assert not (recipe.root / "sft_no_samples" / "samples.jsonl").exists()
+    assert all(isinstance(row["response"], str) and isinstance(row["stopped"], bool) for row in rows)
+
+
+def test_samples_that_a_reward_model_judged_have_its_score(recipe):
+    more = (
+        f"reward.init_from={recipe.root / 'reward_model'}",
+        "sft.selection_samples=5",
+        "sampling.max_response_tokens=8",
+    )
+    _, metrics = run(recipe, "sft_judged", *more, "sft.logged_samples=5")
+    scores = [row["score"] for row in samples(recipe, "sft_judged")]
+    assert sum(scores) / 5 == pytest.approx(metrics[-1]["sft/validation_reward"], rel=1e-5)

@@ -10,6 +10,10 @@ from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.conversion.whole_tensors import row_pieces
 from megatron_rlhf.parallel import collectives
 
+SAMPLE_TEXT = (
+    "Once upon a time there was a girl who asked a machine for help. It answered as well as it could, said what it did "
+    "not know, and did no harm. 1 + 1 = 2; (a, b) -> [b, a]."
+)
 PIECE_BYTES = 2**27
 """Maximum bytes of an embedding or unembedding in fp32 to hold in memory at a time."""
 

@@ -1,0 +1,57 @@
+"""The end of a run as a Hugging Face folder: `run.export_hf`."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rlhf.checkpoint import naming
+from megatron_rlhf.config.errors import RunFailed, UserError
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.training import ExportChoice, RunConfig
+from megatron_rlhf.conversion import convert
+from megatron_rlhf.conversion.check.outputs import CheckFailed
+from megatron_rlhf.conversion.check.tokens import SAMPLE_TEXT
+from megatron_rlhf.conversion.convert import CheckOptions
+from megatron_rlhf.conversion.hf.export import choose_architecture
+from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
+from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.parallel import collectives
+
+log = logging.getLogger(__name__)
+
+FOLDER = "huggingface"
+"""In the run folder."""
+
+
+def require_exportable(run: RunConfig, model: ModelConfig) -> None:
+    """Raise UserError, before a run begins, where its end has no place in transformers."""
+    if run.export_hf is not None:
+        try:
+            choose_architecture(model, None)
+        except UserError as error:
+            raise UserError(f"run.export_hf={run.export_hf.value}: {error}") from error
+
+
+def export(run: RunConfig, role: str, tokenizer: Tokenizer) -> None:
+    """Write the best or the last checkpoint's role to the run folder, checked as every conversion is. Collective.
+
+    It replaces the export of an earlier call: a run that is over can be resumed, and be longer.
+    """
+    if run.export_hf is None:
+        return
+    output, root = Path(run.dir) / FOLDER, Path(run.dir) / "checkpoints"
+    best = naming.best(root) if run.export_hf is ExportChoice.best else None
+    checkpoint = best or naming.latest(root)
+    assert checkpoint is not None, "the last step of a run is always saved"
+    dist.barrier()  # all ranks have found it
+    collectives.on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
+    companions = ExtraFiles.find(checkpoint, None)
+    companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    options = CheckOptions(tokenizer.encode(SAMPLE_TEXT, bos=True))
+    try:
+        report = convert.export_huggingface(checkpoint, output, role, None, None, companions, options)
+    except CheckFailed as error:
+        raise RunFailed(f"run.export_hf={run.export_hf.value}: the run is saved, its export is not: {error}") from error
+    log.info("%s of %s as a Hugging Face folder: %s: %s", role, checkpoint.name, output, report)

@@ -1,0 +1,50 @@
+"""`run.export_hf`: the folder that a run leaves is the model that its figures are of, for transformers too."""
+
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from recipe import read_metrics, run_stage
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+
+def test_the_best_epoch_has_the_validation_loss_that_chose_it(recipe):
+    name = "export_best"
+    more = ["sft.epochs=3", "policy.optimizer.lr=2e-2", "run.export_hf=best", "run.save_every=0"]
+    run_ranks(1, run_stage, "sft", recipe.sft(name, *more), timeout=300)
+    losses = [row["sft/validation_loss"] for row in read_metrics(recipe.root / name) if "sft/validation_loss" in row]
+    folder = recipe.root / name / "huggingface"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    total, count = 0.0, 0
+    for line in (recipe.root / "demonstrations.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        prompt = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
+        response = tokenizer(record["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        total -= sum(float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
+        count += len(response)
+    assert total / count == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_the_last_reward_model_is_a_classifier(recipe):
+    arguments = recipe.reward_model("export_reward", recipe.root / "sft", "run.export_hf=last")
+    run_ranks(1, run_stage, "reward_model", arguments, timeout=300)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        recipe.root / "export_reward" / "huggingface", trust_remote_code=True
+    )
+    assert model.config.num_labels == 1
+
+
+def test_ranks_of_a_run_write_one_folder_and_a_longer_run_another(recipe):
+    base = [recipe.root / "sft", recipe.root / "reward_model", "run.export_hf=last", "ppo.ptx_coef=0"]
+    layout = ["parallel.tensor=2", "placement=disaggregated", "placement.critic_ranks=1"]
+    weights = []
+    for iterations, resume in ((2, "false"), (3, "true")):
+        more = [f"ppo.iterations={iterations}", f"run.resume={resume}", "policy.optimizer.lr=1e-2", *layout]
+        run_ranks(3, run_stage, "ppo", recipe.ppo("export_ranks", *base, *more), timeout=300)
+        folder = recipe.root / "export_ranks" / "huggingface"
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict()["transformer.h.0.mlp.c_fc.weight"])
+    assert not torch.equal(*weights)
+    assert "policy of step_3 as a Hugging Face folder" in (recipe.root / "export_ranks" / "log.txt").read_text()
