@@ -64,8 +64,11 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
 
 def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     """Compose, check, build and run one stage inside this process; returns its trainer."""
-    config: Any
-    config, resolved = compose_config(stage, STAGES[stage].schema, overrides)
+    return run_config(stage, *compose_config(stage, STAGES[stage].schema, overrides))
+
+
+def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] = ()) -> Any:
+    """Check, build and run a stage with a configuration; `resolved` is its YAML. Returns the trainer."""
     checks.check_run(config.run)
     STAGES[stage].check(config)
     from megatron_rlhf.parallel import runtime
@@ -82,6 +85,10 @@ def run_stage(stage: str, overrides: Sequence[str]) -> Any:
         if planned:
             logging.getLogger(__name__).info("run.save_every=auto: a checkpoint every %d steps", config.run.save_every)
         trainer = BUILD[stage](config, session)
+        if callbacks:
+            from megatron_rlhf.callbacks import as_callbacks
+
+            trainer.callbacks = as_callbacks(callbacks)
         roles = [trained.role.name for trained in getattr(trainer, "trained", ())]
         watchdog.follow(session.timer, lambda: getattr(trainer, "step", 0), roles)
         trainer.run()

@@ -10,7 +10,7 @@ import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -70,6 +70,11 @@ def compose_config(
         raise UserError(_explain(error, known, overrides)) from error
     check_ranges(config)
     return config, resolved  # type: ignore[return-value]
+
+
+def as_yaml(config: Any) -> str:
+    """A configuration as `config.yaml` has it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
 def share_out(schemas: Mapping[str, type], overrides: Sequence[str]) -> dict[str, list[str]]:

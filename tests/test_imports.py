@@ -26,8 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"config", "data", "monitoring", "parallel", "models", "rewards", "rollout", "conversion", "runs"},
     "trainers": {
         *("config", "algorithms", "data", "monitoring", "parallel", "models", "rewards", "rollout"),
-        *("checkpoint", "conversion", "runs", "evaluation"),
+        *("checkpoint", "conversion", "runs", "evaluation", "callbacks"),
     },
+    "callbacks": set(),
     "planning": {"config"},
     "labeling": {"config", "data"},
     "compose": {"config"},
@@ -50,10 +51,11 @@ ALLOWED: dict[str, set[str]] = {
         "nodes",
         "cli",
     },
+    "library": {"config", "compose", "cli", "rewards"},
     "__main__": {"__version__", "config", "commands", "cli"},
     "planned": {"config", "planning", "conversion", "compose"},
     "nodes": {"config", "parallel", "doctor"},
-    "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose", "planned"},
+    "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose", "planned", "callbacks"},
 }
 FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.

@@ -15,6 +15,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.packing import Sequences
+from megatron_rlhf.rewards.given import GivenFunction, is_given
 from megatron_rlhf.rewards.processes import Answers, FunctionFailed, RewardFunction
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Reward:
     layout: ParallelLayout
     weights: Mapping[str, float]
     models: Mapping[str, Role] = field(default_factory=dict)
-    functions: Mapping[str, RewardFunction | None] = field(default_factory=dict)
+    functions: Mapping[str, RewardFunction | GivenFunction | None] = field(default_factory=dict)
     """None on all ranks but the first."""
     _problem: str | None = None
     """What went wrong with a function on this rank."""
@@ -110,20 +111,24 @@ class Reward:
 
 def launch_functions(
     layout: ParallelLayout, functions: Mapping[str, tuple[str, int, float, str]]
-) -> dict[str, RewardFunction | None]:
+) -> dict[str, RewardFunction | GivenFunction | None]:
     """Start the processes of functions, (spec, processes, time limit, key) by name, beside the layout's first rank.
 
     Raises:
         UserError: on all ranks, where one cannot be loaded. Collective over the world.
     """
-    launched: dict[str, RewardFunction | None] = dict.fromkeys(functions)
+    launched: dict[str, RewardFunction | GivenFunction | None] = dict.fromkeys(functions)
     problem: list[str | None] = [None]
     if dist.get_rank() == layout.ranks.start:
         try:
-            launched = {name: RewardFunction(*arguments) for name, arguments in functions.items()}
+            launched = {name: _launch(*arguments) for name, arguments in functions.items()}
         except FunctionFailed as failure:
             problem = [str(failure)]
     dist.broadcast_object_list(problem, src=layout.ranks.start)
     if problem[0] is not None:
         raise UserError(problem[0])
     return launched
+
+
+def _launch(spec: str, processes: int, timeout_s: float, key: str) -> RewardFunction | GivenFunction:
+    return GivenFunction(spec, key) if is_given(spec) else RewardFunction(spec, processes, timeout_s, key)

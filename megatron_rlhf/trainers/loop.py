@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megatron_rlhf.callbacks import Callback
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
@@ -22,6 +23,8 @@ class Trainer(ABC):
     tokenizer: Tokenizer
     step: int = 0
     """Steps done."""
+    callbacks: Sequence[Callback] = ()
+    """What a library's user does at every step."""
     gate: Fp8Gate | None = None
     """Monitors a policy that computes in fp8."""
     description: ClassVar[str]
@@ -75,6 +78,8 @@ class Trainer(ABC):
         session, last, ends = self.session, self.session.last_step(self.total_steps), self.ends_early()
         for trained in self.trained:
             trained.guard = session.guard
+        for callback in self.callbacks:
+            callback.begin(self)
         with session.progress(self.total_steps, self.step, self.description) as progress:
             while self.step < last and not ends:
                 session.guard.begin(self.step + 1)
@@ -83,6 +88,8 @@ class Trainer(ABC):
                     metrics = self.train_step() | checked
                 self.step += 1
                 metrics |= self.after_step()
+                for callback in self.callbacks:
+                    metrics |= callback.step(self, metrics) or {}
                 session.log(self.step, metrics)
                 figures = {label: metrics[name] for label, name in self.figures.items() if name in metrics}
                 progress.advance(1, **figures)
@@ -92,6 +99,8 @@ class Trainer(ABC):
             self.export()
         if ends:
             log.info("ended at step %d of %d: %s", self.step, self.total_steps, ends)
+        for callback in self.callbacks:
+            callback.end(self)
         self.close()
         session.close()
 

@@ -68,6 +68,8 @@ class PPOTrainer(Trainer):
     """Answered at times, not trained on."""
 
     def __post_init__(self) -> None:
+        # A callback may put functions of its own in the place of these two (docs/library.md).
+        self.estimate_advantages, self.policy_microbatches = estimate_advantages, policy_microbatches
         ppo, seed = self.config.ppo, self.config.run.seed
         self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size // ppo.samples_per_prompt, seed, whole=True)
         adaptive = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
@@ -109,7 +111,7 @@ class PPOTrainer(Trainer):
         kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
         totals = rollout.scores_b - cfg.missing_stop_penalty * ~rollout.responses.stopped_b
         rewards = token_rewards(totals, kl, rollout.mask_bt, self.kl_control.coef)
-        advantages, returns = estimate_advantages(rewards, rollout, cfg)
+        advantages, returns = self.estimate_advantages(rewards, rollout, cfg)
         if cfg.whitens:  # over the whole rollout: every rank holds all of it
             advantages = whiten(advantages, rollout.mask_bt)
         experience = Experience.of(rollout, advantages, returns)
@@ -214,7 +216,7 @@ class PPOTrainer(Trainer):
 
         Text comes first, as it does where it was accumulated ahead: sums in one order are the same to the last bit.
         """
-        microbatches = policy_microbatches(minibatch, self.policy, self.config)
+        microbatches = self.policy_microbatches(minibatch, self.policy, self.config)
         ahead, self.pretrained_ahead = self.pretrained_ahead, None
         if self.config.ppo.mixes_text and ahead is None:
             microbatches = [*self._pretraining_microbatches(), *microbatches]
