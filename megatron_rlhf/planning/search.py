@@ -1,4 +1,4 @@
-"""Other layouts for the same run on the same GPUs: those that fit, the cheapest first."""
+"""Other layouts for the same run on the same GPUs: those that fit, the cheapest first; and what would fit where nothing does."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
