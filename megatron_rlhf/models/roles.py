@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
@@ -20,7 +21,7 @@ from megatron_rlhf.models.gpt import build_chunks
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
-from megatron_rlhf.parallel.packing import Arrangement, Sequences, arrange, as_sequences, plan
+from megatron_rlhf.parallel.packing import Arrangement, Sequences, Tally, arrange, as_sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
 from megatron_rlhf.parallel.vocab import is_likeliest, token_logprobs, without
 
@@ -38,6 +39,8 @@ class Role:
     """Frozen weights that are in host memory except during the passes that read them."""
     unknown_v: Tensor | None = None
     """bool over the padded vocabulary: rows of the embedding that are not tokens of the tokenizer. None: all rows are tokens."""
+    tally: Tally = field(default_factory=Tally)
+    """What it has read on this rank."""
     adapter: Adapter | None = None
     """Its low-rank adapters."""
     trains_some_layers: bool = False
@@ -237,7 +240,10 @@ class Role:
 
     def arrange(self, sequences: Sequences, rows: Sequence[int], micro_batch_size: Budget | int) -> Arrangement:
         """Some of the sequences as this model reads them: a budget in tokens packs them."""
-        return arrange(sequences, rows, self.pad_length(1), packed=Budget.of(micro_batch_size).tokens is not None)
+        packed = Budget.of(micro_batch_size).tokens is not None
+        arrangement = arrange(sequences, rows, self.pad_length(1), packed)
+        self.tally.add(arrangement)
+        return arrangement
 
     def _read(
         self,
@@ -274,6 +280,13 @@ class Role:
             if mine:
                 forward_backward(self.chunks, [microbatch(rows) for rows in mine], self.layout, forward_only=True)
         return collectives.share_rows(result, self.layout)
+
+
+def padding_share(roles: Sequence[Role]) -> float:
+    """Of all tokens that these have read since the last call, not counting decoding. Collective over the world."""
+    counts = torch.tensor([role.tally.take() for role in roles], dtype=torch.float64).sum(dim=0)
+    read, padding = collectives.sum_over(counts, dist.group.WORLD).tolist()
+    return padding / max(read, 1.0)
 
 
 def _set_sequence_parallel(modules: Sequence[GPTModel], value: bool) -> None:

@@ -144,6 +144,7 @@ GROUPS = (
         "Cost",
         (
             Panel("Throughput", "tokens per second", {"throughput/tokens_per_s": ""}, from_zero=True),
+            Panel("Padding", "fraction of tokens read", {"throughput/padding_share": ""}, from_zero=True),
             Panel("Model FLOPs", "FLOP per second", {"throughput/model_flops_per_s": ""}, from_zero=True),
             Panel(
                 "Peak memory",

@@ -147,6 +147,30 @@ class Arrangement:
     segments: Segments | None = None
     """Who attends to whom in a packed row."""
 
+    @property
+    def num_padding(self) -> int:
+        """Tokens that belong to no sequence."""
+        real = torch.zeros(self.tokens_bs.numel(), dtype=torch.bool)
+        real[self.place_ns[self.place_ns >= 0]] = True
+        return int((~real).sum())
+
+
+@dataclass
+class Tally:
+    """Tokens that a model has read, and how many of them were padding."""
+
+    read: int = 0
+    padding: int = 0
+
+    def add(self, arrangement: Arrangement) -> None:
+        self.read += arrangement.tokens_bs.numel()
+        self.padding += arrangement.num_padding
+
+    def take(self) -> tuple[int, int]:
+        """(read, padding) since the last call."""
+        counts, self.read, self.padding = (self.read, self.padding), 0, 0
+        return counts
+
 
 def plan(sequences: Sequences, size: Budget | int, ranks: int) -> list[list[list[int]]]:
     """The rows of each microbatch of each data-parallel rank. A prompt's sequences stay together as far as they fit."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from megatron_rlhf.callbacks import Callback
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models.roles import Role, padding_share
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import export
@@ -43,6 +44,11 @@ class Trainer(ABC):
     @abstractmethod
     def trained(self) -> Sequence[TrainedRole]:
         """The roles that a checkpoint holds."""
+
+    @property
+    def readers(self) -> Sequence[Role]:
+        """The roles that read texts in a step."""
+        return [trained.role for trained in self.trained]
 
     @abstractmethod
     def train_step(self) -> dict[str, float]:
@@ -88,6 +94,7 @@ class Trainer(ABC):
                     metrics = self.train_step() | checked
                 self.step += 1
                 metrics |= self.after_step()
+                metrics["throughput/padding_share"] = padding_share(self.readers)
                 for callback in self.callbacks:
                     metrics |= callback.step(self, metrics) or {}
                 session.log(self.step, metrics)

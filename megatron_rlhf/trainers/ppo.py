@@ -20,6 +20,7 @@ from megatron_rlhf.data.pretraining import PretrainingData
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
+from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.resharding import WeightCopy
@@ -98,6 +99,10 @@ class PPOTrainer(Trainer):
     @property
     def trained(self) -> list[TrainedRole]:
         return [self.policy] if self.value is None else [self.policy, self.value]
+
+    @property
+    def readers(self) -> list[Role]:
+        return [*(trained.role for trained in self.trained), self.roles.reference, *self.roles.reward.models.values()]
 
     @property
     def policy_step(self) -> int:

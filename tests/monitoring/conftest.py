@@ -43,6 +43,7 @@ def ppo_metrics(step: int, steps: int, noise: random.Random) -> dict[str, float]
         "time/value_s": value,
         "time/step_s": rollout + policy + value + 7,
         "throughput/tokens_per_s": 92160 / (rollout + policy + value + 7),
+        "throughput/padding_share": noise.uniform(0.01, 0.09),
         "throughput/model_flops_per_s": 3.1e14 * noise.uniform(0.95, 1.05),
         "memory/peak_bytes": 61.5 * 2**30,
     } | ({"tax/pretraining_loss": 2.6 + 0.04 * done + noise.gauss(0, 0.004)} if step % 10 == 0 else {})

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.parallel.packing import Block, Segments, Sequences, arrange, plan, share_out
+from megatron_rlhf.models.roles import padding_share
+from megatron_rlhf.parallel.packing import Block, Segments, Sequences, Tally, arrange, plan, share_out
 
 LENGTHS = [3, 9, 4, 9, 1, 6]
 
@@ -32,6 +33,40 @@ def sequences(lengths=LENGTHS, **shared):
 def test_microbatches_by_length_and_budget(size, ranks, expected):
     assert plan(sequences(), size, ranks) == expected
     assert share_out(LENGTHS, size, ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed", "multiple", "read", "padding"),
+    [
+        ([0, 1], False, 1, 18, 6),  # 3 and 9 tokens, both in rows of 9
+        ([0, 1], False, 4, 24, 12),  # in rows of 12
+        ([0, 1], True, 1, 12, 0),
+        ([0, 2], True, 4, 8, 1),
+        ([4], False, 1, 1, 0),
+    ],
+)
+def test_padding_is_counted(rows, packed, multiple, read, padding):
+    tally = Tally()
+    for _ in range(2):
+        tally.add(arrange(sequences(), rows, multiple, packed))
+    assert tally.take() == (2 * read, 2 * padding)
+    assert tally.take() == (0, 0)
+
+
+def test_a_prompt_that_is_read_once_is_no_padding():
+    asked = sequences([5, 6, 4], prompt_lengths=[3, 3, 3], prompt_index=[0, 0, 0])
+    arranged = arrange(asked, [0, 1, 2], 2, packed=False)
+    assert arranged.tokens_bs.numel() == 10  # 3 of the prompt, then 2, 3 and 1, and one to make it even
+    assert arranged.num_padding == 1
+
+
+def test_the_share_of_padding_over_roles(world):
+    policy, critic = make_role(GPT2_LIKE), make_role(GPT2_LIKE, scalar=True)
+    asked = Sequences(torch.zeros(2, 9, dtype=torch.long), [4, 9])
+    policy.logprobs(asked, 2)  # reads 3 and 8 tokens in rows of 8
+    critic.values(asked, Budget(tokens=20))
+    assert padding_share([policy, critic]) == pytest.approx(5 / (16 + 13))
+    assert padding_share([policy, critic]) == 0
 
 
 def test_equal_lengths_are_dealt_in_turn():
