@@ -285,7 +285,9 @@ class Role:
 def padding_share(roles: Sequence[Role]) -> float:
     """Of all tokens that these have read since the last call, not counting decoding. Collective over the world."""
     counts = torch.tensor([role.tally.take() for role in roles], dtype=torch.float64).sum(dim=0)
-    read, padding = collectives.sum_over(counts, dist.group.WORLD).tolist()
+    world = dist.group.WORLD
+    assert world is not None
+    read, padding = collectives.sum_over(counts, world).tolist()
     return padding / max(read, 1.0)
 
 
