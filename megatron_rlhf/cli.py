@@ -62,6 +62,27 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
             runtime.shutdown()
 
 
+def launch_chat(arguments: Sequence[str] | None = None) -> None:
+    """Talk with a model: a command as the stages' are, without a run."""
+    from megatron_rlhf.config.chat import ChatConfig, check_chat
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with exit_code_on_failure():
+        if {"-h", "--help"} & set(arguments):
+            print(help_text("chat", ChatConfig))
+            return
+        config, _ = compose_config("chat", ChatConfig, arguments)
+        check_chat(config)
+        from megatron_rlhf.parallel import runtime
+        from megatron_rlhf.trainers.machine import check_machine
+        from megatron_rlhf.trainers.setup_chat import build_chat
+
+        check_machine(config, detect_launch().world_size)
+        runtime.initialize()
+        build_chat(config).run()
+        runtime.shutdown()
+
+
 def run_stage(stage: str, overrides: Sequence[str]) -> Any:
     """Compose, check, build and run one stage inside this process; returns its trainer."""
     return run_config(stage, *compose_config(stage, STAGES[stage].schema, overrides))

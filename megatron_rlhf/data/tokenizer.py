@@ -123,6 +123,11 @@ class Tokenizer:
         self._add_stop_ids([self.end_id])
         self.__dict__.pop("fingerprint", None)
 
+    @property
+    def continuation(self) -> tokenizers.Tokenizer:
+        """The backend for text that continues other text."""
+        return self._continuation
+
     def stop_watch(self) -> StopWatch | None:
         """For one response; None if there are no such texts."""
         return self.watch_for(self.stop_texts)

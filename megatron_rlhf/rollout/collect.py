@@ -42,10 +42,12 @@ def sample_responses(
     stop_ids: Sequence[int],
     seed: tuple[int, int],
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
+    listen: Callable[[int, int], object] | None = None,
 ) -> list[Completion]:
     """One response to each prompt of the whole batch, on every rank; data-parallel ranks share the work.
 
-    `seed` is (run seed, iteration). A prompt that occurs twice in a batch gets two different samples.
+    `seed` is (run seed, iteration). A prompt that occurs twice in a batch gets two different samples. `listen` hears this rank's
+    share, as in `generate`.
     """
     occurrences = _occurrences(prompt_ids)
     keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
@@ -54,7 +56,7 @@ def sample_responses(
     shares = deal_by_length(list(map(len, prompts)), policy.layout.dp_size)
     mine = shares[policy.layout.dp_rank]
     texts = [prompts[i] for i in mine]
-    sampled = generate(policy, texts, keys[mine], config, stop_ids, stop_watch) if mine else []
+    sampled = generate(policy, texts, keys[mine], config, stop_ids, stop_watch, listen=listen) if mine else []
     parts = collectives.gather_over_data(sampled, policy.layout)
     completions = {i: c for share, part in zip(shares, parts, strict=True) for i, c in zip(share, part, strict=True)}
     return collectives.publish_object([completions[i] for i in range(len(prompts))], policy.layout)

@@ -24,6 +24,7 @@ def generate(
     stop_ids: Sequence[int],
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
     static_shapes: bool | None = None,
+    listen: Callable[[int, int], object] | None = None,
 ) -> list[Completion]:
     """Sample one response per prompt, on all ranks of this data-parallel replica together.
 
@@ -36,6 +37,7 @@ def generate(
         stop_ids: tokens that end a response.
         stop_watch: makes what else ends a response; called once for each response.
         static_shapes: decode all slots in every pass; on GPUs by default.
+        listen: called with each token as it is sampled, and the number of its prompt.
     """
     assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
     sequences = [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
@@ -62,4 +64,6 @@ def generate(
             for scheduler, runner, step in steps:
                 for sequence, (token, logprob) in zip(step.sequences, runner.results(step), strict=True):
                     sequence.append(token, logprob, stops, config.min_response_tokens, limit)
+                    if listen is not None:
+                        listen(sequence.index, token)
                 runner.move(*scheduler.drop_finished())

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_rlhf.config import checks, layout_checks
+from megatron_rlhf.config.chat import ChatConfig
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
@@ -27,7 +28,7 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
 def _layouts(config: BaseConfig, world_size: int) -> dict[str, tuple[ParallelConfig, int]]:
     """Each layout of a run, by its key, and its number of ranks."""
     layouts = {"parallel": (config.parallel, world_size)}
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, EvaluateConfig | ChatConfig):
         layouts["critic_parallel"] = config.critic_parallel, world_size
     if isinstance(config, PPOConfig):
         layout_checks.check_placement(config.placement, world_size)

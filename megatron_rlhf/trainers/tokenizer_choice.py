@@ -31,6 +31,21 @@ def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint |
     Raises:
         UserError: No tokenizer is configured or came with a model, or one of the models was trained with another one.
     """
+    tokenizer, named = find_tokenizer(data, starts)
+    if session.resume_from is not None:
+        carried = _fingerprint(session.resume_from, None)
+        _require_same(data, "run.resume", session.resume_from, carried, tokenizer, named)
+    template = json.dumps(tokenizer.hf.chat_template)
+    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+    session.require_same("chat template", ["data.chat_template", "data.tokenizer"], digest)
+    if "strftime_now" in template:
+        _fix_date(session, tokenizer)
+    session.writer.tokenizer = tokenizer
+    return tokenizer
+
+
+def find_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint | None]) -> tuple[Tokenizer, str]:
+    """The tokenizer with all its end tokens, and what a message calls it; see `choose_tokenizer`."""
     sources = {key: start for key, start in starts.items() if start is not None}
     folders = {key: folder for key, start in sources.items() if (folder := start.tokenizer) is not None}
     if data.tokenizer is not None:
@@ -48,20 +63,11 @@ def choose_tokenizer(data: TokenizerConfig, starts: Mapping[str, StartingPoint |
     for key, start in sources.items():
         _warn_of_other_template(key, start, tokenizer)
         _require_same(data, key, start.path, _fingerprint(start.path, start.tokenizer), tokenizer, named)
-    if session.resume_from is not None:
-        carried = _fingerprint(session.resume_from, None)
-        _require_same(data, "run.resume", session.resume_from, carried, tokenizer, named)
-    template = json.dumps(tokenizer.hf.chat_template)
-    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
-    session.require_same("chat template", ["data.chat_template", "data.tokenizer"], digest)
-    if "strftime_now" in template:
-        _fix_date(session, tokenizer)
     writer = next(iter(sources.values()), None)
     if writer is not None:
         tokenizer.take_stops(writer.tokenizer or writer.path)
     tokenizer.stop_also_at(text.replace("\\n", "\n") for text in data.stop)
-    session.writer.tokenizer = tokenizer
-    return tokenizer
+    return tokenizer, named
 
 
 def _require_same(
