@@ -54,6 +54,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     training.Fp8Config: {"gate_max_gap": POSITIVE, "gate_samples": COUNT},
     training.SamplingConfig: {
         "top_p": SOME_SHARE,
+        "repetition_penalty": POSITIVE,
         "max_response_tokens": COUNT,
         "min_response_tokens": COUNT,
         "batch_size": COUNT,

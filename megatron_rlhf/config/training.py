@@ -139,6 +139,9 @@ class SamplingConfig:
     """Sample among this many most likely tokens; 0: among all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this much probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the prompt or the response holds already are divided by this where they are positive, multiplied
+    where negative (Keskar et al. 2019); log-probabilities are those without it. For evaluation and chat."""
     max_response_tokens: int = 1024
     """Longest response; InstructGPT's limit is 1k tokens."""
     min_response_tokens: int = 1

@@ -30,7 +30,12 @@ class ModelRunner:
     def __post_init__(self) -> None:
         device = collectives.device()
         self.cache = KeyValueCache(self.slots, self.capacity)
-        self.sampler = Sampler(self.config.temperature, self.config.top_k, self.config.top_p)
+        config = self.config
+        self.sampler = Sampler(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+        self.seen_bv = None
+        """bool, for each slot: tokens that its prompt and response hold, where there is a penalty on them."""
+        if config.repetition_penalty != 1:
+            self.seen_bv = torch.zeros(self.slots, self.role.model.vocab_size, dtype=torch.bool, device=device)
         self.stops = torch.tensor(self.stop_ids, device=device, dtype=torch.long)
         self.keys_b, self.lengths_b, self.counts_b, self.tokens_b = torch.zeros(
             4, self.slots, dtype=torch.long, device=device
@@ -55,6 +60,8 @@ class ModelRunner:
             self.lengths_b[slots] += 1
         self.tokens_b[slots] = self.sampled[0].long()
         self.counts_b[slots] += 1
+        if self.seen_bv is not None:
+            self.seen_bv[slots].scatter_(1, self.tokens_b[slots].unsqueeze(-1), True)
         tokens, logprobs = self.sampled.tolist()
         return [(int(token), logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
 
@@ -64,6 +71,8 @@ class ModelRunner:
             self.cache.move(sources, targets)
             for values_b in (self.keys_b, self.lengths_b, self.counts_b, self.tokens_b):
                 values_b[targets] = values_b[sources]
+            if self.seen_bv is not None:
+                self.seen_bv[targets] = self.seen_bv[sources]
 
     def _prefill(self, step: Step) -> Microbatch:
         # A prompt that is sampled several times is read once.
@@ -75,6 +84,11 @@ class ModelRunner:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.keys_b[slots] = torch.tensor([sequence.key for sequence in step.sequences], device=device)
         self.lengths_b[slots], self.counts_b[slots] = lengths[rows], 0
+        if self.seen_bv is not None:
+            read = torch.zeros(len(prompts), self.role.model.vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                read[row, list(prompt)] = True
+            self.seen_bv[slots] = read.to(device)[rows]
         tokens = tokens.to(device)
         positions = self.places[: tokens.shape[1]].expand_as(tokens)
         # Padding is on the right, where no real token attends to it: causal attention needs no mask.
@@ -105,5 +119,6 @@ class ModelRunner:
     def _sample(self, logits_bv: Tensor, slots: slice) -> None:
         counts_b = self.counts_b[slots]
         too_early_b = counts_b < self.config.min_response_tokens - 1 if self.config.min_response_tokens > 1 else None
-        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b[slots], counts_b, self.stops, too_early_b)
+        seen_bv = None if self.seen_bv is None else self.seen_bv[slots]
+        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b[slots], counts_b, self.stops, too_early_b, seen_bv)
         self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])

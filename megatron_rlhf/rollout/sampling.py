@@ -23,6 +23,7 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __call__(
         self,
@@ -31,19 +32,23 @@ class Sampler:
         positions_b: Tensor,
         banned: Tensor | None = None,
         banned_b: Tensor | None = None,
+        seen_bv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature).
 
-        In rows where `banned_b` is true, none of the tokens `banned` is drawn.
+        In rows where `banned_b` is true, none of the tokens `banned` is drawn. The repetition penalty is on the tokens `seen_bv`.
 
-        The log-probability is that before tokens are banned and before top-k and top-p, the one that training
+        The log-probability is that before tokens are banned or penalised and before top-k and top-p, the one that training
         recomputes. temperature 0 takes the most likely token.
         """
         logprobs_bv = torch.log_softmax(logits_bv.float() / (self.temperature or 1.0), dim=-1)
         candidates_bv = logprobs_bv
+        if seen_bv is not None:
+            penalised_bv = torch.where(seen_bv, penalise(logits_bv.float(), self.repetition_penalty), logits_bv.float())
+            candidates_bv = torch.log_softmax(penalised_bv / (self.temperature or 1.0), dim=-1)
         if banned is not None and banned_b is not None:
-            without_bv = logprobs_bv.index_fill(-1, banned, -torch.inf)
-            candidates_bv = torch.where(banned_b.unsqueeze(-1), without_bv, logprobs_bv)
+            without_bv = candidates_bv.index_fill(-1, banned, -torch.inf)
+            candidates_bv = torch.where(banned_b.unsqueeze(-1), without_bv, candidates_bv)
         if self.temperature == 0:
             tokens_b = candidates_bv.argmax(dim=-1)
         else:
@@ -52,6 +57,11 @@ class Sampler:
             exponential_bv = uniform_bv.neg_().log1p_().neg_()  # -log(1 - u): most precise where small, and small wins
             tokens_b = (candidates_bv - exponential_bv.log_()).argmax(dim=-1)
         return tokens_b, logprobs_bv.gather(-1, tokens_b.unsqueeze(-1)).squeeze(-1)
+
+
+def penalise(logits: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens that are less wanted (Keskar et al. 2019, section 4.1)."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def filter_top_k(logits: Tensor, k: int) -> Tensor:

@@ -68,7 +68,7 @@ _COMMON = {
     "data.allow_other_tokenizer": Change.free,
     "data.stop": Change.taken,
 }
-_SAMPLING = "temperature top_k top_p max_response_tokens min_response_tokens"
+_SAMPLING = "temperature top_k top_p repetition_penalty max_response_tokens min_response_tokens"
 _PRETRAINING = {
     "data.pretraining.source": Change.content,
     "data.pretraining.columns": Change.content,

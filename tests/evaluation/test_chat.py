@@ -50,13 +50,13 @@ def chat(both):
     return both
 
 
-def greedy(model, prompt):
+def greedy(model, prompt, **settings):
     """By transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(model).eval()
-    done = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    done = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, **settings)
     return done[0, len(prompt) :].tolist()
 
 
@@ -78,6 +78,14 @@ def test_without_a_template_a_line_is_gone_on_from(model):
         written
         == plain.tokenizer.decode(greedy(model, plain.tokenizer.encode(STORY, bos=True)), continuation=True) + "\n"
     )
+
+
+def test_a_repetition_penalty_is_that_of_generate(model):
+    """Over the prompt and all that was said, slot by slot."""
+    plain = room(model, "sampling.repetition_penalty=1.6")
+    prompt = plain.tokenizer.encode(STORY, bos=True)
+    theirs = plain.tokenizer.decode(greedy(model, prompt, repetition_penalty=1.6), continuation=True)
+    assert talk(plain, STORY).strip("\n") == theirs.strip("\n") != plain.tokenizer.decode(greedy(model, prompt))
 
 
 def test_two_models_side_by_side(chat):

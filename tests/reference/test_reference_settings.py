@@ -18,6 +18,8 @@ NO_FIGURE = (
     *("data.chat_template", "data.format", "data.chat", "data.assistant_turns", "data.pretraining.columns"),
     *("data.columns.messages", "data.demonstration_columns.messages"),
     *("sft.logged_samples", "evaluation"),
+    # Against transformers: tests/rollout/test_sampling.py, test_generate.py.
+    *("sampling.repetition_penalty", "rollout.repetition_penalty"),
     # Alternatives to sizes in sequences: tests/distributed and tests/trainers.
     *(
         "sft.micro_batch_tokens",

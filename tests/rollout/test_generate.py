@@ -57,6 +57,14 @@ def test_some_responses_stop_and_some_do_not(on_one_rank):
         assert len({len(c.tokens) for c in done}) > 3
 
 
+def test_a_repetition_penalty_follows_its_sequence_from_slot_to_slot(world, on_one_rank):
+    penalised = [
+        texts(completions("gpt2", ParallelConfig(), sampling(repetition_penalty=1.4, batch_size=slots)))
+        for slots in (1, 4, 9)
+    ]
+    assert penalised[0] == penalised[1] == penalised[2] != texts(on_one_rank["gpt2"])
+
+
 @pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 9, 64])
 def test_the_number_of_slots_changes_nothing(batch_size, static_shapes, on_one_rank):

@@ -178,3 +178,19 @@ def test_a_banned_token_is_not_drawn_but_keeps_its_share_of_the_logprobs():
     tokens, _ = Sampler()(logits.expand(20_000, -1), keys, torch.zeros_like(keys), banned, too_early)
     assert chi_square(tokens[:10_000], [0, 2 / 3, 1 / 3]) < 10.8
     assert chi_square(tokens[10_000:], [0.7, 0.2, 0.1]) < 13.8
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    """On what is drawn; the log-probability is the model's own."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(3)) * 3
+    held = torch.cat([logits.topk(2).indices, logits.topk(2, largest=False).indices], dim=1)
+    seen = torch.zeros(6, 30, dtype=torch.bool).scatter(1, held, True)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(held, logits.clone())
+    zeros = torch.zeros(6, dtype=torch.long)
+    tokens, logprobs = Sampler(0.0, repetition_penalty=1.7)(logits, zeros, zeros, seen_bv=seen)
+    assert tokens.tolist() == expected.argmax(dim=-1).tolist()
+    assert tokens.tolist() != logits.argmax(dim=-1).tolist()
+    own = logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logprobs, own)
