@@ -14,7 +14,7 @@ from megatron_rlhf.config.stages import PPOConfig, RewardModelConfig, SFTConfig
 NO_FIGURE = (
     *("run", "watchdog", "parallel", "critic_parallel", "placement", "offload", "rollout.parallel"),
     *("ppo.max_logprob_gap", "data.allow_other_tokenizer"),
-    # Of which columns, through which template an example is made: tests/data, tests/end_to_end/test_chat.py.
+    # Of which columns, through which template an example is made: tests/data, tests/end_to_end/test_conversations.py.
     *("data.chat_template", "data.format", "data.chat", "data.assistant_turns", "data.pretraining.columns"),
     *("data.columns.messages", "data.demonstration_columns.messages"),
     *("sft.logged_samples", "evaluation"),
