@@ -1,22 +1,60 @@
-"""Write report.html of a run again: `megatron-rlhf report runs/ppo`."""
+"""Write the page of a run, or of several side by side, at any time: while they run, or after they were killed.
+
+megatron-rlhf report runs/ppo                          # runs/ppo/report.html
+megatron-rlhf report runs/ppo --watch 30               # again every 30 seconds; the open page follows
+megatron-rlhf report runs/ppo runs/rloo runs/grpo      # comparison.html: a table, and curves on the same axes
+"""
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlhf.monitoring.report import write_report
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.monitoring.report import write_last_figures, write_report
 
 USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page and print where it is; exit code 2 for a folder without metrics."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="run.dir of a run, finished or not")
-    folder = parser.parse_args(arguments).folder
-    if not (folder / "metrics.jsonl").is_file():
-        print(f"error: {folder} holds no metrics.jsonl: give the folder of a run (run.dir)", file=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        for folder in options.folders:
+            if not (folder / "metrics.jsonl").is_file():
+                raise UserError(f"{folder} holds no metrics.jsonl: give the folder of a run (run.dir)")
+        print(_write(options), flush=True)
+        while options.watch:
+            time.sleep(options.watch)
+            _write(options)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    print(write_report(folder))
+    except KeyboardInterrupt:
+        pass  # the way to end --watch
     return 0
+
+
+def _write(options: argparse.Namespace) -> Path:
+    if len(options.folders) == 1:
+        return write_report(options.folders[0], options.output, options.watch)
+    return write_last_figures(options.folders, options.output or Path("comparison.html"), options.watch)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run.dir of a run, finished or not")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page; default RUN/report.html, of several comparison.html"
+    )
+    parser.add_argument(
+        "--watch", type=_seconds, metavar="SECONDS", help="write it again at this interval, until interrupted"
+    )
+    return parser
+
+
+def _seconds(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of seconds, at least 1")
+    return int(text)

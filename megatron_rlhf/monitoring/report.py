@@ -59,12 +59,18 @@ class Page:
     sections: list[Section] = field(default_factory=list)
     samples: list[SampleColumn] = field(default_factory=list)
     config: str = ""
+    refresh: int | None = None
+    """Seconds after which an open page loads itself again."""
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, path: Path | None = None, refresh: int | None = None) -> Path:
     """Write `run_dir/report.html` from the run's config, metrics and samples; what is missing is left out.
 
     It replaces the report of an earlier call, so a run may call it repeatedly while it continues.
+
+    Args:
+        path: another file to write.
+        refresh: an open page loads itself again after this many seconds.
     """
     run_dir = Path(run_dir).resolve()
     if not run_dir.is_dir():
@@ -79,8 +85,25 @@ def write_report(run_dir: Path) -> Path:
         sections=_sections(records),
         samples=samples_by_step(run_dir / "samples.jsonl"),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
+        refresh=refresh,
     )
-    return _render(page, run_dir / "report.html")
+    return _render(page, path or run_dir / "report.html")
+
+
+def write_last_figures(run_dirs: Sequence[Path], path: Path, refresh: int | None = None) -> Path:
+    """Write a page that compares runs: a table of where each of them is, and their curves on the same axes."""
+    runs = {_short_name(run_dir, run_dirs): run_dir for run_dir in run_dirs}
+    rows = []
+    for name, run_dir in runs.items():
+        records = _metrics(run_dir)
+        figures = {"run": name, "step": records[-1]["step"] if records else None}
+        for metric in HEADLINES:
+            panel = panel_of(metric)
+            values = curve(records, metric, panel.scale).values
+            if values:
+                figures[f"{panel.title}, {panel.unit}"] = values[-1]
+        rows.append(figures)
+    return write_comparison(rows, runs, path, title=" · ".join(runs), refresh=refresh)
 
 
 def write_comparison(
@@ -90,6 +113,7 @@ def write_comparison(
     title: str,
     text: str = "",
     metrics: Sequence[str] = HEADLINES,
+    refresh: int | None = None,
 ) -> Path:
     """Write a page with a table and the same metrics of several runs overlaid.
 
@@ -112,6 +136,7 @@ def write_comparison(
         table=_table(rows) if rows else None,
         sections=[section] if section.charts else [],
         samples=[last_samples(Path(run_dir) / "samples.jsonl", name) for name, run_dir in runs.items()],
+        refresh=refresh,
     )
     return _render(page, Path(path))
 
@@ -122,6 +147,12 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _short_name(run_dir: Path, others: Sequence[Path]) -> str:
+    """The folder's own name, or its path where several have that name."""
+    same = [other for other in others if other.resolve().name == run_dir.resolve().name]
+    return str(run_dir) if len(same) > 1 else run_dir.resolve().name
 
 
 def _metrics(run_dir: Path) -> Records:

@@ -23,7 +23,10 @@ PPO_MORE |= {f"memory/{phase}_peak_bytes" for phase in ("rollout", "scoring", "e
 TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s", "memory/tax_peak_bytes"}
 # In the line after a checkpoint.
 SAVE = {"time/save_s", "memory/save_peak_bytes"}
+# At the end of an epoch.
+SAMPLES = {"time/samples_s", "memory/samples_peak_bytes"}
 ALWAYS = {".lock", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "stage", "tensorboard"}
+ALWAYS |= {"samples.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +78,8 @@ def names(folder: Path) -> set[str]:
 def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
     assert names(runs["sft"]) == ALWAYS | {"cache"}
     assert names(runs["reward_model"]) == ALWAYS
-    assert names(runs["ppo"]) == ALWAYS | {"cache", "samples.jsonl"}
-    assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "samples.jsonl", "evaluation.jsonl"}
+    assert names(runs["ppo"]) == ALWAYS | {"cache"}
+    assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "evaluation.jsonl"}
     assert names(runs["ppo"] / "checkpoints") == {"latest", "step_3"}
     assert names(runs["ppo"] / "checkpoints" / "step_3") == {
         "checksums.sha256",
@@ -98,7 +101,7 @@ def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
 
 def test_metric_names(runs):
     for row in metrics(runs["sft"]):
-        assert set(row) - {"sft/validation_loss"} - SAVE == SFT
+        assert set(row) - {"sft/validation_loss"} - SAVE - SAMPLES == SFT
     for row in metrics(runs["reward_model"]):
         assert {name for name in row if "validation" not in name} - SAVE == REWARD_MODEL
     for row in metrics(runs["ppo"]):
