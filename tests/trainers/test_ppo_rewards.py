@@ -154,3 +154,27 @@ def test_a_function_that_fails_in_the_middle_ends_all_ranks_with_one_message(rew
     ):
         run_ranks(2, run_stage, "ppo", rewards("fails_later", *more), timeout=300)
     assert len(read_metrics(recipe.root / "fails_later")) == 1
+
+
+RESUMED = {
+    "rloo_dp2_distributed": (2, "rloo", ["parallel.distributed_optimizer=true"]),
+    "reinforce_baseline_disaggregated": (
+        2,
+        "reinforce_baseline",
+        ["placement=disaggregated", "placement.critic_ranks=1", "ppo.kl_control=adaptive", "ppo.kl_target=0.01"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_each_kind_of_advantages_resumes_bit_for_bit(name, rewards, recipe):
+    """A grpo run, on one rank, is resumed above."""
+    ranks, estimator, layout = RESUMED[name]
+    more = [*weighted(recipe), f"ppo.advantages={estimator}", *AMONG, "run.save_every=2", *layout]
+    straight = run_ranks(ranks, run_stage, "ppo", rewards(name, *more), timeout=300)
+    run_ranks(ranks, run_stage, "ppo", rewards(f"{name}_cut", *more, "run.stop_at_step=2"), timeout=300)
+    resumed = run_ranks(ranks, run_stage, "ppo", rewards(f"{name}_cut", *more, "run.resume=true"), timeout=300)
+    assert read_metrics(recipe.root / f"{name}_cut") == read_metrics(recipe.root / name)
+    assert samples(recipe, f"{name}_cut") == samples(recipe, name)
+    whole = [whole_weights([{"policy": r["policy"]} for r in run if r["policy"]]) for run in (straight, resumed)]
+    assert_close(whole[1]["policy"], whole[0]["policy"], relative=0)
