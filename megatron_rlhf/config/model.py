@@ -53,23 +53,25 @@ class Precision(Enum):
 
 
 class Fp8Recipe(Enum):
-    """How Transformer Engine finds the scales that bring numbers into fp8's range."""
+    """How Transformer Engine finds the scales that bring numbers into fp8's range; nvfp4: into fp4's."""
 
     delayed = "delayed"
     tensorwise = "tensorwise"
     blockwise = "blockwise"
     mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
 
     @property
     def multiple(self) -> int:
-        """Tokens and widths of a matrix product must be multiples of this: fp8 kernels' alignment, or a whole block."""
-        return {Fp8Recipe.blockwise: 128, Fp8Recipe.mxfp8: 32}.get(self, 16)
+        """Tokens and widths of a matrix product must be multiples of this: kernels' alignment, or a whole block."""
+        return {Fp8Recipe.blockwise: 128, Fp8Recipe.mxfp8: 32, Fp8Recipe.nvfp4: 128}.get(self, 16)
 
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability of the first GPUs that support it: Ada; Hopper; Blackwell, whose matrix units apply the
         scales themselves."""
-        return {Fp8Recipe.blockwise: (9, 0), Fp8Recipe.mxfp8: (10, 0)}.get(self, (8, 9))
+        blackwell = dict.fromkeys((Fp8Recipe.mxfp8, Fp8Recipe.nvfp4), (10, 0))
+        return {Fp8Recipe.blockwise: (9, 0), **blackwell}.get(self, (8, 9))
 
 
 @dataclass(kw_only=True)

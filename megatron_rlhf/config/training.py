@@ -160,7 +160,7 @@ class Fp8Config:
     recipe: Fp8Recipe = Fp8Recipe.tensorwise
     """tensorwise: a tensor's scale comes from its own largest number; delayed: from its past largest numbers (in PPO
     the value model then stays in bf16); blockwise: a scale for each block of 128 (CUDA 12.9, Hopper); mxfp8: for each
-    block of 32 (Blackwell)."""
+    block of 32 (Blackwell); nvfp4: 4 bits, for each block of 16 (Blackwell)."""
     gate_every: int = 50
     """Steps between comparisons of the policy's log-probabilities in fp8 with those in bf16; 0 for never."""
     gate_max_gap: float = 0.05

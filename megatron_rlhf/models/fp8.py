@@ -1,7 +1,8 @@
 """fp8 of a live model: switching it off and on again, and adapting it to decoding.
 
-Megatron-Core asks `config.fp8` at every forward pass whether to enter Transformer Engine's fp8 context, which alone makes
-the layers' matrix products fp8: the weights themselves stay in bf16. So one field switches all parts of a chunk.
+Megatron-Core asks `config.fp8` (for nvfp4 `config.fp4`) at every forward pass whether to enter Transformer Engine's context,
+which alone makes the layers' matrix products fp8: the weights themselves stay in bf16. So one field switches all parts of a
+chunk.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rlhf.config.model import Fp8Recipe
-from megatron_rlhf.models.gpt import FP8_FORMAT
+from megatron_rlhf.models.gpt import FP4_FORMAT, FP8_FORMAT
 
 # Megatron-Core marks Transformer Engine's linear layers with this flag: on the first microbatch of a schedule they cast
 # their weights to fp8, on the others they read what they kept.
@@ -21,13 +22,16 @@ _CASTS_WEIGHTS = "is_first_microbatch"
 
 def is_on(modules: Sequence[GPTModel]) -> bool:
     """Whether the next forward pass computes in fp8."""
-    return bool(modules) and modules[0].config.fp8 is not None
+    return bool(modules) and any(getattr(modules[0].config, field, None) is not None for field in ("fp8", "fp4"))
 
 
 def switch(modules: Sequence[GPTModel], on: bool) -> None:
     """Takes effect with the next forward pass; not to be called between a forward and its backward pass."""
     for module in modules:
-        module.config.fp8 = FP8_FORMAT if on else None
+        if module.config.fp8_recipe == Fp8Recipe.nvfp4.value:
+            module.config.fp4 = FP4_FORMAT if on else None
+        else:
+            module.config.fp8 = FP8_FORMAT if on else None
 
 
 @contextlib.contextmanager

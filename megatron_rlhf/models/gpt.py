@@ -17,6 +17,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 
 # e4m3 for activations and weights, e5m2 for their gradients.
 FP8_FORMAT = "hybrid"
+FP4_FORMAT = "e2m1"
 
 _ACTIVATIONS = {
     Activation.gelu: partial(F.gelu, approximate="tanh"),
@@ -97,6 +98,8 @@ def transformer_config(
 
 def _fp8_settings(recipe: Fp8Recipe) -> dict[str, Any]:
     """Only the layers' matrix products: attention's scores, embeddings and heads do not use fp8."""
+    if recipe is Fp8Recipe.nvfp4:  # a mode of its own in Megatron-Core, which then ignores fp8's recipe
+        return {"fp4": FP4_FORMAT, "fp4_recipe": recipe.value, "fp8_recipe": recipe.value}
     return {
         "fp8": FP8_FORMAT,
         "fp8_recipe": recipe.value,

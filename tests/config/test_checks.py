@@ -25,6 +25,12 @@ def test_fp8_needs_its_library() -> None:
         (Fp8Recipe.tensorwise, (8, 9), None),
         (Fp8Recipe.blockwise, (9, 0), None),
         (Fp8Recipe.mxfp8, (10, 0), None),
+        (Fp8Recipe.nvfp4, (10, 0), None),
+        (
+            Fp8Recipe.nvfp4,
+            (9, 0),
+            r"fp8\.recipe=nvfp4 needs compute capability 10\.0 .*has 9\.0: choose fp8\.recipe=delayed",
+        ),
         (Fp8Recipe.tensorwise, (8, 0), r"this GPU has 8\.0: choose precision=bf16"),
         (Fp8Recipe.blockwise, (8, 9), r"choose fp8\.recipe=delayed\|tensorwise, or precision=bf16"),
         (Fp8Recipe.mxfp8, (9, 0), r"choose fp8\.recipe=delayed\|tensorwise\|blockwise, or precision=bf16"),

@@ -92,7 +92,7 @@ CASES: dict[str, Case] = {
     "sampling_in_fp8_alone": Case(
         "ppo", ["rollout.precision=fp8_hybrid"], [r"rollout\.precision=fp8_hybrid", "precision=fp32", "sample in fp32"]
     ),
-    "fp8_recipe": Case("sft", ["fp8.recipe=nvfp4"], [r"fp8\.recipe=nvfp4", "tensorwise"]),
+    "fp8_recipe": Case("sft", ["fp8.recipe=nvfp8"], [r"fp8\.recipe=nvfp8", "tensorwise"]),
     "context": Case(
         "evaluate", ["parallel.context=2"], [r"parallel\.context=2: evaluation samples", "context=1"], ranks=2
     ),

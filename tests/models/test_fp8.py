@@ -96,7 +96,22 @@ def test_sequences_are_whole_blocks_on_every_rank(world) -> None:
     assert fp8.token_multiple(modules) == 1
 
 
-@pytest.mark.parametrize("recipe", list(Fp8Recipe))
+def test_nvfp4_is_megatron_cores_other_mode(world) -> None:
+    from megatron.core.enums import Fp4Recipe as MegatronRecipe
+
+    layout = ParallelLayout.create(ParallelConfig())
+    role = make_role(LLAMA_LIKE, layout=layout, precision=Precision.fp8_hybrid, fp8_recipe=Fp8Recipe.nvfp4)
+    config = role.modules[0].decoder.config
+    assert (config.fp4, config.fp8, config.bf16, config.fp4_param) == ("e2m1", None, True, False)
+    assert MegatronRecipe(config.fp4_recipe).name == "nvfp4"
+    assert role.pad_length(17) == 128
+    with role.without_fp8():
+        assert (config.fp4, config.fp8, role.in_fp8) == (None, None, False)
+        assert role.pad_length(17) == 17
+    assert (config.fp4, config.fp8, role.in_fp8) == ("e2m1", None, True)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in Fp8Recipe if recipe is not Fp8Recipe.nvfp4])
 def test_recipes_reach_megatron_core(world, recipe: Fp8Recipe) -> None:
     from megatron.core.enums import Fp8Recipe as MegatronRecipe
 
