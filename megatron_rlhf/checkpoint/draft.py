@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import naming
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, seal, sync_tree
-from megatron_rlhf.checkpoint.role_files import RoleFiles
+from megatron_rlhf.checkpoint.role_files import RoleFiles, ToWrite
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class Draft:
         self._thread: threading.Thread | None = None
         _create(self.path)
 
-    def add(self, name: str, state: dict[str, Any]) -> None:
-        """Add a role's sharded state: from here on the role may change."""
+    def add(self, name: str, state: ToWrite) -> None:
+        """Add what this rank writes of a role: from here on the role may change."""
         role = RoleFiles.plan(self.path / name, state, copy=self._background)
         self._roles.append(role)
         if not self._background:

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import RunFailed
+from megatron_rlhf.parallel import collectives
 
 META = "meta.json"
 """Describes the checkpoint; the folders beside it are the roles."""
@@ -30,11 +31,10 @@ def agree(error: Exception | None) -> None:
 
     Without it the rank with the full disk would leave, and the others would wait for it forever.
     """
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else str(error) or repr(error))
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise NotWritten(f"{failure} (rank {rank})" if len(failures) > 1 else failure) from error
+    failure = collectives.first_message(None if error is None else str(error) or repr(error))
+    if failure is not None:
+        rank, text = failure
+        raise NotWritten(f"{text} (rank {rank})" if dist.get_world_size() > 1 else text) from error
 
 
 def is_whole(folder: Path) -> bool:
@@ -58,7 +58,7 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
         known: digests that this rank already has, by path inside the folder: those of the files it wrote.
     """
     digests = _merged(known)
-    rest: list[Any] = [sorted(set(_files(folder)) - set(digests))]
+    rest: list[Any] = [sorted(set(_files(folder)) - set(digests)) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(rest)
     error: OSError | None = None
     mine: dict[str, str] = {}
@@ -104,9 +104,8 @@ def find_damage(folder: Path, role: str | None = None) -> str | None:
         return plan[0]
     entries = [(name, value) for name, value in plan[0] if role is None or name == META or name.startswith(f"{role}/")]
     mine = entries[dist.get_rank() :: dist.get_world_size()]
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, _first_damage(folder, mine))
-    return next((problem for problem in problems if problem is not None), None)
+    problem = collectives.first_message(_first_damage(folder, mine))
+    return None if problem is None else problem[1]
 
 
 def sync(path: Path) -> None:
@@ -129,10 +128,8 @@ def _files(folder: Path) -> list[str]:
 
 
 def _merged(part: Mapping[str, str]) -> dict[str, str]:
-    """The union of what all ranks know."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(part))
-    return {name: value for each in gathered for name, value in each.items()}
+    """The union of what all ranks know, on the first one."""
+    return {name: value for each in collectives.gather_on_first_rank(dict(part)) for name, value in each.items()}
 
 
 def _read_manifest(folder: Path) -> list[tuple[str, str]] | str:

@@ -6,33 +6,25 @@ partial one is never picked up. How files are written is in `role_files` and `dr
 how damage is found in `integrity`.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.state_dict_utils import extract_sharded_base
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rlhf.checkpoint import restricted
 from megatron_rlhf.checkpoint.description import adapter_from_json, model_from_json, model_to_json, write_description
 from megatron_rlhf.checkpoint.draft import Draft, writing
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
 from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
-from megatron_rlhf.checkpoint.role_files import RoleFiles
+from megatron_rlhf.checkpoint.reading import RoleReader
+from megatron_rlhf.checkpoint.role_files import RoleFiles, ToWrite
+from megatron_rlhf.checkpoint.role_state import RoleState, SavedRole, restore_random_state
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.models.adapters import is_adapter
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel.collectives import device, publish_object
-from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.collectives import device, first_message, publish_object
 
 __all__ = [
     "FORMAT",
@@ -59,14 +51,6 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass
-class SavedRole:
-    """The parts of a role that go into a checkpoint."""
-
-    role: Role
-    optimizer: MegatronOptimizer | None = None
-
-
 def save_role(folder: Path, saved: SavedRole) -> None:
     """Write one role's weights, and, where it is trained, its optimizer's state and random state.
 
@@ -82,11 +66,15 @@ def save_role(folder: Path, saved: SavedRole) -> None:
     role.finish()
 
 
-def state_to_save(saved: SavedRole) -> dict[str, Any]:
-    """Megatron-Core's sharded state of a role. It refers to the role's own tensors. Collective."""
-    layout = saved.role.layout
-    with layout:
-        return _known_to_all(_sharded_state(saved, is_loading=False) if layout.is_member else {}, layout)
+def state_to_save(saved: SavedRole) -> ToWrite:
+    """What this rank writes of a role. It refers to the role's own tensors. Collective."""
+    layout, state = saved.role.layout, ToWrite()
+    if layout.is_member:
+        with layout:
+            state = ToWrite(*RoleState(saved, is_loading=False).to_write())
+    # The first rank of the world writes what is common, also for a role that lives on other ranks.
+    state.common = publish_object(state.common, layout)
+    return state
 
 
 def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any], tokenizer: str | None = None) -> None:
@@ -95,30 +83,26 @@ def write_meta(folder: Path, roles: Mapping[str, Role], state: Mapping[str, Any]
     write_description(folder, described, state, tokenizer, {name: role.adapter for name, role in roles.items()})
 
 
-def _known_to_all(state: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
-    """What is not sharded is written by the first rank of the world, also for a role that lives on other ranks."""
-    if layout.spans_world:
-        return state
-    common = publish_object(extract_sharded_base(state)[1], layout)
-    return state if layout.is_member else common
-
-
 def load_role(folder: Path, saved: SavedRole) -> None:
-    """Fill a role, its optimizer and (at the layout that saved it) its random state. Collective."""
+    """Fill a role (or its average), its optimizer and, at the layout that saved it, its random state. Collective."""
     name = saved.role.name
     _require_same_optimizer(folder, name, saved)
+    require_plain(folder, [name])
+    if not saved.role.layout.is_member:
+        _read(None, folder / name)
+        return
     with saved.role.layout:
-        same = _same_layout(folder, name, saved.role)
-        state = _sharded_state(saved, is_loading=True, with_random=same) if saved.role.layout.is_member else {}
-        _leave_out_unsaved_extra_state([state[key] for key in _keyed(saved.role) if key in state], folder / name)
-        loaded = _load(state, folder / name)
-        for key, chunk in _keyed(saved.role).items():
-            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-            assert not unexpected and all(map(_is_extra_state, missing)), (missing, unexpected)
+        state = RoleState(saved, is_loading=True, with_random=_same_layout(folder, name, saved.role))
+        objects, common = _read(state, folder / name)
+        for chunk, entries in zip(saved.role.modules, state.model, strict=True):
+            extra = {n: objects[key] for n, e in entries.items() if (key := getattr(e, "unique_key", None)) in objects}
+            restricted.require_plain_scales(extra, str(folder / name))
+            if extra:
+                chunk.load_state_dict(extra, strict=False)
         if saved.optimizer is not None:
-            _load_optimizer(saved.optimizer, loaded["optimizer"])
-        if "random" in loaded:
-            _restore_random_state(loaded["random"])
+            _load_optimizer(saved.optimizer, state.loaded_optimizer(common))
+        if state.random_key in objects:
+            restore_random_state(objects[state.random_key])
 
 
 def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = False) -> None:
@@ -129,18 +113,32 @@ def load_weights(folder: Path, role: Role, from_role: str, keep_head: bool = Fal
     keep_adapters = "adapter" not in read_meta(folder)["roles"][from_role]
 
     def stays(name: str) -> bool:
-        return (keep_head and _is_head(name)) or (keep_adapters and is_adapter(name))
-
-    with role.layout:
-        state = _sharded_state(SavedRole(role), is_loading=True) if role.layout.is_member else {}
         # Extra state is the scaling history of fp8, not weights, and an imported model has none.
-        for part in state.values():
-            for name in [n for n in part if _is_extra_state(n) or stays(n)]:
-                del part[name]
-        loaded = _load(state, folder / from_role)
-        for key, chunk in _keyed(role).items():
-            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-            assert not unexpected and all(stays(name) or _is_extra_state(name) for name in missing), missing
+        return _is_extra_state(name) or (keep_head and _is_head(name)) or (keep_adapters and is_adapter(name))
+
+    require_plain(folder, [from_role])
+    if not role.layout.is_member:
+        _read(None, folder / from_role)
+        return
+    with role.layout:
+        _read(RoleState(SavedRole(role), is_loading=True, without=stays), folder / from_role)
+
+
+def _read(state: RoleState | None, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill the memory of a role; returns its objects and what is common. Collective, also for ranks without the role."""
+    objects, common, problem = {}, {}, None
+    if state is not None:
+        try:
+            reader = RoleReader(folder)
+            objects, common = reader.objects(state.objects), reader.common()
+            reader.read_into(state.to_read())
+        except UserError as error:
+            problem = str(error)
+    if (first := first_message(problem)) is not None:
+        raise UserError(first[1])
+    if state is not None:
+        state.exchange()
+    return objects, common
 
 
 _DEVICE, _OPTIMIZER = " x device ", " x distributed optimizer "
@@ -173,12 +171,6 @@ def _same_layout(folder: Path, name: str, role: Role) -> bool:
     )  # early versions named no device: they ran on CPUs only
 
 
-def _keyed(role: Role) -> dict[str, Any]:
-    # Megatron-Core's convention for the keys of one or several chunks; its optimizers rely on it.
-    chunks = role.modules
-    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
-
-
 def _is_head(name: str) -> bool:
     return name.startswith("output_layer.")
 
@@ -203,78 +195,16 @@ def _is_extra_state(name: str) -> bool:
     return name.endswith("_extra_state")
 
 
-def _leave_out_unsaved_extra_state(parts: list[dict[str, Any]], source: Path) -> None:
-    """The checkpoint's machine may have had no Transformer Engine, and no fp8."""
-    written = restricted.load_metadata(source).state_dict_metadata
-    for part in parts:
-        for name in [n for n, entry in part.items() if _is_extra_state(n) and entry.unique_key not in written]:
-            del part[name]
-
-
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Torch's Adam, Apex's and Transformer Engine's have settings of their own in their groups.
 
     Where the saved groups come from another one and lack some settings, these stay as they are.
     """
     own = [dict(group) for part in optimizer.chained_optimizers for group in part.param_groups]
+    # Other versions of this package wrote how the state was sharded, and Megatron-Core would look for it here.
+    state = {key: value for key, value in state.items() if key not in ("param_state", "param_state_sharding_type")}
     optimizer.load_state_dict(state)
     groups = [group for part in optimizer.chained_optimizers for group in part.param_groups]
     for group, settings in zip(groups, own, strict=True):
         for key, value in settings.items():
             group.setdefault(key, value)
-
-
-def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
-    require_plain(source.parent, [source.name])
-    try:
-        loaded = dist_checkpointing.load(state, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    except CheckpointException as exception:
-        raise restricted.user_error_in(exception) or exception from None
-    for key, part in loaded.items():
-        if key.startswith("model"):
-            restricted.require_plain_scales(part, str(source))
-    return loaded
-
-
-def _sharded_state(saved: SavedRole, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": saved.role.layout.groups.dp_cp,
-    }
-    state: dict[str, Any] = {
-        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(saved.role).items()
-    }
-    if saved.optimizer is not None:
-        state["optimizer"] = saved.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-        if saved.role.trains_some_layers:
-            state["optimizer"] = dict_list_map_inplace(_by_layer, state["optimizer"])
-        if with_random:
-            ranks = saved.role.layout.ranks
-            random = None if is_loading else _random_state()
-            state["random"] = ShardedObject(
-                "random", random, (len(ranks),), (dist.get_rank() - ranks.start,), replica_id=0
-            )
-    return state
-
-
-def _by_layer(part: Any) -> Any:
-    """A tensor that is stacked over layers under its own layer's name: a stack would have to hold all layers."""
-    if isinstance(part, ShardedTensorFactory):
-        build = part.build_fn
-        return dataclasses.replace(part, build_fn=lambda *args: dict_list_map_inplace(_by_layer, build(*args)))
-    if not isinstance(part, ShardedTensor) or part.prepend_axis_num == 0:
-        return part
-    names = {"global_shape", "global_offset", "axis_fragmentations"}
-    changes: dict[str, Any] = {name: value[1:] for name in names if (value := getattr(part, name)) is not None}
-    key = part.key.replace("layers.", f"layers.{part.global_offset[0]}.")
-    return dataclasses.replace(part, key=key, prepend_axis_num=part.prepend_axis_num - 1, **changes)
-
-
-def _random_state() -> dict[str, Any]:
-    return {"default": torch.cuda.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.cuda.set_rng_state(state["default"])
-    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -43,6 +43,14 @@ class Recompute(Enum):
     full = "full"
 
 
+class FusedKernels(Enum):
+    """Whether several small operations run as one kernel."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Precision(Enum):
     """Arithmetic of weights and activations; master weights and optimizer state are always fp32."""
 
@@ -159,6 +167,13 @@ class ParallelConfig:
     """Split norms and dropout along the sequence over the tensor-parallel ranks (saves activation memory)."""
     distributed_optimizer: bool = False
     """Shard master weights and moments over the data-parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """With distributed_optimizer: sum gradients over the data-parallel ranks while the last backward pass goes on."""
+    overlap_param_gather: bool = True
+    """With distributed_optimizer: gather updated weights while the next forward pass goes on, which waits for those it uses."""
+    fused_kernels: FusedKernels = FusedKernels.auto
+    """Kernels for bias and activation, dropout and residual, rotary positions (Transformer Engine's), weight gradients into
+    fp32 (Apex's). auto: on a GPU those that are there; off: none."""
     recompute: Recompute = Recompute.none
     """none, selective (attention only) or full (every layer): trades time for activation memory."""
 

@@ -1,6 +1,8 @@
 """Comparisons for the reward model: a prompt and the responses that labelers ranked."""
 
+import hashlib
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +22,11 @@ from megatron_rlhf.data.chat.messages import (
     read_turns,
 )
 from megatron_rlhf.data.chat.template import Chat
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user, windows
 from megatron_rlhf.data.formats.dialogues import Dialogue
 from megatron_rlhf.data.formats.makers import CYCLE
 from megatron_rlhf.data.formats.record import Record
+from megatron_rlhf.data.item_store import IN_MEMORY, Chosen, InMemory
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -105,6 +108,7 @@ def load_comparisons(
     max_response_tokens: int,
     max_length: int,
     columns: Columns = None,
+    into: InMemory = IN_MEMORY,
 ) -> Examples[Comparison]:
     """Reads records of any of three formats; `source`, `columns` and the limits as in `load_demonstrations`.
 
@@ -123,46 +127,82 @@ def load_comparisons(
         UserError: A mistake in the source, with its line, or nothing left.
     """
     dropped: Counter[str] = Counter()
-    records: list[_Record] = []
-    for found in read_records(source, columns, kind="comparisons"):
-        if found.lenient and (reason := _flaw(found)):
-            dropped[reason] += 1
-            continue
-        record = _read_record(found, tokenizer)
-        if record.has_empty:
-            dropped["empty_response"] += 1
-        elif record.all_equal:
-            dropped["equal_responses"] += 1
-        elif len(set(record.ranks)) == 1:
-            dropped["all_tied"] += 1
-        else:
-            records.append(record)
     left_out: Counter[str] = Counter()
-    together: dict[bytes, tuple[Tokens, list[Ranked], set[str]]] = {}
-    for record, prompt, ended in _tokenized(records, tokenizer):
-        if len(prompt) > max_prompt_tokens:
-            dropped["prompt_too_long"] += 1
-            continue
-        kept, missing = [], Counter[str]()
-        for response, rank in zip(ended, record.ranks, strict=True):
-            if len(response) > max_response_tokens:
-                missing["response_too_long"] += 1
-            elif len(prompt) + len(response) > max_length:
-                missing["total_too_long"] += 1
-            else:
-                kept.append((response, rank))
-        if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
-            dropped[max(missing, key=lambda reason: missing[reason], default="equal_responses")] += 1
-            continue
-        left_out += missing
-        _, rankings, users = together.setdefault(prompt.tobytes(), (prompt, [], set()))
-        rankings.append(([response for response, _ in kept], [rank for _, rank in kept]))
-        if record.user is not None:
-            users.add(record.user)
-    items = [Comparison.of(*parts) for parts in together.values()]
+    prompts = array("Q")
+
+    def read() -> Iterator[_Ranking]:
+        for found in windows(read_records(source, columns, kind="comparisons")):
+            records = [record for each in found if (record := _usable(each, tokenizer, dropped)) is not None]
+            for record, prompt, ended in _tokenized(records, tokenizer):
+                if len(prompt) > max_prompt_tokens:
+                    dropped["prompt_too_long"] += 1
+                    continue
+                kept, missing = [], Counter[str]()
+                for response, rank in zip(ended, record.ranks, strict=True):
+                    if len(response) > max_response_tokens:
+                        missing["response_too_long"] += 1
+                    elif len(prompt) + len(response) > max_length:
+                        missing["total_too_long"] += 1
+                    else:
+                        kept.append((response, rank))
+                if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
+                    dropped[max(missing, key=lambda reason: missing[reason], default="equal_responses")] += 1
+                    continue
+                left_out.update(missing)
+                prompts.frombytes(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest())
+                responses, ranks = zip(*kept, strict=True)
+                yield _Ranking(prompt, responses, ranks, record.user)
+
+    rankings = into.spill(_Ranking)(read())
+    items = into(map(_together, (Chosen(rankings, group) for group in _alike(prompts))))
     limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
-    records_kept = sum(len(rankings) for _, rankings, _ in together.values())
-    return Examples(str(source), items, dropped, limits, records_kept, left_out)
+    return Examples(str(source), items, dropped, limits, len(rankings), left_out)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """A record after it is tokenised: what is kept of it."""
+
+    prompt: Tokens
+    responses: tuple[Tokens, ...]
+    ranks: tuple[int, ...]
+    user: str | None
+
+
+def _together(rankings: Sequence[_Ranking]) -> Comparison:
+    """One prompt's rankings as one item."""
+    read = list(rankings)
+    users = {ranking.user for ranking in read if ranking.user is not None}
+    return Comparison.of(read[0].prompt, [(ranking.responses, ranking.ranks) for ranking in read], users)
+
+
+def _alike(prompts: array) -> list[npt.NDArray[np.int64]]:
+    """Indices of equal prompts (two numbers each), in the order in which they first occur."""
+    _, first, group = np.unique(
+        np.frombuffer(prompts, np.uint64).reshape(-1, 2), axis=0, return_index=True, return_inverse=True
+    )
+    place = np.empty_like(first)
+    place[np.argsort(first)] = np.arange(len(first))
+    place = place[group.reshape(-1)]
+    order = np.argsort(place, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(place[order])) + 1) if len(order) else []
+
+
+def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> _Record | None:
+    """What a record holds; None, and counted, where nothing can be learned from it."""
+    if found.lenient and (reason := _flaw(found)):
+        dropped[reason] += 1
+        return None
+    record = _read_record(found, tokenizer)
+    if record.has_empty:
+        dropped["empty_response"] += 1
+    elif record.all_equal:
+        dropped["equal_responses"] += 1
+    elif len(set(record.ranks)) == 1:
+        dropped["all_tied"] += 1
+    else:
+        return record
+    return None
 
 
 def _tokenized(records: Sequence[_Record], tokenizer: Tokenizer) -> Iterator[tuple[_Record, Tokens, list[Tokens]]]:

@@ -17,8 +17,9 @@ from megatron_rlhf.data.chat.messages import (
     read_turns,
 )
 from megatron_rlhf.data.chat.template import Chat, Rendered
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, windows
 from megatron_rlhf.data.formats.record import Record
+from megatron_rlhf.data.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -54,6 +55,7 @@ def load_demonstrations(
     max_length: int,
     columns: Columns = None,
     last_turn_only: bool = False,
+    into: InMemory = IN_MEMORY,
 ) -> Examples[Demonstration]:
     """Reads records {"prompt", "response"} of text, or of messages as in {"messages"}, {"prompt": [...], "response": [...]} and
     TRL's {"prompt": [...], "completion": [...]}; `source` and `columns` as in `read_records`.
@@ -63,6 +65,7 @@ def load_demonstrations(
         max_response_tokens: The limit of each response, its end included, as when sampling.
         max_length: The limit of both together: the model's context.
         last_turn_only: Of a conversation, learn the last of the assistant's turns, not all.
+        into: Where the demonstrations are kept.
 
     What is over a limit is dropped and counted as `prompt_too_long`, `response_too_long` or `total_too_long`. A conversation is
     several demonstrations where the chat template renders earlier turns in another way than last ones.
@@ -70,25 +73,27 @@ def load_demonstrations(
     Raises:
         UserError: A mistake in the source, an empty prompt or response (with its line), or nothing left.
     """
-    items: list[Demonstration] = []
     dropped: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    records = []
-    for record in read_records(source, columns, kind="demonstrations"):
-        if record.lenient and _has_no_answer(record):
-            dropped["empty_response"] += 1
-        else:
-            records.append(record)
-    for parts in _tokenized(records, tokenizer, last_turn_only):
-        reasons = [_too_long(part, max_prompt_tokens, max_response_tokens, max_length) for part in parts]
-        kept = [part for part, reason in zip(parts, reasons, strict=True) if reason is None]
-        if kept:
-            left_out.update(filter(None, reasons))
-        else:
-            dropped.update(reasons[:1])  # type: ignore[arg-type]
-        items += kept
+    records_kept = 0
+
+    def kept_of(window: list[Record]) -> Iterator[Demonstration]:
+        nonlocal records_kept
+        records = [record for record in window if not (record.lenient and _has_no_answer(record))]
+        dropped["empty_response"] += len(window) - len(records)
+        for parts in _tokenized(records, tokenizer, last_turn_only):
+            reasons = [_too_long(part, max_prompt_tokens, max_response_tokens, max_length) for part in parts]
+            kept = [part for part, reason in zip(parts, reasons, strict=True) if reason is None]
+            if kept:
+                left_out.update(filter(None, reasons))
+                records_kept += 1
+            else:
+                dropped.update(reasons[:1])  # type: ignore[arg-type]
+            yield from kept
+
+    read = windows(read_records(source, columns, kind="demonstrations"))
+    items = into(item for window in read for item in kept_of(window))
     limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
-    records_kept = len(records) - sum(dropped.values()) + dropped["empty_response"]
     return Examples(str(source), items, dropped, limits, records_kept, left_out)
 
 

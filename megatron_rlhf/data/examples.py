@@ -1,8 +1,9 @@
 """What demonstrations, comparisons and prompts have in common: a sequence of items, and a count of what was dropped."""
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.record import Record
@@ -42,7 +43,7 @@ class Examples(Generic[Item]):
     def __init__(
         self,
         source: str,
-        items: list[Item],
+        items: Sequence[Item],
         dropped: Mapping[str, int],
         limits: Mapping[str, str] | None = None,
         records: int | None = None,
@@ -62,7 +63,7 @@ class Examples(Generic[Item]):
         self.dropped = _counted(dropped)
         self.left_out = _counted(left_out or {})
         self.limits = dict(limits or {})
-        if not items:
+        if not len(items):
             raise UserError(f"{source}: nothing left to train on: {self.describe()}{self._binding()}")
 
     def __len__(self) -> int:
@@ -73,6 +74,11 @@ class Examples(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
+
+    def about(self) -> dict[str, Any]:
+        """All but the items, as JSON: `Examples(items=..., **about)` is the same again."""
+        names = ("source", "dropped", "limits", "records", "left_out")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
@@ -101,6 +107,13 @@ class Examples(Generic[Item]):
         log.info(self.describe())
         if (warning := self.warning()) is not None:
             log.warning(warning)
+
+
+def windows(items: Iterable[Item], size: int = 5000) -> Iterator[list[Item]]:
+    """Consecutive items, some at a time: all of them may not fit in memory."""
+    remaining = iter(items)
+    while window := list(itertools.islice(remaining, size)):
+        yield window
 
 
 def length_limits(prompt: int, response: int | None = None, total: int | None = None) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Prompts for PPO, and the paper's filters for them: a limit per user, near-duplicates removed (splits by user: splits.py)."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 
 from megatron_rlhf.data.chat.messages import Conversation, Messages, holds_messages, read_messages
 from megatron_rlhf.data.chat.template import Chat
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user
+from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user, windows
 from megatron_rlhf.data.formats.record import Record
+from megatron_rlhf.data.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -39,6 +41,7 @@ def load_prompts(
     max_per_user: int | None = None,
     deduplicate_prefix_tokens: int | None = None,
     columns: Columns = None,
+    into: InMemory = IN_MEMORY,
 ) -> Examples[Prompt]:
     """Reads records {"prompt", "user" (optional), others, for reward functions}, or with {"messages"} or a "prompt" of messages
     instead; `source` and `columns` as in `read_records`. Of a conversation that ends with the assistant's turn, that turn is left
@@ -50,46 +53,58 @@ def load_prompts(
             as `over_user_limit`.
         deduplicate_prefix_tokens: Of prompts that agree in this many first tokens (shorter ones: in all tokens), only
             the first is kept, the others counted as `duplicate`.
+        into: Where the prompts are kept.
 
     Raises:
         UserError: A mistake in the source, an empty prompt (with its line), or nothing left.
     """
-    records = list(read_records(source, columns, kind="prompts"))
-    users = [read_user(record) for record in records]
-    chat = Chat(tokenizer)
-    conversations = [_conversation(record) for record in records]
-    texts = [
-        chat.prompt_text(conversation) if conversation else read_prompt(record, tokenizer)
-        for record, conversation in zip(records, conversations, strict=True)
-    ]
-    items: list[Prompt] = []
     dropped: Counter[str] = Counter()
     of_user: Counter[str] = Counter()
     prefixes: set[bytes] = set()
-    begin = np.array(tokenizer.start_ids, dtype=np.int32)  # templates begin texts themselves
-    for index, encoded in enumerate(tokenizer.encode_stream(texts)):
-        user, conversation = users[index], conversations[index]
-        tokens = encoded if conversation else np.concatenate([begin, encoded])
-        prefix = tokens[:deduplicate_prefix_tokens].tobytes()
-        if len(tokens) > max_prompt_tokens:
+
+    def is_kept(prompt: Prompt) -> bool:
+        user = prompt.user
+        prefix = hashlib.blake2b(prompt.tokens[:deduplicate_prefix_tokens].tobytes(), digest_size=16).digest()
+        if len(prompt.tokens) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
         elif deduplicate_prefix_tokens is not None and prefix in prefixes:
             dropped["duplicate"] += 1
         elif user is not None and max_per_user is not None and of_user[user] >= max_per_user:
             dropped["over_user_limit"] += 1
         else:
-            prefixes.add(prefix)
+            if deduplicate_prefix_tokens is not None:
+                prefixes.add(prefix)
             if user is not None:
                 of_user[user] += 1
-            others = {name: value for name, value in records[index].fields.items() if name not in ("prompt", "user")}
-            messages = conversation.prompt if conversation else None
-            items.append(Prompt(index, texts[index], user, tokens, others, messages))
+            return True
+        return False
+
+    items = into(filter(is_kept, _read(source, tokenizer, columns)))
     limits = {
         **length_limits(max_prompt_tokens),
         "over_user_limit": f"data.max_per_user={max_per_user}",
         "duplicate": f"data.deduplicate_prefix_tokens={deduplicate_prefix_tokens}",
     }
     return Examples(str(source), items, dropped, limits)
+
+
+def _read(source: str | Path, tokenizer: Tokenizer, columns: Columns) -> Iterator[Prompt]:
+    """All prompts of a source."""
+    chat, count = Chat(tokenizer), 0
+    begin = np.array(tokenizer.start_ids, dtype=np.int32)  # templates begin texts themselves
+    for records in windows(read_records(source, columns, kind="prompts")):
+        conversations = [_conversation(record) for record in records]
+        texts = [
+            chat.prompt_text(conversation) if conversation else read_prompt(record, tokenizer)
+            for record, conversation in zip(records, conversations, strict=True)
+        ]
+        encoded = tokenizer.encode_stream(texts)
+        for record, conversation, text, ids in zip(records, conversations, texts, encoded, strict=True):
+            tokens = ids if conversation else np.concatenate([begin, ids])
+            others = {name: value for name, value in record.fields.items() if name not in ("prompt", "user")}
+            messages = conversation.prompt if conversation else None
+            yield Prompt(count, text, read_user(record), tokens, others, messages)
+            count += 1
 
 
 def _conversation(record: Record) -> Conversation | None:

@@ -1,13 +1,16 @@
 """What is trained on and what is held out: items that belong together are on the same side."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.item_store import choose
 from megatron_rlhf.data.prompts import Prompt
 
 Item = TypeVar("Item")
@@ -15,8 +18,16 @@ Item = TypeVar("Item")
 
 def hold_out(
     items: Sequence[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
-) -> tuple[list[Item], list[Item]]:
-    """(training, validation): a seeded share of the items, at least one where the fraction is positive.
+) -> tuple[Sequence[Item], Sequence[Item]]:
+    """(training, validation): a seeded share of the items, at least one where the fraction is positive."""
+    held = held_out(items, fraction, seed, owners)
+    return choose(items, np.setdiff1d(np.arange(len(items)), held)), choose(items, held)
+
+
+def held_out(
+    items: Sequence[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
+) -> npt.NDArray[np.int64]:
+    """Indices of a seeded share of the items, ascending, at least one where the fraction is positive.
 
     Items that have an owner in common stay together, so that the share may be smaller than asked for.
 
@@ -24,7 +35,10 @@ def hold_out(
         UserError: All items belong together.
     """
     wanted = min(max(round(len(items) * fraction), 1), len(items) - 1) if fraction > 0 else 0
-    groups = _together([owners(item) for item in items])
+    owned = [tuple(owners(item)) for item in items]
+    if not any(owned):
+        return np.sort(np.random.default_rng(seed).permutation(len(items))[:wanted])
+    groups = _together(owned)
     order = np.random.default_rng(seed).permutation(len(groups))
     held: set[int] = set()
     for group in (groups[i] for i in order):
@@ -37,21 +51,26 @@ def hold_out(
         raise UserError(
             f"nothing can be held out of {len(items)} prompts of one user; give data.validation, or data.validation_fraction=0"
         )
-    training = [item for i, item in enumerate(items) if i not in held]
-    return training, [items[i] for i in sorted(held)]
+    return np.array(sorted(held), dtype=np.int64)
 
 
 def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
-    """Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
+    """The prompts of each part, see `parts_by_user`."""
+    items = list(prompts)
+    return [[items[i] for i in part] for part in parts_by_user(items, fractions, seed)]
+
+
+def parts_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[npt.NDArray[np.int64]]:
+    """Indices of each part. Splits so that no user is in two parts, such as train, validation and test by `(0.9, 0.05, 0.05)`.
 
     A user's part follows from a hash of the user and the seed, so that adding prompts moves nobody. A prompt without a
     user counts as a user of its own. The fractions are shares of the users, relative to their sum.
     """
     assert fractions, "at least one fraction"
-    parts: list[list[Prompt]] = [[] for _ in fractions]
-    for prompt in prompts:
-        parts[place_of(prompt.user, prompt.text, fractions, seed)].append(prompt)
-    return parts
+    parts = [array("q") for _ in fractions]
+    for index, prompt in enumerate(prompts):
+        parts[place_of(prompt.user, prompt.text, fractions, seed)].append(index)
+    return [np.frombuffer(part, np.int64) if part else np.zeros(0, np.int64) for part in parts]
 
 
 def place_of(user: str | None, text: str, fractions: Sequence[float], seed: int) -> int:

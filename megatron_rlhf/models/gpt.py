@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models import adapters, trainable
+from megatron_rlhf.models.fusions import fusions
 from megatron_rlhf.models.layers import block_spec
 from megatron_rlhf.models.packed import LanguageModel, ScalarModel
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -48,6 +49,12 @@ def transformer_config(
     if parallel.recompute.value == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     dtype = _DTYPES[precision]
+    settings: dict[str, Any] = {
+        "activation_func": _ACTIVATIONS[model.activation],
+        **fusions(model, parallel.fused_kernels),
+        **(_fp8_settings(fp8_recipe) if precision is Precision.fp8_hybrid else {}),
+        **recompute,
+    }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -57,7 +64,6 @@ def transformer_config(
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         normalization="RMSNorm" if model.norm is Norm.rmsnorm else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
-        activation_func=_ACTIVATIONS[model.activation],
         gated_linear_unit=model.activation is Activation.swiglu,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
@@ -65,11 +71,7 @@ def transformer_config(
         init_method_std=model.init_std,
         hidden_dropout=dropout,
         attention_dropout=0.0,
-        bias_activation_fusion=False,  # its kernels are compiled, and support only some of the activations
-        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -87,12 +89,11 @@ def transformer_config(
         calculate_per_token_loss=True,  # data parallelism sums gradients: losses are normalised by global counts
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        **(_fp8_settings(fp8_recipe) if precision is Precision.fp8_hybrid else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # The interleaved schedule frees what it is still sending. CUDA's streams order that; gloo would read freed memory.
         deallocate_pipeline_outputs=layout.virtual_stages is None or torch.cuda.is_available(),
-        **recompute,
+        **settings,
     )
 
 

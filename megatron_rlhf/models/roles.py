@@ -122,8 +122,21 @@ class Role:
 
     @property
     def modules(self) -> list[GPTModel]:
-        """The chunks without the wrapper that data parallelism puts around them."""
+        """The chunks without the wrapper that data parallelism puts around them; their weights are there to be read."""
+        self.settle()
+        return self.unwrapped
+
+    @property
+    def unwrapped(self) -> list[GPTModel]:
+        """The same where weights are not read: data-parallel ranks may still be sending each other those of an update."""
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
+
+    def settle(self) -> None:
+        """Wait for updated weights that data-parallel ranks are still sending each other. Passes do, for those they use."""
+        for chunk in self.chunks:
+            for group in getattr(chunk, "bucket_groups", ()):
+                if group.param_gather_handle is not None:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def frozen(self) -> "Role":
         """The same, without gradients or dropout."""
@@ -140,7 +153,7 @@ class Role:
 
     def pad_length(self, length: int) -> int:
         """The length to which sequences of `length` tokens are padded: parallelism and fp8 want multiples."""
-        parts = self.layout.config.token_multiple * fp8.token_multiple(self.modules)
+        parts = self.layout.config.token_multiple * fp8.token_multiple(self.unwrapped)
         return (length + parts - 1) // parts * parts
 
     @functools.cached_property
@@ -160,7 +173,7 @@ class Role:
     @property
     def in_fp8(self) -> bool:
         """Whether its layers compute in fp8 now."""
-        return fp8.is_on(self.modules)
+        return fp8.is_on(self.unwrapped)
 
     def switch_fp8(self, on: bool) -> None:
         """Layers in fp8 or in bf16, from the next forward pass on."""
@@ -177,7 +190,7 @@ class Role:
         """`evaluating` for many passes of one token each: fp8 only if requested and the model trains in it."""
         with contextlib.ExitStack() as stack:
             if self.in_fp8 and in_fp8:
-                stack.enter_context(fp8.decoding(self.chunks, fp8.token_multiple(self.modules)))
+                stack.enter_context(fp8.decoding(self.chunks, fp8.token_multiple(self.unwrapped)))
             else:
                 stack.enter_context(self.without_fp8())
             stack.enter_context(self.evaluating(decoding=True))
@@ -187,7 +200,7 @@ class Role:
     def evaluating(self, decoding: bool = False) -> Iterator[None]:
         """Dropout off, no gradients; decoding also switches sequence parallelism off: one token cannot be split."""
         modes = [chunk.training for chunk in self.chunks]
-        modules = self.modules
+        modules = self.unwrapped
         sequence_parallel = decoding and any(module.config.sequence_parallel for module in modules)
         for chunk in self.chunks:
             chunk.eval()

@@ -73,12 +73,48 @@ def share_rows(rows: Tensor, layout: ParallelLayout) -> Tensor:
     return from_last_stage(rows, layout)
 
 
-def largest(figures: Mapping[str, float]) -> dict[str, float]:
-    """Each number's largest value over the ranks of the world; a rank may lack some."""
-    parts: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, dict(figures))
-    names = {name: None for part in parts for name in part}
-    return {name: max(part[name] for part in parts if name in part) for name in names}
+class Largest:
+    """Each number's largest value over the ranks of the world; a rank may lack some.
+
+    One small reduction: names are exchanged only when a rank has one that was not exchanged before.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def of(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Collective over the world."""
+        is_new = not figures.keys() <= set(self._names)
+        numbers = [float(is_new), *(figures.get(name, -torch.inf) for name in self._names)]
+        largest_n = torch.tensor(numbers, dtype=torch.float64, device=device())
+        dist.all_reduce(largest_n, op=dist.ReduceOp.MAX)
+        someone_has_new, *largest = largest_n.tolist()
+        if not someone_has_new:
+            return {name: value for name, value in zip(self._names, largest, strict=True) if value > -torch.inf}
+        parts: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, list(figures))
+        self._names = list(dict.fromkeys(name for part in [self._names, *parts] for name in part))
+        return self.of(figures)
+
+
+def first_message(message: str | None) -> tuple[int, str] | None:
+    """The lowest rank that has a message, and its message, on all ranks; None if no rank has one. Collective over the world."""
+    nobody = dist.get_world_size()
+    speaker_1 = torch.tensor([nobody if message is None else dist.get_rank()], device=device())
+    dist.all_reduce(speaker_1, op=dist.ReduceOp.MIN)
+    speaker = int(speaker_1)
+    if speaker == nobody:
+        return None
+    box = [message]
+    dist.broadcast_object_list(box, src=speaker)
+    return speaker, str(box[0])
+
+
+def gather_on_first_rank(value: T) -> list[T]:
+    """The values of all ranks of the world on the first one; nothing on the others. Collective."""
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, gathered if dist.get_rank() == 0 else None)
+    return gathered
 
 
 def publish(tensor: Tensor, layout: ParallelLayout) -> Tensor:

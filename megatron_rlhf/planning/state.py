@@ -15,11 +15,12 @@ def frozen_bytes(placed: PlacedModel, stage: int) -> Bytes:
 def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Bytes:
     """A trained model. Of what trains of it: fp32 gradients, two fp32 moments, and fp32 master weights unless its own are fp32.
 
-    The distributed optimizer shards moments, master weights and their moving average (`average`) over data and context
-    parallelism.
+    The distributed optimizer shards moments and master weights over data and context parallelism. Their moving average
+    (`average`) is always sharded so.
     """
     count = placed.trained_parameters(stage)
-    shards = placed.data * placed.parallel.context if placed.parallel.distributed_optimizer else 1
+    ranks = placed.data * placed.parallel.context
+    shards = ranks if placed.parallel.distributed_optimizer else 1
     copies = 2 if placed.precision is Precision.fp32 else 3
     state: Bytes = {
         "weights": placed.parameters(stage) * placed.element,
@@ -29,5 +30,5 @@ def trained_bytes(placed: PlacedModel, stage: int, average: bool = False) -> Byt
     if placed.precision is Precision.fp8_hybrid:  # kept between microbatches: one for each of the two matrix layouts
         state["fp8 weights"] = 2 * placed.stage_layers(stage) * layer_parameters(placed.model, placed.parallel.tensor)
     if average:
-        state["ema"] = count * FP32 / shards
+        state["ema"] = count * FP32 / ranks
     return state

@@ -19,28 +19,28 @@ class RanksDisagree(RunFailed):
 
 
 def require_same_batch(step: int, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
-    """Compare step and token ids of the whole batch over the world. Collective: two integers per rank.
+    """Compare step and token ids of the whole batch over the world. Collective: one reduction of four integers.
 
     Raises:
         RanksDisagree: on all ranks, naming those that differ from the majority.
     """
-    mine = torch.tensor([step, fingerprint(sequences)], device=collectives.device())
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
-    rows: list[tuple[int, int]] = [(int(row[0]), int(row[1])) for row in gathered]
-    if len(set(rows)) == 1:
+    mine = step, fingerprint(sequences)
+    largest_n = torch.tensor([*mine, *(-number for number in mine)], device=collectives.device())
+    dist.all_reduce(largest_n, op=dist.ReduceOp.MAX)
+    *largest, minus_step, minus_batch = largest_n.tolist()
+    if largest == [-minus_step, -minus_batch]:
         return
-    hosts: list[Any] = [None] * len(rows)
-    dist.all_gather_object(hosts, socket.gethostname())
-    usual = Counter(rows).most_common(1)[0][0]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (mine, socket.gethostname()))
+    usual = Counter(row for row, _ in gathered).most_common(1)[0][0]
     named = [
-        f"rank {rank} on {hosts[rank]} is at step {row[0] + 1} with batch {row[1]:08x}"
-        for rank, row in enumerate(rows)
+        f"rank {rank} on {host} is at step {row[0] + 1} with batch {row[1]:08x}"
+        for rank, (row, host) in enumerate(gathered)
         if row != usual
     ]
     raise RanksDisagree(
         f"ranks went different ways: {'; '.join(named[:4])}; the others are at step {usual[0] + 1} with batch "
-        f"{usual[1]:08x} (all_gather before the step). Do all nodes see the same data files and configuration?"
+        f"{usual[1]:08x} (all_reduce before the step). Do all nodes see the same data files and configuration?"
     )
 
 

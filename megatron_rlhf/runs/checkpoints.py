@@ -103,13 +103,12 @@ class CheckpointWriter:
     def _fill(self, draft: Draft, roles: Sequence[Trained], state: Mapping[str, Any], with_optimizer: bool) -> None:
         shapes: dict[str, Role] = {}
         for trained in roles:
-            saved = SavedRole(trained.role, trained.optimizer if with_optimizer else None)
-            draft.add(trained.role.name, sharded.state_to_save(saved))
-            shapes[trained.role.name] = trained.role
+            parts = [SavedRole(trained.role, trained.optimizer if with_optimizer else None)]
             if trained.average is not None:
-                with trained.average.as_weights() as averaged:
-                    draft.add(averaged.name, sharded.state_to_save(SavedRole(averaged)))
-                    shapes[averaged.name] = averaged
+                parts.append(trained.average.saved())
+            for saved in parts:
+                draft.add(saved.role.name, sharded.state_to_save(saved))
+                shapes[saved.role.name] = saved.role
         tokenizer = self.tokenizer
         if tokenizer is not None:
             on_first_rank(lambda: tokenizer.save(draft.path / naming.TOKENIZER))

@@ -31,7 +31,10 @@ def _keys(change: Change, prefix: str, names: str) -> dict[str, Change]:
 
 
 def _parallel(prefix: str) -> dict[str, Change]:
-    free = "tensor pipeline virtual_stages last_stage_layers context expert sequence recompute"
+    free = (
+        "tensor pipeline virtual_stages last_stage_layers context expert sequence recompute overlap_grad_reduce "
+        "overlap_param_gather fused_kernels"
+    )
     # Megatron-Core's two kinds of optimizer state do not load into each other.
     return _keys(Change.free, prefix, free) | _keys(Change.refused, prefix, "distributed_optimizer")
 

@@ -26,7 +26,7 @@ from megatron_rlhf.monitoring.mirrors import Services
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
-from megatron_rlhf.parallel.collectives import largest
+from megatron_rlhf.parallel.collectives import Largest
 from megatron_rlhf.runs import candidates, resume_table
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
@@ -66,6 +66,7 @@ class Session:
     interruption: Interruption = field(default_factory=Interruption)
     content: dict[str, Any] = field(default_factory=dict)
     """What identifies models and data in a checkpoint."""
+    _largest: Largest = field(default_factory=Largest)
     _stops: bool = False
     _peak: float = 0.0
 
@@ -165,8 +166,7 @@ class Session:
         for trained in roles:
             sharded.load_role(self.resume_from, SavedRole(trained.role, trained.optimizer))
             if trained.average is not None:
-                with trained.average.as_weights() as averaged:
-                    sharded.load_role(self.resume_from, SavedRole(averaged))
+                sharded.load_role(self.resume_from, trained.average.saved())
         state = sharded.read_meta(self.resume_from)["state"]
         log.info("resumed from %s at step %d", self.resume_from, state["step"])
         return state
@@ -248,7 +248,7 @@ class Session:
         "step" to give rates.
         """
         mine = self.timer.take()
-        phases = largest({**mine, **self.waiting.figures(mine.get("time/step_s", 0.0))})
+        phases = self._largest.of({**mine, **self.waiting.figures(mine.get("time/step_s", 0.0))})
         self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
         line = {**metrics, **self.waiting.metrics(phases), **phases, "memory/peak_bytes": self._peak}
         if "time/resharding_s" in line:

@@ -1,18 +1,18 @@
 """What a checkpoint stores of a role that is being trained."""
 
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.models.roles import Role
 
 
 class Average(Protocol):
     """A moving average of a role's weights."""
 
-    def as_weights(self) -> AbstractContextManager[Role]:
-        """The role with the average in place of its weights, under a separate name."""
+    def saved(self) -> SavedRole:
+        """What a checkpoint holds of it, under a name of its own."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Ends a job in which a rank has died, hangs, or waits for something the others do not do, and says which rank.
 
-A thread of each rank leaves a heartbeat in the rendezvous store. The first rank's thread reads all of them, the others
-read the first's. The thread that finds something wrong reports it once and leaves the verdict in the store; every
+A thread of each rank leaves a heartbeat in the rendezvous store (`board`). The first rank's thread reads all of them, the
+others read the first's. The thread that finds something wrong reports it once and leaves the verdict in the store; every
 thread that sees it ends its process, whatever the main thread is stuck in.
 """
 
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import Interrupted
+from megatron_rlhf.runs.board import Board, Heard, states
 from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Watchdog:
         self._step: Callable[[], int] = lambda: 0
         self._roles: Sequence[str] = ()
         self._broken_at: Place | None = None
+        self._first: Beat | None = None
+        """The first rank's last heartbeat, on the others."""
         self._stop = threading.Event()
         self._answered = time.monotonic()
         """When the store last answered."""
@@ -70,7 +73,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.timeout_s > 0:
             self._store = _own_store()
-            self._heard = _Heard(dist.get_world_size())
+            self._board = Board(self._store, self._beat.rank, dist.get_world_size())
+            self._heard = Heard(dist.get_world_size())
             self._answered = time.monotonic()
             self._thread.start()
             self._waiter.start()
@@ -112,7 +116,7 @@ class Watchdog:
                 still_since = now
             self._update(now - still_since)
             try:
-                self._store.set(str(self._beat.rank), self._beat.dump())
+                self._board.publish(self._beat)
                 if stopping:
                     return
                 self._end_if_told()
@@ -146,28 +150,37 @@ class Watchdog:
 
     def _judge(self) -> None:
         first = self._beat.rank == 0
-        for rank in range(dist.get_world_size()) if first else [0]:
-            if self._store.check([str(rank)]):
-                self._heard.update(Beat.load(self._store.get(str(rank))))
-        beats = list(self._heard.beats.values())
-        if any(beat.state is State.left for beat in beats):
+        if first:
+            entries = self._board.blocks()
+            self._heard.update(entries["count"])
+            stuck, found = float(entries["still_s"].max()), states(entries)
+        else:
+            stuck, found = 0.0, set()
+            for beat in self._board.about([0]):
+                self._first, found = beat, {beat.state}
+                self._heard.update_one(0, beat.count)
+        if State.left in found:
             time.sleep(self._soon)  # that rank reports why; the launcher may end this one first
             self._end_all(None, [])
-        broken = self._beat.state is State.broken or any(beat.state is State.broken for beat in beats)
-        silent = self._heard.silent_for(self._soon if broken else self._silent_after)
-        if not first:
-            silent = [rank for rank in silent if rank == 0]
+        broken = State.broken in (self._beat.state, *found)
+        silent = self._silent_for(self._soon if broken else self._silent_after)
         if silent:
             self._end_all(self._tell_silent(silent), silent)
-        if first and max(beat.still_s for beat in beats) > self._stuck_after:
-            self._end_all(tell_stuck(beats), [])
+        if stuck > self._stuck_after:
+            self._end_all(tell_stuck(self._board.about(range(dist.get_world_size()))), [])
+
+    def _silent_for(self, seconds: float) -> list[int]:
+        """Of the ranks that this one listens to. The rank that puts a block together may be the one that is gone."""
+        silent = [rank for rank in self._heard.silent_for(seconds) if self._beat.rank == 0 or rank == 0]
+        for rank in silent:
+            self._heard.update_one(rank, self._board.count(rank))
+        return [rank for rank in silent if self._heard.silence(rank) > seconds]
 
     def _tell_silent(self, silent: Sequence[int]) -> str:
         parts = []
         for rank in silent:
             seconds = self._heard.silence(rank)
-            beat = self._heard.beats.get(rank)
-            last = f"; last seen: {beat.describe()}" if beat else ""
+            last = "".join(f"; last seen: {beat.describe()}" for beat in self._board.about([rank]))
             parts.append(f"rank {rank} is dead or frozen: nothing was heard of it for {seconds:.0f} s{last}")
         return f"{'; '.join(parts)}. {self._beat.describe()}"
 
@@ -176,7 +189,7 @@ class Watchdog:
         if self._store.add("verdicts", 1) == 1:
             if message is not None:
                 log.critical("watchdog: %s. The job ends (watchdog.timeout_s=%g).", message, self.timeout_s)
-            victims = [self._heard.beats[rank] for rank in kill if rank in self._heard.beats]
+            victims = self._board.about(kill)
             self._store.set("verdict", json.dumps([victim.dump() for victim in victims]))
             self._kill(victims)
             time.sleep(2 * self._interval)  # the store may end with this process: let the others read it
@@ -197,8 +210,7 @@ class Watchdog:
     def _without_store(self, why: str) -> None:
         """The store lives in the first rank's process, or in torchrun."""
         if self._beat.rank <= 1:  # the others would say the same
-            last = self._heard.beats.get(0)
-            seen = f"; last seen: {last.describe()}" if last else ""
+            seen = f"; last seen: {self._first.describe()}" if self._first else ""
             log.critical(
                 "watchdog: rank 0, or the launcher, is dead or frozen: the rendezvous store is gone (%s)%s. %s. "
                 "The job ends (watchdog.timeout_s=%g).",
@@ -207,40 +219,13 @@ class Watchdog:
                 self._beat.describe(),
                 self.timeout_s,
             )
-        if self._beat.rank > 0 and 0 in self._heard.beats:
-            self._kill([self._heard.beats[0]])
+        if self._first:
+            self._kill([self._first])
         self._end(EXIT_CODE)
 
     def _end(self, code: int) -> None:
         logging.shutdown()
         os._exit(code)
-
-
-class _Heard:
-    """The newest heartbeat of each rank, and when it arrived, by this rank's clock."""
-
-    def __init__(self, world_size: int):
-        now = time.monotonic()
-        self.beats: dict[int, Beat] = {}
-        self._times = dict.fromkeys(range(world_size), now)
-        self._looked = now
-
-    def update(self, beat: Beat) -> None:
-        known = self.beats.get(beat.rank)
-        if known is None or known.count != beat.count:
-            self.beats[beat.rank] = beat
-            self._times[beat.rank] = time.monotonic()
-
-    def silence(self, rank: int) -> float:
-        return time.monotonic() - self._times[rank]
-
-    def silent_for(self, seconds: float) -> list[int]:
-        """Ranks not heard from for this long. A pause of this process (a suspended job) does not count."""
-        now = time.monotonic()
-        if now - self._looked > seconds / 2:
-            self._times = dict.fromkeys(self._times, now)
-        self._looked = now
-        return [rank for rank in self._times if now - self._times[rank] > seconds]
 
 
 def tell_stuck(beats: Sequence[Beat]) -> str:

@@ -41,7 +41,7 @@ def masters_of(role: Role, optimizer: MegatronOptimizer | None) -> list[dict[str
     """For each chunk of the role, by parameter name; only those that train and that this rank owns a part of."""
     return [
         {name: master for name, p in chunk.named_parameters() if (master := _master(p, optimizer)) is not None}
-        for chunk in role.modules
+        for chunk in role.unwrapped
     ]
 
 

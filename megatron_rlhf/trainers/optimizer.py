@@ -18,9 +18,14 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 
 def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronOptimizer | None:
     """Wrap the role's chunks for data parallelism and build their optimizer. Collective; None on ranks outside the layout."""
-    layout = role.layout
+    layout, parallel = role.layout, role.layout.config
+    overlaps = parallel.distributed_optimizer and layout.dp_size * parallel.context > 1
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.config.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=overlaps and parallel.overlap_grad_reduce,
+        overlap_param_gather=overlaps and parallel.overlap_param_gather,
+        align_param_gather=True,  # `gather_weights` begins to gather, not the first pass that needs them
     )
     with layout:
         role.chunks = [
@@ -30,31 +35,61 @@ def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronO
         for chunk in role.chunks:
             assert isinstance(chunk, DistributedDataParallel)
             chunk.broadcast_params()
-            _keep_padding_between_buckets(chunk)
         if not layout.is_member:
             return None
         optimizer = _build_optimizer(role, config, precision)
-    transformer_config = role.modules[0].config
+    transformer_config = role.unwrapped[0].config
     transformer_config.finalize_model_grads_func = _finalize
     transformer_config.grad_scale_func = optimizer.scale_loss
+    if ddp_config.overlap_grad_reduce:
+        sync = [chunk.no_sync for chunk in _wrapped(role)]  # until a chunk's last microbatch
+        transformer_config.no_sync_func = sync if len(sync) > 1 else sync[0]
+    keep_weights(role)
     return optimizer
 
 
-def _keep_padding_between_buckets(chunk: DistributedDataParallel) -> None:
-    # Megatron-Core drops the padding between gradient buckets when it gathers the optimizer's state for a fully
-    # reshardable checkpoint, yet cuts parameters out of it at offsets that count the padding: with tied embeddings (a
-    # bucket of their own) whose size is not a multiple of 128, moments of other weights are saved. Declaring padding to
-    # be content makes both agree.
-    for buffer in chunk.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
+@contextlib.contextmanager
+def unreduced(role: Role) -> Iterator[None]:
+    """A schedule inside only accumulates gradients on each rank."""
+    config = role.unwrapped[0].config
+    before = config.no_sync_func, config.finalize_model_grads_func
+    config.no_sync_func = config.finalize_model_grads_func = None
+    with contextlib.ExitStack() as stack:
+        for chunk in _wrapped(role):
+            stack.enter_context(chunk.no_sync())
+        yield
+    config.no_sync_func, config.finalize_model_grads_func = before
 
 
 def reduce_gradients(role: Role) -> None:
     """Sum over ranks what they have accumulated, as the end of a schedule does. Collective over the role's layout."""
     with role.layout:
+        for chunk in _wrapped(role):
+            if chunk.ddp_config.overlap_grad_reduce:
+                chunk.start_grad_sync()
         _finalize(list(role.chunks), pg_collection=role.layout.groups)
+    keep_weights(role)
+
+
+def gather_weights(role: Role) -> None:
+    """After a step, where gathering is overlapped: begin to send every rank what others have updated. Collective.
+
+    All is sent at once, and passes only wait: one that other data-parallel ranks have no part in must start nothing.
+    """
+    for chunk in _wrapped(role):
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()
+
+
+def keep_weights(role: Role) -> None:
+    """The weights are whole as they are: nothing is to be gathered, though Megatron-Core counts on a step after a sum."""
+    for chunk in _wrapped(role):
+        for group in chunk.bucket_groups:
+            group.param_gather_dispatched = True
+
+
+def _wrapped(role: Role) -> list[DistributedDataParallel]:
+    return [chunk for chunk in role.chunks if isinstance(chunk, DistributedDataParallel)]
 
 
 def _finalize(model, num_tokens=None, **kwargs) -> None:
@@ -74,7 +109,7 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
         initial_loss_scale=2.0**16,  # fp16; Megatron-Core's 2**32 would skip the first sixteen updates
         bf16=precision in (Precision.bf16, Precision.fp8_hybrid),
         fp16=precision is Precision.fp16,
-        params_dtype=role.modules[0].config.params_dtype,
+        params_dtype=role.unwrapped[0].config.params_dtype,
         use_distributed_optimizer=role.layout.config.distributed_optimizer,
     )
     with _groups_of(role.layout):

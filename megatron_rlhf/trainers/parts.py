@@ -1,12 +1,16 @@
 """The parts that stages are built of: where weights come from, roles, tokenizer, pretraining text."""
 
 import dataclasses
+import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
@@ -18,15 +22,17 @@ from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, S
 from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint, Wanted
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.formats.shape import Shape
+from megatron_rlhf.data.item_store import IN_MEMORY, InMemory, choose
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
 from megatron_rlhf.data.prompts import Prompt, load_prompts
-from megatron_rlhf.data.splits import split_by_user
+from megatron_rlhf.data.splits import parts_by_user
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
+from megatron_rlhf.trainers.records import load_once, on_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +81,13 @@ def keep_start(
 
 def keep_data(session: Session, what: str, keys: Sequence[str], examples: Iterable[Sequence[int] | np.ndarray]) -> None:
     """A resumed run must read the same examples, wherever they are. `examples`: what each is made of, as integers."""
-    pieces = list(examples)
-    session.require_same(what, keys, {"pieces": len(pieces), "checksum": f"{fingerprint(pieces):08x}"})
+
+    def describe() -> dict[str, Any]:
+        count = itertools.count()
+        checksum = fingerprint(piece for piece, _ in zip(examples, count, strict=False))
+        return {"pieces": next(count), "checksum": f"{checksum:08x}"}
+
+    session.require_same(what, keys, on_first_rank(describe))
 
 
 def make_role(
@@ -120,15 +131,29 @@ def read_text(path: str, key: str) -> str:
         raise UserError(f"{key}={path} is not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
-def make_prompts(source: str, config: PromptRulesConfig, tokenizer: Tokenizer) -> Examples[Prompt]:
-    """The prompts that remain of the file (or `datasets` name) `source`, from the requested part."""
+def make_prompts(
+    source: str, config: PromptRulesConfig, tokenizer: Tokenizer, run_dir: str | None = None
+) -> Examples[Prompt]:
+    """The prompts that remain of the file (or `datasets` name) `source`, from the requested part: on the disk where there is a
+    run's folder. Collective."""
     limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
     shape = Shape.of(config.format, config.columns.given(), config.chat)
-    prompts = load_prompts(source, tokenizer, *limits, shape)
+
+    def load(into: InMemory) -> Examples[Prompt]:
+        return load_prompts(source, tokenizer, *limits, shape, into)
+
+    if run_dir is None:
+        prompts = load(IN_MEMORY)
+    else:
+        prompts = load_once("prompts", source, config, tokenizer, limits, run_dir, Prompt, load)
     prompts.report()
     if config.part is not PromptPart.all:
-        names = [PromptPart.train, PromptPart.validation, PromptPart.test]
-        part = split_by_user(prompts, config.part_shares, seed=0)[names.index(config.part)]
+        place = [PromptPart.train, PromptPart.validation, PromptPart.test].index(config.part)
+
+        def find() -> npt.NDArray[np.int64]:
+            return parts_by_user(prompts, config.part_shares, seed=0)[place]
+
+        part = choose(prompts.items, find() if run_dir is None else on_first_rank(find))
         others = {f"outside data.part={config.part.value}": len(prompts) - len(part)}
         prompts = Examples(prompts.source, part, prompts.dropped | others)
         log.info(prompts.describe())
@@ -139,15 +164,19 @@ def warn_of_shared_prompts(
     training: Iterable[Tokens], validation: Iterable[Tokens], *, key: str = "data.validation"
 ) -> None:
     """A separate validation file, of the key, is used as it is, but with a warning where it repeats training examples."""
-    known = {prompt.tobytes() for prompt in training}
-    asked = [prompt.tobytes() for prompt in validation]
-    shared = sum(prompt in known for prompt in asked)
+
+    def count() -> tuple[int, int]:
+        asked = Counter(prompt.tobytes() for prompt in validation)
+        seen = {text for prompt in training if (text := prompt.tobytes()) in asked}
+        return sum(asked[text] for text in seen), asked.total()
+
+    shared, asked = on_first_rank(count)
     if shared:
         log.warning(
             "%s: %d of its %d prompts are trained on too; on those, figures say little about new prompts",
             key,
             shared,
-            len(asked),
+            asked,
         )
 
 

@@ -203,6 +203,7 @@ class PPOTrainer(Trainer):
         """Copy the policy's current weights to the sampling layout."""
         if self.refresh_sampler is not None:
             with self.session.timer("resharding"):
+                self.policy.role.settle()
                 self.refresh_sampler()
 
     def _pretrain_ahead(self) -> None:

@@ -1,7 +1,7 @@
 """From a configuration to a trainer: data and starting points are checked first, then models are built."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,15 @@ from megatron_rlhf.data.comparisons import Comparison, load_comparisons
 from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.formats.shape import Shape
+from megatron_rlhf.data.item_store import InMemory, Mapped, choose
 from megatron_rlhf.data.mix import Mix
-from megatron_rlhf.data.splits import hold_out
+from megatron_rlhf.data.splits import held_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training, parts
 from megatron_rlhf.trainers.export import require_exportable
+from megatron_rlhf.trainers.records import load_once, on_first_rank
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.setup_evaluation import build_evaluate
 from megatron_rlhf.trainers.setup_ppo import build_ppo
@@ -51,7 +53,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
-    load = partial(_load_demonstrations, data, tokenizer, limits)
+    load = partial(_load_demonstrations, data, tokenizer, limits, config.run.dir)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
         demonstrations = load(data.demonstrations)
@@ -59,7 +61,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
         parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], _pieces(demonstrations))
         if data.validation is not None:
             validation = load(data.validation)
-            prompts = ([d.tokens[: d.prompt_length] for d in part] for part in (demonstrations, validation))
+            prompts = ((d.tokens[: d.prompt_length] for d in part) for part in (demonstrations, validation))
             parts.warn_of_shared_prompts(*prompts)
         parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _pieces(validation or []))
     mix = Mix(config.sft.batch_size, data.pretraining_mix)
@@ -68,7 +70,9 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     pretraining = None
     if data.pretraining_mix > 0:
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
-    longest = max((len(d.tokens) for part in (demonstrations, validation) for d in part or ()), default=0)
+    longest = on_first_rank(
+        lambda: max((len(d.tokens) for part in (demonstrations, validation) for d in part or ()), default=0)
+    )
     if pretraining is not None:
         longest = max(longest, data.pretraining.sequence_length)
     require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
@@ -102,13 +106,23 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
     columns = Shape.of(data.format, data.columns.given(), data.chat)
-    loaded = load_comparisons(data.comparisons, tokenizer, *limits, columns)
+
+    def load(source: str) -> Examples[Comparison]:
+        def read(into: InMemory) -> Examples[Comparison]:
+            return load_comparisons(source, tokenizer, *limits, columns, into)
+
+        return load_once("comparisons", source, data, tokenizer, limits, config.run.dir, Comparison, read)
+
+    loaded = load(data.comparisons)
     loaded.report()
+    training: Sequence[Comparison] = loaded.items
     if data.validation is not None:
-        training, validation = list(loaded), list(load_comparisons(data.validation, tokenizer, *limits, columns))
-        parts.warn_of_shared_prompts(*([c.prompt_tokens for c in part] for part in (training, validation)))
+        validation: Sequence[Comparison] = load(data.validation).items
+        parts.warn_of_shared_prompts(*((c.prompt_tokens for c in part) for part in (training, validation)))
     else:
-        training, validation = hold_out(list(loaded), data.validation_fraction, config.run.seed, lambda c: c.users)
+        fraction, seed = data.validation_fraction, config.run.seed
+        held = on_first_rank(lambda: held_out(loaded.items, fraction, seed, lambda c: c.users))
+        training, validation = choose(training, np.setdiff1d(np.arange(len(training)), held)), choose(training, held)
     log.info("%d prompts to train on, %d held out", len(training), len(validation))
     algorithm = config.reward_model
     steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
@@ -116,15 +130,24 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
     parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
     if data.demonstrations is not None:
-        columns = Shape.of(None, data.demonstration_columns.given(), data.chat)
-        loaded_demonstrations = load_demonstrations(data.demonstrations, tokenizer, *limits, columns)
-        demonstrations = [d.up_to_end(tokenizer.end_id).tolist() for d in loaded_demonstrations]
+        source_of, shape = data.demonstrations, Shape.of(None, data.demonstration_columns.given(), data.chat)
+        loaded_demonstrations = load_once(
+            "demonstrations",
+            source_of,
+            data,
+            tokenizer,
+            limits,
+            config.run.dir,
+            Demonstration,
+            lambda into: load_demonstrations(source_of, tokenizer, *limits, shape, into=into),
+        )
+        demonstrations = Mapped(loaded_demonstrations.items, lambda d: d.up_to_end(tokenizer.end_id).tolist())
     else:
-        demonstrations = [
-            [*c.prompt_tokens.tolist(), *c.responses_tokens[i].tolist()] for c in training for i in c.best
-        ]
-    texts = [len(c.prompt_tokens) + len(r) for part in (training, validation) for c in part for r in c.responses_tokens]
-    longest = max([*texts, *map(len, demonstrations)])
+        best = on_first_rank(lambda: np.array([(n, i) for n, c in enumerate(training) for i in c.best]))
+        demonstrations = Mapped(best, lambda pair: _text(training[int(pair[0])], int(pair[1])))
+    longest = on_first_rank(
+        lambda: max(*map(_longest, training), *map(_longest, validation), *map(len, demonstrations))
+    )
     require_room(
         "reward_model.micro_batch_tokens",
         config.reward_model.micro_batch_tokens,
@@ -141,11 +164,25 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
 
 
 def _load_demonstrations(
-    data: DemonstrationDataConfig, tokenizer: Tokenizer, limits: tuple[int, int, int], source: str
+    data: DemonstrationDataConfig, tokenizer: Tokenizer, limits: tuple[int, int, int], run_dir: str, source: str
 ) -> Examples[Demonstration]:
     last = data.assistant_turns is AssistantTurns.last
     shape = Shape.of(data.format, data.columns.given(), data.chat)
-    return load_demonstrations(source, tokenizer, *limits, columns=shape, last_turn_only=last)
+
+    def read(into: InMemory) -> Examples[Demonstration]:
+        return load_demonstrations(source, tokenizer, *limits, shape, last, into)
+
+    return load_once("demonstrations", source, data, tokenizer, limits, run_dir, Demonstration, read)
+
+
+def _text(comparison: Comparison, response: int) -> list[int]:
+    """A prompt and one of its responses."""
+    return [*comparison.prompt_tokens.tolist(), *comparison.responses_tokens[response].tolist()]
+
+
+def _longest(comparison: Comparison) -> int:
+    """Tokens of the prompt and its longest response."""
+    return len(comparison.prompt_tokens) + max(map(len, comparison.responses_tokens))
 
 
 def _pieces(demonstrations: Iterable[Demonstration]) -> Iterator[np.ndarray]:

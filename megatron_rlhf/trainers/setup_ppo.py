@@ -23,6 +23,7 @@ from megatron_rlhf.trainers import partial_training, parts
 from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.export import require_exportable
 from megatron_rlhf.trainers.ppo import PPOTrainer
+from megatron_rlhf.trainers.records import on_first_rank
 from megatron_rlhf.trainers.step import TrainedRole
 from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
@@ -122,11 +123,11 @@ def _read_data(
     config: PPOConfig, tokenizer: Tokenizer, model: ModelConfig, session: Session
 ) -> tuple[Examples[Prompt], PretrainingData | None]:
     """Prompts and, where there is some, pretraining text; budgets in tokens must have room for both."""
-    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer)
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, config.run.dir)
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
     parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
     ppo, pretraining = config.ppo, None
-    longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_response_tokens
+    longest = on_first_rank(lambda: max(len(prompt.tokens) for prompt in prompts)) + config.rollout.max_response_tokens
     require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
     if config.data.pretraining.source is not None:
         text = config.data.pretraining.sequence_length

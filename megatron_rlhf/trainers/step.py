@@ -22,7 +22,7 @@ from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.trainers.average import MovingAverage
 from megatron_rlhf.trainers.gradients import Comparison, KeptGradient
 from megatron_rlhf.trainers.masters import masters_of
-from megatron_rlhf.trainers.optimizer import wrap
+from megatron_rlhf.trainers.optimizer import gather_weights, keep_weights, unreduced, wrap
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +88,8 @@ class TrainedRole:
         if self.optimizer is None:
             return Accumulated()
         self._clear_gradients()
-        config = self.role.modules[0].config
-        config.finalize_model_grads_func, finalize = None, config.finalize_model_grads_func
-        statistics = forward_backward(self.role.chunks, microbatches, self.role.layout)
-        config.finalize_model_grads_func = finalize
+        with unreduced(self.role):
+            statistics = forward_backward(self.role.chunks, microbatches, self.role.layout)
         return Accumulated(microbatches, statistics, KeptGradient.of(self.role) if keep else None)
 
     def update(self, microbatches: Sequence[Microbatch], lr: float, after: Accumulated | None = None) -> Update:
@@ -111,6 +109,7 @@ class TrainedRole:
         totals = collectives.reduce_statistics(statistics, layout)
         with layout:
             grad_norm, skipped, gradients = self._apply_gradients(lr, loss_is_finite(totals), after.kept)
+            (keep_weights if skipped else gather_weights)(self.role)
         # In fp16 gradients overflow now and then: the loss scale is lowered, nothing else is needed.
         by_scale = self.optimizer.chained_optimizers[0].config.fp16 and all(map(math.isfinite, totals.values()))
         if skipped and self.guard is not None and not by_scale:
@@ -138,7 +137,7 @@ class TrainedRole:
         """Master weights, moments and the moving average: what only an update needs."""
         if self.optimizer is None:
             return []
-        weights = {storage_of(parameter) for chunk in self.role.modules for parameter in chunk.parameters()}
+        weights = {storage_of(parameter) for chunk in self.role.unwrapped for parameter in chunk.parameters()}
         tensors = [tensor for shadow in self.average.shadows for tensor in shadow.values()] if self.average else []
         for part in self.optimizer.chained_optimizers:
             # In fp32 the optimizer works on the model's own weights, or on views of them.

@@ -16,7 +16,6 @@ from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Positions, P
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.vocab import token_logprobs
-from megatron_rlhf.trainers import optimizer
 from megatron_rlhf.trainers.step import TrainedRole
 
 # 67 x 32 tied embeddings are not a multiple of 128 numbers: Megatron-Core pads their gradient bucket.
@@ -136,21 +135,6 @@ def test_the_same_layout_goes_on_bit_for_bit(layout, checkpoints):
 def test_switching_the_distributed_optimizer_on_or_off_is_refused(source, target, checkpoints):
     with pytest.raises(RankFailed, match="two kinds of optimizer state do not convert"):
         test_any_layout_loads_what_any_other_saved(source, target, "gpt2", checkpoints)
-
-
-def save_without_workaround(folder, model, parallel):
-    optimizer._keep_padding_between_buckets = lambda chunk: None
-    return save(folder, model, parallel)
-
-
-def test_padded_buckets_need_the_workaround(tmp_path):
-    """Without it Megatron-Core 0.16.1 saves state of other weights. When this fails, the workaround can be removed."""
-    parallel = ParallelConfig(pipeline=2, distributed_optimizer=True)
-    results = run_ranks(2, save_without_workaround, tmp_path / "step_2", "gpt2", parallel, timeout=400)
-    later = [blocks for _, _, blocks in results]
-    ((_, _, blocks),) = run_ranks(1, load, tmp_path / "step_2", "gpt2", LAYOUTS["one_distributed"][1], timeout=400)
-    with pytest.raises(AssertionError):
-        assert_close(assemble([blocks], 67), assemble(later, 67), relative=1e-3)
 
 
 # --- weights of one role into another --------------------------------------------------------------------------------

@@ -84,8 +84,7 @@ def save(folder, policy, value):
     with sharded.writing(folder) as aside:
         sharded.save_role(aside, SavedRole(policy.role, policy.optimizer))
         sharded.save_role(aside, SavedRole(value.role, value.optimizer))
-        with policy.average.as_weights() as averaged:
-            sharded.save_role(aside, SavedRole(averaged))
+        sharded.save_role(aside, policy.average.saved())
         roles = {"policy": policy.role, "value": value.role, "policy_ema": policy.role}
         sharded.write_meta(aside, roles, {})
 
@@ -96,8 +95,7 @@ def resumed(folder, source, precision):
     value.role.name = "value"
     sharded.load_role(folder, SavedRole(policy.role, policy.optimizer))
     sharded.load_role(folder, SavedRole(value.role, value.optimizer))
-    with policy.average.as_weights() as averaged:
-        sharded.load_role(folder, SavedRole(averaged))
+    sharded.load_role(folder, policy.average.saved())
     return policy, value
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_rlhf.parallel.collectives import largest
+from megatron_rlhf.parallel.collectives import Largest
 from megatron_rlhf.runs import waiting
 from megatron_rlhf.runs.waiting import Waiting
 
@@ -25,7 +25,7 @@ def steps(seconds: tuple[float, ...], count: int) -> tuple[list[dict[str, float]
         time.sleep(seconds[dist.get_rank()])
         dist.all_reduce(torch.zeros(1))
         figures = {"time/step_s": time.perf_counter() - began}
-        reduced = largest({**figures, **observed.figures(figures["time/step_s"])})
+        reduced = Largest().of({**figures, **observed.figures(figures["time/step_s"])})
         rows.append(observed.metrics(reduced) | reduced)
     observed.stop()
     return rows, messages

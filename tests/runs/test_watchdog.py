@@ -117,7 +117,7 @@ def test_a_rank_that_dies_or_freezes_ends_the_job(recipe, tmp_path, number, vict
         (
             "hang",
             rf"hangs outside of the collective .* rank 1 on {HOST}: role policy, phase step, step 3, in no collective"
-            r" \(test_watchdog.py:\d+ wait_for_godot\). rank 0 on .* waiting in all_gather",
+            r" \(test_watchdog.py:\d+ wait_for_godot\). rank 0 on .* waiting in all_reduce",
         ),
         pytest.param("another_collective", "went another way: .*", marks=pytest.mark.slow),
     ],

@@ -7,7 +7,6 @@ from ranks import run_ranks
 from toys import GPT2_LIKE, assemble, assert_close, make_role, weight_blocks
 
 from megatron_rlhf.checkpoint import sharded
-from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.parallel.pipeline import Microbatch
@@ -109,17 +108,19 @@ def save_average(folder, parallel: dict) -> list:
     trained = make(parallel, Precision.bf16)
     for step in range(3):
         update(trained, step)
-    with sharded.writing(folder) as aside, trained.average.as_weights() as averaged:
-        sharded.save_role(aside, SavedRole(averaged))
-        sharded.write_meta(aside, {averaged.name: averaged}, {})
+    with sharded.writing(folder) as aside:
+        saved = trained.average.saved()
+        sharded.save_role(aside, saved)
+        sharded.write_meta(aside, {saved.role.name: saved.role}, {})
     return average_of(trained)
 
 
 def load_average(folder, parallel: dict) -> list:
     """Loads into an average that continues from there."""
     trained = make(parallel, Precision.bf16)
-    with trained.average.as_weights() as averaged:
-        sharded.load_role(folder, SavedRole(averaged))
+    weights = weight_blocks(trained.role)
+    sharded.load_role(folder, trained.average.saved())
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(weights, weight_blocks(trained.role), strict=True))
     return average_of(trained)
 
 

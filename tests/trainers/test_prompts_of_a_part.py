@@ -15,7 +15,9 @@ def choose(recipe, tmp_path):
     records = [{"prompt": f"say {i}:", "user": f"u{i % 40}"} for i in range(120)]
     source = write_lines(tmp_path / "prompts.jsonl", records)
     tokenizer = load_tokenizer(recipe.root / "tokenizer")
-    return lambda **keys: make_prompts(PromptDataConfig(tokenizer="", prompts=str(source), **keys), tokenizer)
+    return lambda **keys: make_prompts(
+        str(source), PromptDataConfig(tokenizer="", prompts=str(source), **keys), tokenizer
+    )
 
 
 def test_parts_share_no_user_and_are_all(choose):

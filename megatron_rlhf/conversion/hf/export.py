@@ -20,6 +20,7 @@ from megatron_rlhf.conversion.hf import config as hf_config
 from megatron_rlhf.conversion.hf.folder import INDEX, WEIGHTS
 from megatron_rlhf.conversion.hf.weights import Described
 from megatron_rlhf.conversion.whole_tensors import EVERY_ROW, Place, TensorSource, places
+from megatron_rlhf.parallel import collectives
 
 SHARD_BYTES = 5 * 10**9
 _FINAL_BIAS = f"{FINAL_NORM}.bias"
@@ -120,16 +121,14 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
     """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files."""
     shards = _plan_shards(exported, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    failure: UserError | None = None
+    failure: str | None = None
     try:
         for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
             _write_shard(folder / names[i], exported, shards[i])
     except UserError as error:
-        failure = error
-    failures: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)  # if one rank cannot read, all ranks stop
-    for failure in filter(None, failures):
-        raise failure
+        failure = str(error)
+    if (first := collectives.first_message(failure)) is not None:  # if one rank cannot read, all ranks stop
+        raise UserError(first[1])
     if len(shards) > 1 and dist.get_rank() == 0:
         listed = {
             tensor: name

@@ -1,0 +1,114 @@
+"""Stored items are what was stored; nothing else is held; a store is whole or is not there."""
+
+import datetime
+import json
+import tracemalloc
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.comparisons import Comparison
+from megatron_rlhf.data.demonstrations import Demonstration
+from megatron_rlhf.data.item_store import ABOUT, Chosen, ItemWriter, StoredItems, read_about
+from megatron_rlhf.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Odd:
+    numbers: tuple[Any, ...]
+    record: dict[Any, Any] = field(default_factory=dict)
+    users: frozenset[str] = frozenset()
+
+
+ITEMS = [
+    Demonstration(np.arange(5, dtype=np.int32), 2),
+    Demonstration(np.arange(3, dtype=np.int32), 1, np.array([False, True, False])),
+    Prompt(7, "a \ud800 \u2028\n", None, np.array([], np.int32), {"x": [1, 2.5, None, {"y": "z"}], "b": True}),
+    Prompt(8, "", "ana", np.array([2**31 - 1], np.int32), {}, ({"role": "user", "content": "hi"},)),
+    Comparison.of(
+        np.array([1, 2], np.int32),
+        [([np.array([3], np.int32), np.array([4, 5], np.int32)], [0, 1])],
+        ["bo", "al"],
+    ),
+    Odd(
+        (1, (2, "3"), 1e300),
+        {1: b"\x00\xff", "d": datetime.date(2024, 2, 29), "t": datetime.datetime(2024, 1, 1, 3, 4)},
+    ),
+    Odd((), {"array": [1], "nested": {"tuple": [2]}}, frozenset({"b", "a"})),
+]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, tuple) and any(isinstance(each, np.ndarray) for each in a):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: type(item).__name__)
+def test_what_is_stored_comes_back(item, tmp_path):
+    writer = ItemWriter(tmp_path / "store", type(item))
+    again = writer([item, item])
+    assert len(again) == 2
+    for name, value in vars(item).items():
+        assert same(value, getattr(again[1], name)), name
+    writer.publish({"n": 2})
+    assert read_about(tmp_path / "store") == {"n": 2}
+    (first, _) = StoredItems(tmp_path / "store", type(item))
+    assert all(same(value, getattr(first, name)) for name, value in vars(item).items())
+
+
+def test_indices_slices_and_choices(tmp_path):
+    writer = ItemWriter(tmp_path / "store", Odd)
+    items = writer(Odd((i,)) for i in range(10))
+    assert [items[i].numbers[0] for i in (0, 9, -1)] == [0, 9, 9]
+    assert [item.numbers[0] for item in items[2:5]] == [2, 3, 4]
+    chosen = Chosen(items, [7, 0, 3])
+    assert [item.numbers[0] for item in chosen] == [7, 0, 3]
+    assert chosen[1:] == [Odd((0,)), Odd((3,))] and chosen != [Odd((0,))]
+    with pytest.raises(IndexError):
+        items[10]
+    with pytest.raises(IndexError):
+        chosen[3]
+
+
+def test_a_store_is_whole_or_not_there(tmp_path):
+    def items():
+        yield Odd((1,))
+        raise UserError("line 2 is wrong")
+
+    with pytest.raises(UserError, match="line 2"):
+        ItemWriter(tmp_path / "store", Odd)(items())
+    assert list(tmp_path.iterdir()) == []
+    ItemWriter(tmp_path / "store", Odd)([Odd((1,))])  # and killed before it is published
+    assert read_about(tmp_path / "store") is None
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ABOUT).write_text('{"half')
+    assert read_about(tmp_path / "store") is None
+    with pytest.raises(TypeError, match="a record holds complex"):
+        ItemWriter(tmp_path / "other", Odd)([Odd((1j,))])
+
+
+def test_memory_does_not_grow_with_the_items(tmp_path):
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        writer = ItemWriter(tmp_path / f"store_{count}", Demonstration)
+        items = writer(Demonstration(np.full(200, i, np.int32), 5) for i in range(count))
+        assert sum(int(item.tokens[0]) for item in items) == count * (count - 1) // 2
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)
+    assert peak(10_000) < 1_000_000, "10,000 of these are 8 MB"
+
+
+def test_about_is_plain(tmp_path):
+    writer = ItemWriter(tmp_path / "store", Odd)
+    writer([Odd(())])
+    writer.publish({"dropped": {"x": 1}})
+    assert json.loads((tmp_path / "store" / ABOUT).read_text()) == {"dropped": {"x": 1}}
