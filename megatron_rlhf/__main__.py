@@ -13,7 +13,9 @@ STAGES = {
     "ppo": ("ppo", "PPO with pretraining gradients mixed in"),
     "evaluate": ("evaluate", "sample responses, score them, measure the loss on held-out text"),
 }
+CHAT = {"chat": "talk with a model in the terminal"}
 COMMANDS = {
+    "prepare": "data: clean, split, rank, tokenise, blend, check",
     "convert": "Hugging Face folders to checkpoints of ours and back, checked",
     "label": "rankings and demonstrations by people",
     "plan": "memory, time and cost before a GPU is requested",
@@ -39,17 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         launch(STAGES[name][0], arguments[1:])
         return 0
+    if name in CHAT:
+        from megatron_rlhf.cli import launch_chat
+
+        launch_chat(arguments[1:])
+        return 0
     if name in COMMANDS:
         sys.argv[0] = f"megatron-rlhf {name}"  # in usage lines
         return import_module(f"megatron_rlhf.commands.{name}").main(arguments[1:])
-    near = nearest(name, [*STAGES, *COMMANDS])
+    near = nearest(name, [*STAGES, *CHAT, *COMMANDS])
     hint = f"did you mean {near}?" if near else "--help lists them"
     print(f"error: there is no command {name}; {hint}", file=sys.stderr)
     return USER_ERROR
 
 
 def _help() -> str:
-    whole = {name: about for name, (_, about) in STAGES.items()} | COMMANDS
+    whole = {name: about for name, (_, about) in STAGES.items()} | CHAT | COMMANDS
     lines = [f"  {name:<14}{about}" for name, about in whole.items()]
     return "\n".join(
         [
