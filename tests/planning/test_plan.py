@@ -369,3 +369,19 @@ def test_without_a_critic_there_is_no_value_model_and_no_memory_or_time_for_one(
     # Two models read 400 + 300 tokens an episode; one reads the prompt once for four samples.
     assert scoring[0].flops == pytest.approx(2 * scoring[1].flops * 700 / 400, rel=0.02)
     assert rloo.phases[0].seconds < gae.phases[0].seconds, "and so does the sampler"
+
+
+def test_each_reward_model_is_planned_and_a_function_needs_no_gpu() -> None:
+    base = ("recipe=instructgpt_1_3b",)
+    one, two, none = (
+        plan("ppo", *base, *more, ours=base)
+        for more in (
+            ("reward.init_from=-",),
+            ("rewards.a.init_from=-", "rewards.b.init_from=-", "rewards.c.function=-.py:f"),
+            ("reward.function=-.py:f",),
+        )
+    )
+    names = [{role.name for role in made.roles} for made in (one, two, none)]
+    assert names[0] - names[2] == {"reward"}
+    assert names[1] - names[2] == {"reward a", "reward b"}
+    assert none.peak_bytes < one.peak_bytes < two.peak_bytes
