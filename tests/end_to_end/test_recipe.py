@@ -7,7 +7,7 @@ import pytest
 from commands import run_example
 
 COMMON = {"step", "time/step_s", "throughput/tokens_per_s", "throughput/model_flops_per_s", "memory/peak_bytes"}
-COMMON |= {"memory/step_peak_bytes"}
+COMMON |= {"memory/step_peak_bytes", "throughput/mfu", "throughput/padding_share"}
 SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
 SFT |= {"sft/demonstration_loss", "sft/pretraining_loss", "sft/pretraining_share"}
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
@@ -18,6 +18,7 @@ PPO = COMMON | set(
     value/explained_variance value/grad_norm ptx/loss ptx/coef rollout/response_length_mean rollout/stop_fraction
     rollout/logprob_gap_max time/rollout_s time/scoring_s time/policy_s time/value_s""".split()
 )
+PPO |= {"time/slowest_rank", "time/slowest_rank_work", "time/rank_spread"}  # it runs on two
 PPO_MORE = {"policy/approx_kl", "value/clip_fraction", "skipped_updates", "time/exchange_s"}
 PPO_MORE |= {f"memory/{phase}_peak_bytes" for phase in ("rollout", "scoring", "exchange", "policy", "value")}
 TAX = {"tax/pretraining_loss", "tax/reference_pretraining_loss", "time/tax_s", "memory/tax_peak_bytes"}
