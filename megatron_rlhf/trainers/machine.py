@@ -1,5 +1,7 @@
 """What a configuration needs from the machine: its ranks, and what is installed."""
 
+import os
+
 import torch
 
 from megatron_rlhf.config import checks, layout_checks
@@ -12,6 +14,11 @@ from megatron_rlhf.runs.peak import cluster_of
 
 def check_machine(config: BaseConfig, world_size: int) -> None:
     """Check layouts against the world size, precision against what is installed. No process group is needed."""
+    layouts = _layouts(config, world_size)
+    if any(parallel.sequence for parallel, _ in layouts.values()):
+        # One queue to the GPU: its kernels start in the order of the calls, so communication starts before the products
+        # that hide it. Read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cluster_of(config.run.cluster)
     config.run.profiled_steps()
     engine = transformer_engine_serves()
@@ -19,7 +26,7 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)
     checks.check_precision(config.precision, config.fp8.recipe, engine, gpu, capability)
     checks.check_fp8(config)
-    for key, (parallel, ranks) in _layouts(config, world_size).items():
+    for key, (parallel, ranks) in layouts.items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         layout_checks.check_layout(parallel, ranks, key, whose)
         layout_checks.check_experts(parallel, key)
