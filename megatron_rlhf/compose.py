@@ -129,10 +129,14 @@ def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
     """
     name, _, value = override.partition("=")
     path = name.lstrip("+")
+    if path in known or path == "recipe":  # Hydra's + is for what is not there: it would be refused
+        name, override = path, f"{path}={value}"
     if value == "null" and (CONF / path.split("@")[0]).is_dir():
         return f"~{path}"
     if path == "recipe":
         return f"{name}={_recipe_file(stage, override, value)}"
+    if (CONF / path.split("@")[0]).is_dir():
+        _require_file(override, path.split("@")[0], value)
     key = known.get(unnamed(path, known))
     if key is not None and path not in known:  # in a dictionary, whose entries are only merged whole
         group, entry, name = path.split(".", 2)
@@ -161,6 +165,13 @@ def _quoted(value: str, key: Key) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
+def _require_file(override: str, group: str, value: str) -> None:
+    """`GROUP=NAME` names a file of conf/GROUP/, or `schema`."""
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if value not in (*names, "schema") and not value.startswith(("{", "???")):
+        raise UserError(f"{override}: there is no conf/{group}/{value}.yaml; there are {', '.join(names)}")
+
+
 def _recipe_file(stage: str, override: str, name: str) -> str:
     chosen = name if "/" in name else f"{name}/{stage}"
     if not (CONF / "recipe" / f"{chosen}.yaml").is_file():
@@ -179,6 +190,8 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
         if not equals and not name.startswith("~"):
             raise UserError(f"{override}: a setting is key=value, as in {name}=... (no blanks around =)")
         path = name.lstrip("+~")
+        if name.startswith("~") and path in known and not known[path].optional:
+            raise UserError(f"{override}: {path} cannot be taken away; leave this out, and it has its default")
         if not knows(known, path):
             near = nearest(path, [*known, "recipe"])
             hint = f"did you mean {near}?" if near else "--help lists all keys"

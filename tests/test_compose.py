@@ -5,6 +5,7 @@ import pytest
 from megatron_rlhf.cli import STAGES, share_out_overrides
 from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import PPOConfig
 
 TEMPLATES = [
     "{instruction}\n",
@@ -120,3 +121,30 @@ def test_what_no_stage_takes_is_said_before_the_first(override, says):
     with pytest.raises(UserError) as caught:
         share_out_overrides([override], list(STAGES))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model=nope", "model=nope: there is no conf/model/nope.yaml; there are gpt3_125m"),
+        ("model=[a,b]", "model=[a,b]: there is no conf/model/[a,b].yaml"),
+        ("~ppo.kl_coef", "~ppo.kl_coef: ppo.kl_coef cannot be taken away"),
+        ("~data", "~data: data cannot be taken away"),
+        ("ppo.kl_coef=[1", "ppo.kl_coef=[1: not a value that can be read"),
+        ("--multirun", "--multirun: there is no such flag"),
+    ],
+)
+def test_hydras_grammar_is_answered_in_our_terms(override, says):
+    with pytest.raises(UserError) as caught:
+        compose_config("ppo", PPOConfig, ["run.dir=run", override], missing="-")
+    assert str(caught.value).startswith(says)
+    assert "++" not in str(caught.value) and "HYDRA" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["+", "++"])
+def test_a_plus_before_a_key_that_is_there_changes_nothing(sign):
+    plain, _ = compose_config("ppo", PPOConfig, ["run.dir=run", "ppo.kl_coef=0.5", "model=tiny"], missing="-")
+    signed, _ = compose_config(
+        "ppo", PPOConfig, ["run.dir=run", f"{sign}ppo.kl_coef=0.5", f"{sign}model=tiny"], missing="-"
+    )
+    assert signed == plain
