@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.compose import compose_config, help_text, share_out
@@ -101,7 +102,7 @@ def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] 
     check_machine(config, detect_launch().world_size)
     planned = _plan_checkpoints(config)
     runtime.initialize(config.run.rendezvous_timeout_s)
-    with Watchdog(config.watchdog.timeout_s) as watchdog:
+    with Watchdog(config.watchdog.timeout_s, Path(config.run.dir) / "stacks") as watchdog:
         session = Session.open(stage, config, resolved)
         if planned:
             logging.getLogger(__name__).info("run.save_every=auto: a checkpoint every %d steps", config.run.save_every)

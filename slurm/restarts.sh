@@ -62,7 +62,7 @@ run() { # SIGNAL-FOR-SRUN ARGUMENTS...
     FORWARD=$1 HEARD=1
     shift
     [[ -p $ASIDE/pipe ]] || mkfifo "$ASIDE/pipe"
-    undisturbed sed -u -n -e "/^srun: /w $MESSAGES" -e "/[Aa]t fault: node/w $MESSAGES" \
+    undisturbed sed -u -n -e "/^srun: /w $MESSAGES" -e "/[Aa]t fault: node\|watchdog: /w $MESSAGES" \
         -e "/ steps of [0-9.,]* s = /w $MESSAGES" -e '/^srun: \|^slurmstepd[^:]*: error: \*\*\*\|^Terminated$/!p' "$ASIDE/pipe" &
     reader=$!
     srun "$@" >"$ASIDE/pipe" 2>&1 &
@@ -109,9 +109,12 @@ first_end() { # NODE: task NUMBER: how it ended
     sed -n 's/^srun: error: \([^ ]*: tasks\? [0-9].*\)/\1/p' "$MESSAGES" | head -n 1
 }
 
-failed_nodes() { # CODE: the nodes that the watchdog or the rendezvous names, else that of the first task to end
+failed_nodes() { # CODE: the nodes that the rendezvous or the watchdog names, else that of the first task to end
     local named
-    named=$(sed -n 's/.*[Aa]t fault: node \([^ ]*\)\.$/\1/p' "$MESSAGES" | sort -u | paste -sd,)
+    named=$(sed -n -e 's/.*[Aa]t fault: node \([^ ]*\)\.$/\1/p' \
+        -e 's/.*watchdog: .*last seen: rank [0-9]* on \([^: ]*\): .*/\1/p' \
+        -e 's/.*watchdog: \(hangs outside\|went another way\)[^:]*: \(others[^:]*: \)\?rank [0-9]* on \([^: ]*\): .*/\3/p' \
+        "$MESSAGES" | sort -u | paste -sd,)
     if [[ -z $named ]] && (($1 != WATCHDOG)); then
         named=$(first_end)
     fi

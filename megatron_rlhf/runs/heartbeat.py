@@ -73,6 +73,9 @@ class Beat:
     space: str = dataclasses.field(default_factory=lambda: _process_space())
     """The namespace of the process id: containers on one host may have their own."""
 
+    stacks: int = -1
+    """Descriptor of the open file with its answer to `stacks.SIGNAL`."""
+
     def dump(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.errors import Interrupted
 from megatron_rlhf.runs.board import Board, Heard, states
 from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
+from megatron_rlhf.runs.stacks import Stacks
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,12 @@ class Phases(Protocol):
 
 
 class Watchdog:
-    """`with Watchdog(timeout_s) as watchdog:` around a run, on all ranks. 0 seconds: it does nothing."""
+    """`with Watchdog(timeout_s, folder) as watchdog:` around a run, on all ranks. 0 seconds: it does nothing.
 
-    def __init__(self, timeout_s: float):
+    When it ends the job, each rank's stacks are left in the folder.
+    """
+
+    def __init__(self, timeout_s: float, folder: Path):
         self.timeout_s = timeout_s
         self._interval = min(max(timeout_s / 20, 0.1), LONGEST_INTERVAL)
         # Leaves time for a heartbeat to arrive, so that the job has ended when timeout_s is over.
@@ -52,7 +57,8 @@ class Watchdog:
         self._silent_after = min(self._stuck_after, LONGEST_SILENCE)
         self._soon = max(4 * self._interval, 2.0)
         self._main = MainThread()
-        self._beat = Beat(dist.get_rank())
+        self._stacks = Stacks(folder, dist.get_rank())
+        self._beat = Beat(dist.get_rank(), stacks=self._stacks.descriptor)
         self._phases: Phases | None = None
         self._step: Callable[[], int] = lambda: 0
         self._roles: Sequence[str] = ()
@@ -84,6 +90,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._thread.is_alive():
+            self._stacks.close()
             return
         if error is None or isinstance(error, Interrupted):
             self._beat.state = State.ending
@@ -91,6 +98,7 @@ class Watchdog:
             self._stop.set()
             self._thread.join()
             self._waiter.join()
+            self._stacks.close()
         elif is_broken_connection(error):
             # The message of this error names an address. The watchdog will soon know which rank is gone, and end this
             # process.
@@ -204,6 +212,7 @@ class Watchdog:
         """A frozen process on this host cannot end itself, and its launcher may wait for it."""
         for victim in victims:
             if victim.host == self._beat.host and victim.space == self._beat.space:
+                self._stacks.write_for(victim)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(victim.pid, signal.SIGKILL)
 
@@ -224,6 +233,8 @@ class Watchdog:
         self._end(EXIT_CODE)
 
     def _end(self, code: int) -> None:
+        if code == EXIT_CODE:
+            self._stacks.write()
         logging.shutdown()
         os._exit(code)
 
