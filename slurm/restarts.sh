@@ -271,12 +271,13 @@ go_on() { # CODE POLITE: whether another start is worth its GPUs
 }
 
 queue_again() { # CODE
-    local nodes='' before
+    local nodes='' before how=requeue
     if [[ ${EXCLUDE_FAILED:-0} == 1 ]]; then
         nodes=$(failed_nodes "$1")
     fi
+    [[ -z $nodes ]] || how=requeuehold # until it is known where not to start
     echo "job $JOB is queued again${nodes:+, not on $nodes}"
-    if ! undisturbed scontrol requeue "$JOB"; then
+    if ! undisturbed scontrol "$how" "$JOB"; then
         echo "it could not be (is it being requeued already?)" >&2
         return
     fi
@@ -285,5 +286,6 @@ queue_again() { # CODE
         [[ $before == "(null)" ]] && before=''
         undisturbed scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$nodes" ||
             echo "$nodes could not be excluded" >&2
+        undisturbed scontrol release "$JOB"
     fi
 }

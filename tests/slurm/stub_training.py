@@ -3,7 +3,8 @@
 stub.steps=3         steps to make; each is a line of metrics.jsonl and, unless stub.save=0, a checkpoint
 stub.first, stub.second, ... = ACTION[@STEP]   what happens in that start when so many steps of it are done:
     kill: SIGKILL to the last rank; exit:CODE: it leaves with the code; mistake: all ranks leave with 2;
-    lost: the last rank dies together with the slurmstepd of its node; hang: the step never ends
+    watchdog: all leave with 70, and it names the last rank; hang: the step never ends;
+    lost: the last rank dies together with the slurmstepd of its node
 """
 
 import json
@@ -57,6 +58,12 @@ def act(action: str, rank: int, world: int) -> None:
         time.sleep(0.2 * rank)
         print("error: data.prompts=nowhere.jsonl: no such file", file=sys.stderr, flush=True)
         sys.exit(2)
+    if action == "watchdog":
+        if last:
+            where = f"rank {rank} on {os.environ['SLURMD_NODENAME']}"
+            said = f"rank {rank} is dead or frozen: nothing was heard of it for 2 s; last seen: {where}: role policy, step 1"
+            print(f"CRITICAL watchdog: {said}. rank 0 on elsewhere: role policy", file=sys.stderr, flush=True)
+        sys.exit(70)
     if action == "hang" or not last:
         time.sleep(600 if action != "lost" else 3)
         sys.exit(70)  # as the watchdog

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -178,6 +179,30 @@ def test_a_port_in_use_is_named_and_a_free_one_is_found(cluster: Cluster, script
         number = cluster.submit(scripts / "ppo_175b.sh", flags=ONE_TASK, MASTER_PORT=port)
         assert cluster.wait(number, timeout=MINUTES).exit_code == 2
     assert f"MASTER_PORT={port} is in use" in cluster.log(number)
+
+
+def test_a_node_that_never_starts_python_is_named(cluster: Cluster, scripts: Path, tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (python.parent / "activate").write_text(f'PATH="{python.parent}:$PATH"\n')
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == n2 ]] && sleep 600\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    missing = ("policy.init_from", "reward.init_from", "data.prompts", "data.pretraining.source", "data.tokenizer")
+    overrides = [
+        "recipe=null",
+        f"run.dir={tmp_path / 'run'}",
+        "run.rendezvous_timeout_s=4",
+        *(f"{k}=none" for k in missing),
+    ]
+    flags = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    variables = {"PLAN": "0", "VENV": str(python.parents[1]), "MAX_RESTARTS": "0"}
+    number = cluster.submit(scripts / "ppo_175b.sh", *overrides, flags=flags, **variables)
+    job = cluster.wait(number, timeout=MINUTES)
+    log = cluster.log(number)
+    assert (job.state, job.exit_code) == ("FAILED", 1), log
+    assert re.search(
+        r"error: after \d+ s 1 of 2 ranks have arrived .*: rank 0 on n1\. Not arrived: rank 1, expected on n2", log
+    )
 
 
 def test_the_doctor_sees_every_node(cluster: Cluster, scripts: Path, recipe: Recipe) -> None:

@@ -41,12 +41,16 @@ def test_jobs_come_back_as_long_as_they_make_progress(stub: Stub) -> None:
 
 
 def test_the_node_that_failed_is_left_out(stub: Stub) -> None:
-    flags = ["--nodes=1"]
-    job = stub.submit("excluded", "stub.first=kill@1", flags=flags, EXCLUDE_FAILED="1")
-    assert job.end().state == "COMPLETED", job.log
-    first, second = job.ranks(0)[0][3], job.ranks(1)[0][3]
-    assert {first, second} == {"n1", "n2"}
-    assert f"is queued again, not on {first}" in job.log
+    """That of a task that died, and the one that the watchdog names."""
+    ways = ("kill", "watchdog")
+    jobs = [
+        stub.submit(f"excluded_{how}", f"stub.first={how}@1", flags=["--nodes=1"], EXCLUDE_FAILED="1") for how in ways
+    ]
+    for job in jobs:
+        assert job.end().state == "COMPLETED", job.log
+        first, second = job.ranks(0)[0][3], job.ranks(1)[0][3]
+        assert {first, second} == {"n1", "n2"}
+        assert f"is queued again, not on {first}" in job.log
 
 
 def test_a_mistake_is_the_last_line_and_exit_code_2_at_any_number_of_ranks(stub: Stub) -> None:
