@@ -146,6 +146,7 @@ GROUPS = (
             Panel("Throughput", "tokens per second", {"throughput/tokens_per_s": ""}, from_zero=True),
             Panel("Padding", "fraction of tokens read", {"throughput/padding_share": ""}, from_zero=True),
             Panel("Model FLOPs", "FLOP per second", {"throughput/model_flops_per_s": ""}, from_zero=True),
+            Panel("MFU", "share of the peak", {"throughput/mfu": ""}, from_zero=True),
             Panel(
                 "Peak memory",
                 "GiB, by phase",
