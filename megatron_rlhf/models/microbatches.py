@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_rlhf.algorithms.losses import language_model_loss
 from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.packing import Sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.vocab import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def language_model_microbatches(
 ) -> list[Microbatch]:
     """This data-parallel rank's share of the batch: weight / (targets of the whole batch) times the sum over targets."""
     normalizer = float(normalizer or max(batch.num_targets, 1))
-    group, inputs = role.layout.groups.tp, batch.sequences.until(-1)
+    inputs = batch.sequences.until(-1)
 
     def microbatch(rows: list[int], counts: bool) -> Microbatch:
         wanted = inputs.wanted(rows)
@@ -75,8 +75,8 @@ def language_model_microbatches(
         targets_n = batch.tokens_bs[torch.tensor(rows)[row_n], column_n + 1]
         mask_n = torch.full_like(targets_n, counts, dtype=torch.bool)
 
-        def loss_of(logits_nv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs_n = token_logprobs(logits_nv, targets_n, group)
+        def loss_of(logits_nv: Logits) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_n = logits_nv.logprobs(targets_n)
             loss, _ = language_model_loss(logprobs_n, mask_n, normalizer=normalizer)
             return weight * loss, {metric: loss.detach()}
 

@@ -4,9 +4,13 @@ from typing import ClassVar
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
+from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
@@ -15,7 +19,7 @@ class PackedModel(GPTModel):
     """GPTModel that reads packed rows, and whose output layer sees only the requested tokens.
 
     Their places in [b, s], flattened, come as `loss_mask`: Megatron-Core passes that to `_postprocess`, and does not
-    use it when there are no labels. The output is then [1, places, ...].
+    use it when there are no labels. The output is then [1, places, ...]: scalars, or what `logits` makes logits of.
     """
 
     gradient_is_partial: ClassVar[bool]
@@ -32,25 +36,26 @@ class PackedModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not self.post_process or loss_mask is None:
             return super()._postprocess(hidden_states=hidden_states, **kwargs)
-        layer, split = self.output_layer, self.config.sequence_parallel
-        if split:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=self.gradient_is_partial, group=self.pg_collection.tp
+        return self._read(self._places(hidden_states, loss_mask)).unsqueeze(0)
+
+    def _places(self, hidden_sbh: Tensor, place_n: Tensor) -> Tensor:
+        """Hidden states [n, h] at places in [b, s], on every tensor-parallel rank."""
+        if self.config.sequence_parallel:
+            hidden_sbh = gather_from_sequence_parallel_region(
+                hidden_sbh, tensor_parallel_output_grad=self.gradient_is_partial, group=self.pg_collection.tp
             )
-        length, rows, _ = hidden_states.shape
-        place_n = loss_mask if rows == 1 else loss_mask % length * rows + loss_mask // length
-        hidden_states = hidden_states.flatten(0, 1).index_select(0, place_n).unsqueeze(1)
-        if split:  # gathered above, and its gradient is summed there
-            layer.sequence_parallel, layer.disable_grad_reduce = False, True
-        try:
-            return super()._postprocess(hidden_states=hidden_states, **kwargs)
-        finally:
-            if split:
-                layer.sequence_parallel, layer.disable_grad_reduce = True, False
+        length, rows, _ = hidden_sbh.shape
+        place_n = place_n if rows == 1 else place_n % length * rows + place_n // length
+        return hidden_sbh.flatten(0, 1).index_select(0, place_n)
+
+    def _read(self, hidden_nh: Tensor) -> Tensor:
+        """What the model gives for these: [n, ...]."""
+        raise NotImplementedError
 
 
 class LanguageModel(PackedModel):
-    """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp]."""
+    """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp], or the hidden
+    states of requested tokens."""
 
     gradient_is_partial = True
 
@@ -63,12 +68,28 @@ class LanguageModel(PackedModel):
         if self.post_process and inference_context is not None:  # decoding needs only the next token's logits
             hidden_states = inference_context.last_hidden(hidden_states)
         output = super()._postprocess(hidden_states, loss_mask, **kwargs)
-        if not self.post_process or self.vocab_size == self.real_vocab_size:
+        if not self.post_process or loss_mask is not None:
             return output
-        columns = output.shape[-1]
+        padded = self._padded(output.shape[-1], output.device)
+        return output if padded is None else output.masked_fill(padded, PADDED_LOGIT)
+
+    def logits(self, hidden_nh: Tensor) -> Logits:
+        """Logits of hidden states, which all context-parallel ranks have."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        groups = self.pg_collection
+        if groups.tp.size() > 1 and not self.config.sequence_parallel:  # there, gathering them sums their gradients
+            hidden_nh = copy_to_tensor_model_parallel_region(hidden_nh, group=groups.tp)
+        return Logits(hidden_nh, weight, self._padded(len(weight), weight.device), groups.tp, groups.cp)
+
+    def _padded(self, columns: int, device: torch.device) -> Tensor | None:
+        if self.vocab_size == self.real_vocab_size:
+            return None
         first = 0 if columns == self.vocab_size else self.pg_collection.tp.rank() * columns
-        padded = torch.arange(first, first + columns, device=output.device) >= self.real_vocab_size
-        return output.masked_fill(padded, PADDED_LOGIT)
+        return torch.arange(first, first + columns, device=device) >= self.real_vocab_size
+
+    def _read(self, hidden_nh: Tensor) -> Tensor:
+        return hidden_nh
 
 
 class ScalarModel(PackedModel):
@@ -80,3 +101,6 @@ class ScalarModel(PackedModel):
         super().__init__(*args, **kwargs)
         if self.post_process:
             self.output_layer = ScalarHead(self.config, self.pg_collection)
+
+    def _read(self, hidden_nh: Tensor) -> Tensor:
+        return self.output_layer.of(hidden_nh)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,13 @@ from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
 from megatron_rlhf.models import adapters, fp8, trainable
 from megatron_rlhf.models.adapters import FirstAdapters
 from megatron_rlhf.models.gpt import build_chunks
+from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.parallel.offload import HostMemory
 from megatron_rlhf.parallel.packing import Arrangement, Sequences, Tally, arrange, as_sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch, forward_backward
-from megatron_rlhf.parallel.vocab import is_likeliest, token_logprobs, without
+from megatron_rlhf.parallel.vocab import without
 
 
 @dataclass
@@ -232,9 +234,9 @@ class Role:
         rank of the layout. The last token is only predicted, never read. `as_response`: over the tokens that can be sampled,
         not all rows of the embedding."""
 
-        def read(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
-            logits_nv = self.respond(logits_nv) if as_response else logits_nv
-            return token_logprobs(logits_nv, targets_n, self.layout.groups.tp, temperature)
+        def read(logits_nv: Logits, targets_n: Tensor) -> Tensor:
+            logits_nv = logits_nv.without(self.unknown_v) if as_response else logits_nv
+            return logits_nv.logprobs(targets_n, temperature)
 
         return self._read(as_sequences(sequences), read, micro_batch_size, inputs_until=-1)
 
@@ -243,10 +245,9 @@ class Role:
     ) -> tuple[Tensor, Tensor]:
         """`logprobs`, and whether greedy decoding would choose that token: bool [b, s - 1]. One pass for both."""
 
-        def read(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
-            group = self.layout.groups.tp
-            logprobs_n = token_logprobs(logits_nv, targets_n, group)
-            return torch.stack([logprobs_n, is_likeliest(logits_nv, targets_n, group).to(logprobs_n.dtype)], dim=-1)
+        def read(logits_nv: Logits, targets_n: Tensor) -> Tensor:
+            logprobs_n = logits_nv.logprobs(targets_n)
+            return torch.stack([logprobs_n, logits_nv.is_likeliest(targets_n).to(logprobs_n.dtype)], dim=-1)
 
         both = self._read(as_sequences(sequences), read, micro_batch_size, inputs_until=-1, numbers=(2,))
         return both[..., 0], both[..., 1] > 0
@@ -261,7 +262,7 @@ class Role:
     def _read(
         self,
         sequences: Sequences,
-        read: Callable[[Tensor, Tensor], Tensor],
+        read: Callable[[Any, Tensor], Tensor],
         micro_batch_size: Budget | int,
         inputs_until: int | None = None,
         numbers: tuple[int, ...] = (),
@@ -281,10 +282,10 @@ class Role:
             row_n, column_n = (index.to(tokens_ns.device) for index in wanted.nonzero(as_tuple=True))
             row_n = torch.tensor(rows, device=tokens_ns.device)[row_n]
 
-            def keep(output_n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def keep(output_n: Tensor | Logits) -> tuple[Tensor, dict[str, Tensor]]:
                 next_n = tokens_ns[row_n, (column_n + 1).clamp(max=tokens_ns.shape[1] - 1)]
                 result[row_n, column_n] = read(output_n, next_n)
-                return output_n.new_zeros(()), {}
+                return result.new_zeros(()), {}
 
             return Microbatch.of(self.arrange(inputs, rows, micro_batch_size), wanted, keep)
 

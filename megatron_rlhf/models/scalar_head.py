@@ -39,4 +39,8 @@ class ScalarHead(MegatronModule):
             hidden_sbh = gather_from_sequence_parallel_region(
                 hidden_sbh, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        return torch.nn.functional.linear(hidden_sbh.float(), self.weight.float(), self.bias.float()), None
+        return self.of(hidden_sbh), None
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """[..., h] -> [..., 1]."""
+        return torch.nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())

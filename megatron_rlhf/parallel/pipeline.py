@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_rlhf.parallel import context
@@ -29,16 +29,17 @@ class Microbatch:
     """Tokens [b, s], and what to do with the model's output [b, s, ...] on the last stage."""
 
     tokens_bs: Tensor
-    loss: Callable[[Tensor], tuple[Tensor, Statistics]]
+    loss: Callable[[Any], tuple[Tensor, Statistics]]
     inference: dict[str, Any] | None = None
     """Arguments of a decoding pass: position_ids, attention_mask, inference_context."""
     arrangement: Arrangement | None = None
     """How sequences are arranged in the tokens; None: one row each, padded on the right."""
     wanted_n: Tensor | None = None
-    """Places in [b, s], flattened, whose output [n, ...] the loss gets; None: all, [b, s, ...]."""
+    """Places in [b, s], flattened, whose output the loss gets: [n, ...], or a language model's `Logits`. None: all, as a
+    tensor [b, s, ...]."""
 
     @classmethod
-    def of(cls, arrangement: Arrangement, wanted_nw: Tensor, loss: Callable[[Tensor], tuple[Tensor, Statistics]]):
+    def of(cls, arrangement: Arrangement, wanted_nw: Tensor, loss: Callable[[Any], tuple[Tensor, Statistics]]):
         """`wanted_nw`: which tokens of each sequence, on the CPU; the loss gets theirs, sequence by sequence."""
         wanted = arrangement.place_ns[wanted_nw].to(arrangement.tokens_bs.device, non_blocking=True)
         return cls(arrangement.tokens_bs, loss, arrangement=arrangement, wanted_n=wanted)
@@ -91,13 +92,15 @@ def _forward_step(data_iterator, model: GPTModel):
         output = _read(model, microbatch, group)
 
     def loss_of(output: Tensor):
+        logits_of = getattr(unwrap_model(model), "logits", None) if microbatch.wanted_n is not None else None
         if microbatch.inference is None:
-            output = context.gather(output, 1, group, sum_gradients=False)
+            # Of hidden states, each rank will use its own: it shares the work on logits with the others.
+            output = context.gather(output, 1, group, sum_gradients=logits_of is not None)
         if microbatch.wanted_n is not None:
             output = output.flatten(0, 1)
-            if group.size() > 1:  # otherwise the model has already selected them before its output layer
+            if group.size() > 1:  # otherwise the model has already selected them
                 output = output[microbatch.wanted_n]
-        loss, statistics = microbatch.loss(output)
+        loss, statistics = microbatch.loss(output if logits_of is None else logits_of(output))
         # The token count of zero tells Megatron-Core that the loss is normalised already.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), statistics
 
@@ -112,9 +115,14 @@ def _read(model: GPTModel, microbatch: Microbatch, group: dist.ProcessGroup) -> 
     positions = arrangement.positions_bs if arrangement is not None else None
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if microbatch.wanted_n is not None and group.size() == 1:
-        packed["loss_mask"] = microbatch.wanted_n
-    return model(context.split(tokens, 1, group), context.split(positions, 1, group), None, **packed)
+    mine = context.split(tokens, 1, group)
+    if microbatch.wanted_n is not None:
+        whole = group.size() == 1  # else wanted tokens are found among those of all ranks, later
+        packed["loss_mask"] = microbatch.wanted_n if whole else torch.arange(mine.numel(), device=mine.device)
+    output = model(mine, context.split(positions, 1, group), None, **packed)
+    if microbatch.wanted_n is None or group.size() == 1 or not unwrap_model(model).post_process:
+        return output
+    return output.view(len(mine), mine.shape[1], -1)
 
 
 def _empty(like: Microbatch) -> Microbatch:

@@ -49,7 +49,7 @@ def is_likeliest(logits: Tensor, tokens: Tensor, group: Group) -> Tensor:
     """bool, shaped as `tokens`: no other token has a larger logit. The same on every rank of `group`."""
     local, here = _on_this_rank(tokens.unsqueeze(-1), logits.shape[-1], group)
     chosen = torch.where(here, logits.gather(-1, local), -torch.inf).squeeze(-1)
-    both = _all_reduce(torch.stack([chosen, logits.amax(dim=-1)]), group, dist.ReduceOp.MAX)
+    both = all_reduce(torch.stack([chosen, logits.amax(dim=-1)]), group, dist.ReduceOp.MAX)
     return both[0] >= both[1]
 
 
@@ -66,7 +66,8 @@ def without(logits: Tensor, unknown_v: Tensor | None, group: Group) -> Tensor:
     return logits.masked_fill(unknown_v[first : first + width], PADDED_LOGIT)
 
 
-def _all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """In place, over a group, if there is one."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
@@ -81,8 +82,8 @@ def _log_softmax(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
 
     They stay separate until a logit is chosen, so that no precision is lost to the offset that all logits share.
     """
-    shifted = logits - _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
-    return shifted, _all_reduce(shifted.exp().sum(dim=-1, keepdim=True), group).log()
+    shifted = logits - all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
+    return shifted, all_reduce(shifted.exp().sum(dim=-1, keepdim=True), group).log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -94,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         flat_nv = logits.reshape(-1, logits.shape[-1])
         full = torch.float64 if logits.dtype is torch.float64 else torch.float32
-        largest_n1 = _all_reduce(flat_nv.amax(dim=-1, keepdim=True).to(full), group, dist.ReduceOp.MAX)
+        largest_n1 = all_reduce(flat_nv.amax(dim=-1, keepdim=True).to(full), group, dist.ReduceOp.MAX)
         local_n1, here_n1 = _on_this_rank(tokens.reshape(-1, 1), flat_nv.shape[-1], group)
         chosen_n1 = (flat_nv.gather(-1, local_n1).to(full) - largest_n1) / temperature
         # Rows: the chosen token's shifted logit, the sum of exp of all, their mean weighted by it.
@@ -106,7 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
             sums_3n[1, rows] = (weights := shifted.exp()).sum(dim=-1)
             if with_entropy:  # a logit of -inf weighs 0 and adds nothing; 0 * -inf would add NaN
                 sums_3n[2, rows] = weights.mul_(shifted.clamp_(min=torch.finfo(full).min)).sum(dim=-1)
-        chosen_n, total_n, weighted_n = _all_reduce(sums_3n, group)
+        chosen_n, total_n, weighted_n = all_reduce(sums_3n, group)
         ctx.save_for_backward(flat_nv, largest_n1, total_n.unsqueeze(-1), local_n1, here_n1)
         ctx.temperature, ctx.shape = temperature, logits.shape
         entropy_n = (total_n.log() - weighted_n / total_n).view(tokens.shape)
@@ -159,7 +160,7 @@ class _Entropy(torch.autograd.Function):
         probabilities = logprobs.exp()
         # A logit of -inf has p = 0 and adds nothing; 0 * -inf would add NaN.
         logprobs = torch.where(probabilities > 0, logprobs, 0.0)
-        result = _all_reduce(-(probabilities * logprobs).sum(dim=-1), group)
+        result = all_reduce(-(probabilities * logprobs).sum(dim=-1), group)
         ctx.save_for_backward(probabilities, logprobs, result)
         ctx.dtype = logits.dtype
         return result

@@ -5,16 +5,17 @@ Legend: n = response tokens of a microbatch, v = vocabulary (this tensor-paralle
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from megatron_rlhf.algorithms.losses import policy_loss, value_loss
 from megatron_rlhf.algorithms.masking import masked_sum
 from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.microbatches import local_rows
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.parallel.vocab import entropy, token_logprobs, token_logprobs_and_entropy
 from megatron_rlhf.rollout.types import Experience, ExperienceTokens
 from megatron_rlhf.trainers.step import TrainedRole
 
@@ -24,12 +25,9 @@ def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOC
     role, temperature, bonus = policy.role, config.rollout.temperature, config.ppo.entropy_coef
     tokens_in_minibatch = minibatch.num_tokens
 
-    def loss_of(tokens: ExperienceTokens, logits_nv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        asked = role.respond(logits_nv), tokens.targets_n, role.layout.groups.tp, temperature
-        if bonus:
-            logprobs_n, entropy_n = token_logprobs(*asked), entropy(asked[0] / temperature, role.layout.groups.tp)
-        else:  # a statistic alone comes from the same pass
-            logprobs_n, entropy_n = token_logprobs_and_entropy(*asked)
+    def loss_of(tokens: ExperienceTokens, logits_nv: Logits) -> tuple[Tensor, dict[str, Tensor]]:
+        asked = logits_nv.without(role.unknown_v)
+        logprobs_n, entropy_n = asked.logprobs_and_entropy(tokens.targets_n, temperature, differentiable=bonus != 0)
         loss, statistics = policy_loss(
             logprobs_n, tokens.logprobs_n, tokens.advantages_n, tokens.mask_n, config.ppo.clip, tokens_in_minibatch
         )
@@ -62,7 +60,7 @@ def _experience_microbatches(
     minibatch: Experience,
     role: Role,
     config: PPOConfig,
-    loss_of: Callable[[ExperienceTokens, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    loss_of: Callable[[ExperienceTokens, Any], tuple[Tensor, dict[str, Tensor]]],
 ) -> list[Microbatch]:
     size, sequences = config.ppo.micro_batch, minibatch.sequences
     result = []
