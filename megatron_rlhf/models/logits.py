@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megatron_rlhf.parallel import context, vocab
 
-AT_ONCE = {"cuda": 2**27, "cpu": 2**24}
+AT_ONCE = {"cuda": 2**26, "cpu": 2**24}
 """Logits that exist at a time, by kind of device. All logits, if they are no more."""
 
 

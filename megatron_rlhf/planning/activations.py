@@ -11,7 +11,9 @@ from megatron_rlhf.planning import parameters
 from megatron_rlhf.planning.placement import FP32, PlacedModel
 
 LOGITS_AT_ONCE = 2**24
-"""Tokens that the loss processes at a time, on a GPU (`parallel.vocab`)."""
+"""Logits that the loss processes at a time, on a GPU (`parallel.vocab`)."""
+MOST_LOGITS = 2**26
+"""Logits that exist at a time, on a GPU (`models.logits`)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def logits_peak(placed: PlacedModel, shape: Shape) -> float:
     """Logits and what the loss computes from them, vocabulary-parallel: their gradient, and fp32 copies of parts."""
     width = parameters.padded_vocabulary(placed.model, placed.parallel.tensor) // placed.parallel.tensor
     logits = shape.tokens * shape.wanted * width
+    if logits > MOST_LOGITS:  # in parts: in fp32, exponentials beside them, and the gradient in the model's type
+        return MOST_LOGITS * (2 * FP32 + (placed.element if placed.element != FP32 else 0))
     part = min(logits, LOGITS_AT_ONCE) * FP32
     forward, backward = 2 * part, logits * placed.element + part * (placed.element != FP32)
     return logits * placed.element + max(forward, backward)

@@ -45,3 +45,10 @@ def test_state_is_what_real_ranks_hold(ranks, model, parallel, precision, lora, 
     for rank, real in enumerate(run_ranks(ranks, measure, model, parallel, precision, lora, patterns)):
         planned = trained_bytes(placed, placed.stage_of(rank), average=True)
         assert planned == pytest.approx(real, rel=0.05), f"rank {rank}"
+
+
+def test_the_planner_knows_how_many_logits_there_are_at_a_time():
+    from megatron_rlhf.models.logits import AT_ONCE
+    from megatron_rlhf.planning import activations
+
+    assert activations.MOST_LOGITS == AT_ONCE["cuda"]
