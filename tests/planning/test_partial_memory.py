@@ -51,4 +51,4 @@ def test_the_planner_knows_how_many_logits_there_are_at_a_time():
     from megatron_rlhf.models.logits import AT_ONCE
     from megatron_rlhf.planning import activations
 
-    assert activations.MOST_LOGITS == AT_ONCE["cuda"]
+    assert AT_ONCE["cuda"] == activations.MOST_LOGITS
