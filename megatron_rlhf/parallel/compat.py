@@ -49,6 +49,10 @@ GLOBAL_RANKS = _of_parallel_state(_GLOBAL_RANKS)
 """The same for globals that list a group's ranks."""
 
 
+OVERLAPS_GRADIENTS = not hasattr(parallel_state, "_GTP_WEIGHT_REMAT_GROUP")
+"""Whether sums of gradients may begin during the backward pass: 0.19 asserts a gradient in hooks of weights that have none there."""
+
+
 def dense_mlp(submodules: MLPSubmodules) -> Any:
     """What a layer's specification holds for a dense MLP: since 0.18 a function that builds it, before that a ModuleSpec."""
     build = getattr(MLP, "as_mlp_submodule", None)
