@@ -50,7 +50,7 @@ GLOBAL_RANKS = _of_parallel_state(_GLOBAL_RANKS)
 
 
 OVERLAPS_GRADIENTS = not hasattr(parallel_state, "_GTP_WEIGHT_REMAT_GROUP")
-"""Whether sums of gradients may begin during the backward pass: 0.19 asserts a gradient in hooks of weights that have none there."""
+"""Whether sums of gradients may begin during the backward pass: 0.19's hooks demand gradients of weights that have none yet."""
 
 
 def dense_mlp(submodules: MLPSubmodules) -> Any:

@@ -95,7 +95,7 @@ def test_overlap_changes_no_number(layout, precision):
     off = run_ranks(ranks, train, model, parallel, precision, False, timeout=200)
     for (figures, _, _, began, several), (expected, *_, none_began, _) in zip(on, off, strict=True):
         assert figures == pytest.approx(expected, rel=2e-6 if precision is Precision.fp32 else 2e-2)
-        assert several
+        assert several or not compat.OVERLAPS_GRADIENTS
         # Megatron-Core counts gradients in the first update, and overlaps from the second.
         assert began == [False, *[compat.OVERLAPS_GRADIENTS] * 6] and not any(none_began)
     tolerance = 2e-6 if precision is Precision.fp32 else 1e-2
