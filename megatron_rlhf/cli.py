@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhf.compose import compose_config, help_text, share_out
+from megatron_rlhf.compose import compose_config, share_out
 from megatron_rlhf.config import checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import AUTO
+from megatron_rlhf.help import help_text
+from megatron_rlhf.own_files import CONFIG_DIR
 
 # torch and Megatron-Core take seconds to import: not at the top, so that help and error messages do not wait for them.
 
@@ -52,9 +54,10 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     schema = STAGES[stage].schema
     with exit_code_on_failure():
-        if {"-h", "--help"} & set(arguments):
-            print(help_text(stage, schema))
-        elif "--cfg" in arguments:
+        arguments = _joined(arguments)
+        if _help(stage, schema, arguments):
+            return
+        if "--cfg" in arguments:
             print(compose_config(stage, schema, [a for a in arguments if a != "--cfg"])[1], end="")
         else:
             run_stage(stage, arguments)
@@ -69,8 +72,8 @@ def launch_chat(arguments: Sequence[str] | None = None) -> None:
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with exit_code_on_failure():
-        if {"-h", "--help"} & set(arguments):
-            print(help_text("chat", ChatConfig))
+        arguments = _joined(arguments)
+        if _help("chat", ChatConfig, arguments):
             return
         config, _ = compose_config("chat", ChatConfig, arguments)
         check_chat(config)
@@ -82,6 +85,23 @@ def launch_chat(arguments: Sequence[str] | None = None) -> None:
         runtime.initialize()
         build_chat(config).run()
         runtime.shutdown()
+
+
+def _help(stage: str, schema: type, arguments: Sequence[str]) -> bool:
+    """Print the help, if it is asked for: of all keys, or of those with the word behind `--help`."""
+    asked = [i for i, argument in enumerate(arguments) if argument in ("-h", "--help")]
+    if asked:
+        print(help_text(stage, schema, next(iter(arguments[asked[0] + 1 :]), None)))
+    return bool(asked)
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """`--config-dir DIR` as one argument, as `--config-dir=DIR` is."""
+    joined = list(arguments)
+    while CONFIG_DIR in joined[:-1]:
+        at = joined.index(CONFIG_DIR)
+        joined[at : at + 2] = [f"{CONFIG_DIR}={joined[at + 1]}"]
+    return joined
 
 
 def run_stage(stage: str, overrides: Sequence[str]) -> Any:

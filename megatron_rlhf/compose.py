@@ -3,13 +3,9 @@
 Only `examples/`, `tools/` and `cli` import this module; below them, configurations are plain dataclasses.
 """
 
-import dataclasses
-import inspect
 import re
-import textwrap
-import typing
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -26,9 +22,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from megatron_rlhf import own_files
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.files import CONF
-from megatron_rlhf.config.keys import Key, keys, nearest, unnamed
+from megatron_rlhf.config.keys import Key, keys, knows, nearest, unnamed
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.ranges import check_ranges
 
@@ -43,16 +40,20 @@ def compose_config(
 
     Args:
         stage: name of `conf/<stage>.yaml`.
+        overrides: key=value; also config=FILE, recipe=FILE and --config-dir=DIR (`own_files`).
         missing: a text to use for required texts that are not given, for callers that read only the numbers.
 
     Raises:
         UserError: unknown key (with the nearest valid one), wrong type, missing value, number out of range.
     """
     known = keys(schema)
+    files = own_files.take(overrides, known)
+    overrides = files.overrides
     require_known_keys(known, overrides)
-    for_hydra = [_for_hydra(stage, known, override) for override in overrides]
+    for_hydra = [_for_hydra(stage, known, override, files.folders) for override in overrides]
     for override, readable in zip(overrides, for_hydra, strict=True):
         _require_readable(override, readable)
+    for_hydra += files.for_hydra
     store = ConfigStore.instance()
     store.store(name=f"{stage}_schema", node=schema)
     store.store(group="model", name="schema", node=ModelConfig)
@@ -95,31 +96,17 @@ def share_out(schemas: Mapping[str, type], overrides: Sequence[str]) -> dict[str
     return shares
 
 
+def choices(group: str) -> list[str]:
+    """Names that `model=`, `placement=` or `cluster=` accepts."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
 def recipes(stage: str) -> list[str]:
     """Names that `recipe=` accepts for a stage."""
     return sorted(path.parent.name for path in (CONF / "recipe").glob(f"*/{stage}.yaml"))
 
 
-def help_text(stage: str, schema: type) -> str:
-    """`--help`: what the stage does, every key with its meaning and default, and a few commands."""
-    lines = [
-        inspect.cleandoc(schema.__doc__ or ""),
-        "",
-        f"usage: python examples/... [key=value ...]     settings start from conf/{stage}.yaml",
-        "       --cfg prints the resolved configuration and stops; recipe=NAME and model=NAME choose files of conf/",
-        "",
-    ]
-    for path, key in keys(schema).items():
-        default = key.field.default
-        if isinstance(default, Enum):
-            default = default.value
-        shown = "" if default is dataclasses.MISSING else f" = {default}"
-        lines.append(f"{path}{shown}")
-        lines += textwrap.wrap(key.doc, 100, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
-
-
-def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
+def _for_hydra(stage: str, known: Mapping[str, Key], override: str, folders: Sequence[Path] = ()) -> str:
     """The override in Hydra's grammar.
 
     A key that holds text takes everything after `=` literally, unless it is quoted in Hydra's way, or is null where
@@ -134,9 +121,9 @@ def _for_hydra(stage: str, known: Mapping[str, Key], override: str) -> str:
     if value == "null" and (CONF / path.split("@")[0]).is_dir():
         return f"~{path}"
     if path == "recipe":
-        return f"{name}={_recipe_file(stage, override, value)}"
+        return f"{name}={_recipe_file(stage, override, value, folders)}"
     if (CONF / path.split("@")[0]).is_dir():
-        _require_file(override, path.split("@")[0], value)
+        _require_file(override, path.split("@")[0], value, folders)
     key = known.get(unnamed(path, known))
     if key is not None and path not in known:  # in a dictionary, whose entries are only merged whole
         group, entry, name = path.split(".", 2)
@@ -165,18 +152,19 @@ def _quoted(value: str, key: Key) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def _require_file(override: str, group: str, value: str) -> None:
-    """`GROUP=NAME` names a file of conf/GROUP/, or `schema`."""
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+def _require_file(override: str, group: str, value: str, folders: Sequence[Path]) -> None:
+    """`GROUP=NAME` names a file of conf/GROUP/, or of a folder of the user's, or `schema`."""
+    names = sorted(path.stem for folder in (CONF, *folders) for path in (folder / group).glob("*.yaml"))
     if value not in (*names, "schema") and not value.startswith(("{", "???")):
         raise UserError(f"{override}: there is no conf/{group}/{value}.yaml; there are {', '.join(names)}")
 
 
-def _recipe_file(stage: str, override: str, name: str) -> str:
+def _recipe_file(stage: str, override: str, name: str, folders: Sequence[Path]) -> str:
     chosen = name if "/" in name else f"{name}/{stage}"
-    if not (CONF / "recipe" / f"{chosen}.yaml").is_file():
+    if not any((folder / "recipe" / f"{chosen}.yaml").is_file() for folder in (CONF, *folders)):
         raise UserError(
-            f"{override}: there is no conf/recipe/{chosen}.yaml; recipes for this stage: {', '.join(recipes(stage))}"
+            f"{override}: there is no conf/recipe/{chosen}.yaml; recipes for this stage: {', '.join(recipes(stage))}, or "
+            "a file of yours, recipe=path/to/file.yaml"
         )
     return chosen
 
@@ -186,7 +174,7 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
     for override in overrides:
         name, equals, _ = override.partition("=")
         if name.startswith("-"):
-            raise UserError(f"{override}: there is no such flag; settings are key=value, and --help lists them")
+            raise UserError(f"{override}: there is no such flag; {_instead_of_flag(name, known)}")
         if not equals and not name.startswith("~"):
             raise UserError(f"{override}: a setting is key=value, as in {name}=... (no blanks around =)")
         path = name.lstrip("+~")
@@ -198,12 +186,12 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
             raise UserError(f"{override}: there is no key {path}; {hint}")
 
 
-def knows(known: Mapping[str, Key], path: str) -> bool:
-    """Whether a stage with these keys has this one, which may be `GROUP@KEY`, or a name in a dictionary."""
-    key = unnamed(path.split("@")[-1], known)
-    parent = known.get(key.rpartition(".")[0])
-    in_dictionary = parent is not None and any(typing.get_origin(kind) is dict for kind in parent.types)
-    return key in known or key == "recipe" or in_dictionary
+def _instead_of_flag(flag: str, known: Mapping[str, Key]) -> str:
+    if flag in ("-m", "--multirun"):
+        return "a run takes one value of each key: start a run for each, in a loop of the shell or as a Slurm job array"
+    near = nearest(flag, known)
+    instead = f"did you mean {near}=...? Settings" if near else "settings"
+    return f"{instead} are key=value, and --help lists them"
 
 
 def _require_readable(override: str, for_hydra: str) -> None:
@@ -216,7 +204,11 @@ def _require_readable(override: str, for_hydra: str) -> None:
             f"{override}: not a value that can be read ({reason}); inside of [...] and {{...}}, put text in quotes"
         ) from error
     if parsed.is_sweep_override():
-        raise UserError(f"{override}: a run takes one value; start a run for each of several")
+        key, _, values = override.partition("=")
+        raise UserError(
+            f"{override}: a run takes one value; start a run for each of several, as in: for x in {values.replace(',', ' ')}; do "
+            f"... {key}=$x run.dir=runs/$x; done"
+        )
 
 
 def _explain(error: Exception, known: Mapping[str, Key], overrides: Sequence[str]) -> str:

@@ -31,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": set(),
     "planning": {"config"},
     "labeling": {"config", "data"},
-    "compose": {"config"},
+    "own_files": {"config"},
+    "compose": {"config", "own_files"},
+    "help": {"config", "compose"},
     "doctor": {"config", "parallel", "models", "runs", "trainers"},
     "commands": {
         "config",
@@ -55,11 +57,22 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"__version__", "config", "commands", "cli"},
     "planned": {"config", "planning", "conversion", "compose"},
     "nodes": {"config", "parallel", "doctor"},
-    "cli": {"config", "parallel", "checkpoint", "runs", "trainers", "compose", "planned", "callbacks"},
+    "cli": {
+        "config",
+        "parallel",
+        "checkpoint",
+        "runs",
+        "trainers",
+        "compose",
+        "planned",
+        "callbacks",
+        "help",
+        "own_files",
+    },
 }
 FOR_ALL = "config.errors"
 # Libraries -> the only parts that may import them.
-COMMAND_LINE = {"hydra": {"compose", "cli"}, "omegaconf": {"compose", "cli"}}
+COMMAND_LINE = {"hydra": {"compose", "cli", "own_files"}, "omegaconf": {"compose", "cli"}}
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "enum", "typing"}
 # Parts -> all that they may import outside the package, and what a message calls it.
 ONLY = {

@@ -81,7 +81,8 @@ def test_commands_are_listed_and_near_ones_named(capsys: pytest.CaptureFixture) 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as left:
-        main([name, "--help"])
-    assert left.value.code == 0
+    try:
+        assert main([name, "--help"]) == 0
+    except SystemExit as left:
+        assert left.code == 0
     assert "usage: megatron-rlhf" in capsys.readouterr().out

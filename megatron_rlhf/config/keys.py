@@ -6,7 +6,7 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any
@@ -72,9 +72,65 @@ def unnamed(path: str, known: Container[str]) -> str:
     return candidate if path not in known and candidate in known else path
 
 
+SYNONYMS = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "beta": "ppo.kl_coef",
+    "kl": "ppo.kl_coef",
+    "kl_beta": "ppo.kl_coef",
+    "output_dir": "run.dir",
+    "output": "run.dir",
+    "save_steps": "run.save_every",
+    "seed": "run.seed",
+    "model_name_or_path": "policy.init_from",
+    "model_path": "policy.init_from",
+    "checkpoint": "policy.init_from",
+    "tokenizer": "data.tokenizer",
+    "tokenizer_name": "data.tokenizer",
+    "dataset": "data.prompts",
+    "batch": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "max_new_tokens": "max_response_tokens",
+    "tp": "parallel.tensor",
+    "tensor_parallel_size": "parallel.tensor",
+    "pp": "parallel.pipeline",
+    "bf16": "precision",
+    "fp16": "precision",
+    "dtype": "precision",
+    "gradient_checkpointing": "parallel.recompute",
+    "warmup": "warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+    "ptx": "ppo.ptx_coef",
+    "num_samples": "ppo.samples_per_prompt",
+}
+"""Last words of keys elsewhere -> ends of ours."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was most likely meant."""
+    """The known name that was most likely meant: the same last word or one that means it, else a similar name."""
+    known = list(known)
+    word = name.lstrip("-").replace("-", "_").lower().rpartition(".")[2]
+    for end in dict.fromkeys([word, SYNONYMS.get(word, word)]):
+        same = [path for path in known if path == end or path.endswith(f".{end}")]
+        if same:
+            return max(same, key=lambda path: (_common(path, name), path.startswith("policy."), -len(path)))
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def knows(known: Mapping[str, Key], path: str) -> bool:
+    """Whether a stage with these keys has this one, which may be `GROUP@KEY`, or a name in a dictionary."""
+    key = unnamed(path.split("@")[-1], known)
+    parent = known.get(key.rpartition(".")[0])
+    in_dictionary = parent is not None and any(typing.get_origin(kind) is dict for kind in parent.types)
+    return key in known or key == "recipe" or in_dictionary
+
+
+def _common(path: str, name: str) -> int:
+    """Parts of two paths that are the same, from the beginning."""
+    pairs = zip(path.split("."), name.split("."), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
