@@ -1,5 +1,6 @@
 """A wheel works without a clone: built, installed in a fresh environment, it trains two steps somewhere else."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -81,8 +82,6 @@ def test_commands_are_listed_and_near_ones_named(capsys: pytest.CaptureFixture) 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
-    try:
-        assert main([name, "--help"]) == 0
-    except SystemExit as left:
-        assert left.code == 0
+    with contextlib.suppress(SystemExit):  # argparse's way to end
+        main([name, "--help"])
     assert "usage: megatron-rlhf" in capsys.readouterr().out
