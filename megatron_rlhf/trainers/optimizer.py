@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
@@ -126,15 +127,22 @@ def _build_optimizer(role: Role, config: OptimizerConfig, precision: Precision) 
 def _groups_of(layout: ParallelLayout) -> Iterator[None]:
     """Parameter groups that some rank of the layout fills.
 
-    Megatron-Core gives every rank the groups of all ranks of the world, other roles' too: a policy whose adapters need no
-    group for biases would get one, and lose it at resume, depending on the value model's placement.
+    Megatron-Core asks all ranks of the world, and gives every rank the groups of all, other roles' too: a policy whose
+    adapters need no group for biases would get one, and lose it at resume, depending on the value model's placement; and
+    ranks that train nothing would be waited for. Here it asks the layout's.
     """
     of_the_world = megatron_optimizer._get_param_groups
+    group, size, gather = layout.groups.intra_dist_opt, dist.get_world_size, dist.all_gather_object
 
     def of_the_layout(*args, **kwargs):
-        groups = of_the_world(*args, **kwargs)
+        dist.get_world_size = lambda: size(group)  # type: ignore[assignment,misc]
+        dist.all_gather_object = lambda found, mine: gather(found, mine, group=group)  # type: ignore[assignment,misc]
+        try:
+            groups = of_the_world(*args, **kwargs)
+        finally:
+            dist.get_world_size, dist.all_gather_object = size, gather
         counts = torch.tensor([float(len(group["params"])) for group in groups], device=collectives.device())
-        filled = collectives.sum_over(counts, layout.groups.intra_dist_opt).tolist()
+        filled = collectives.sum_over(counts, group).tolist()
         return [group for group, count in zip(groups, filled, strict=True) if count]
 
     megatron_optimizer._get_param_groups = of_the_layout
