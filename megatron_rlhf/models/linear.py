@@ -51,7 +51,10 @@ class _Product(torch.autograd.Function):
         if needs_weight:
             buffer = getattr(weight, "main_grad", None)
             if buffer is not None and buffer.dtype is weight.dtype:
-                buffer.addmm_(grad_no.t(), input_ni)  # nothing is left for the hook that would add it
+                buffer.addmm_(grad_no.t(), input_ni)
+                # Nothing is left for the hook that would add it, but it must see a gradient to know that this one is there.
+                weight.grad_added_to_main_grad = True
+                grad_weight = torch.empty_like(weight)
             else:
                 grad_weight = grad_no.t().mm(input_ni)
         grad_bias = grad_no.sum(dim=0) if needs_bias else None
