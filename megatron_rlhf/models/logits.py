@@ -37,6 +37,11 @@ class Logits:
     context: dist.ProcessGroup
     """Its ranks have all n tokens and share the work on them."""
 
+    @property
+    def made_of(self) -> tuple[Tensor, Tensor]:
+        """What gradients with respect to the logits go on to."""
+        return self.hidden_nh, self.weight_vh
+
     def without(self, unknown_v: Tensor | None) -> "Logits":
         """With no probability on some tokens, given over the whole padded vocabulary; None: unchanged."""
         if unknown_v is None:

@@ -24,14 +24,15 @@ def replays(folder: Path) -> dict[str, dict]:
 
 def spoil_loss_of_token(overrides: Sequence[str], token: int) -> None:
     """The log-probabilities of every microbatch with this token are not finite."""
-    from megatron_rlhf.models import microbatches
+    from megatron_rlhf.models.logits import Logits
 
-    honest = microbatches.token_logprobs
+    honest = Logits.logprobs
 
-    def spoilt(logits, tokens, group):
-        return torch.where((tokens == token).any(), torch.nan, honest(logits, tokens, group))
+    def spoilt(self, tokens, temperature=1.0):
+        logprobs = honest(self, tokens, temperature)
+        return torch.where((tokens == token).any() & torch.is_grad_enabled(), torch.nan, logprobs)
 
-    microbatches.token_logprobs = spoilt
+    Logits.logprobs = spoilt
     run_stage("sft", overrides)
 
 
@@ -59,15 +60,15 @@ def test_a_loss_is_traced_to_the_demonstrations_of_its_microbatch(recipe: Recipe
 
 
 def spoil_gradient(overrides: Sequence[str]) -> None:
-    from megatron_rlhf.models import microbatches
+    from megatron_rlhf.models.logits import Logits
 
-    honest = microbatches.token_logprobs
+    honest = Logits.logprobs
 
-    def spoilt(logits, tokens, group):
-        logprobs = honest(logits, tokens, group)
+    def spoilt(self, tokens, temperature=1.0):
+        logprobs = honest(self, tokens, temperature)
         return logprobs + torch.sqrt(logprobs * 0)  # 0, whose gradient is infinity times 0
 
-    microbatches.token_logprobs = spoilt
+    Logits.logprobs = spoilt
     run_stage("sft", overrides)
 
 
