@@ -21,6 +21,8 @@ COMMANDS = {
     "plan": "memory, time and cost before a GPU is requested",
     "doctor": "is this machine fit to train on",
     "report": "write report.html of a run again",
+    "compare": "one page for evaluations of reward models and policies",
+    "iterate": "sample, rank, train the reward model again, PPO again",
 }
 """Each is the `main` of a module in `commands`."""
 USER_ERROR = 2

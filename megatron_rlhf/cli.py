@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.compose import compose_config, share_out
-from megatron_rlhf.config import checks
+from megatron_rlhf.config import checks, evaluation_checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
@@ -45,7 +45,7 @@ STAGES = {
     "sft": Stage(SFTConfig, checks.check_sft),
     "reward_model": Stage(RewardModelConfig, checks.check_reward_model),
     "ppo": Stage(PPOConfig, checks.check_ppo),
-    "evaluate": Stage(EvaluateConfig, checks.check_evaluate),
+    "evaluate": Stage(EvaluateConfig, evaluation_checks.check_evaluate),
 }
 
 

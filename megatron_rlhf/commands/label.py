@@ -85,6 +85,9 @@ def status(options: argparse.Namespace) -> None:
     if project.settings.kind != RANKINGS:
         return
     for team, found in agreement_by_team(project).items():
+        if not found.prompts:
+            print(f"{team}: no prompt that several ranked yet")
+            continue
         print(
             f"{team}: pairwise agreement {found.percent:.1f} +- {found.error:.1f}%, Krippendorff's alpha {found.alpha:.3f} "
             f"({found.prompts} prompts that several ranked)"
@@ -95,7 +98,8 @@ def export(options: argparse.Namespace) -> None:
     from megatron_rlhf.labeling.export import export as write
 
     project = Project.open(options.project)
-    count = write(project, options.output, [TRAINING, HELD_OUT] if options.team == "all" else [options.team])
+    teams = [TRAINING, HELD_OUT] if options.team == "all" else [options.team]
+    count = write(project, options.output, teams, options.blank)
     print(f"{options.output}: {count} {project.settings.kind}")
 
 
@@ -222,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
     command.add_argument(
         "--team", choices=["all", TRAINING, HELD_OUT], default="all", help="whose answers; default all"
+    )
+    command.add_argument(
+        "--blank", action="store_true", help="keep responses without a text: to compare policies, not to train"
     )
     command.set_defaults(run=export)
     return parser

@@ -11,7 +11,6 @@ from megatron_rlhf.config.placement import PlacementKind
 from megatron_rlhf.config.rewards import check_rewards
 from megatron_rlhf.config.stages import (
     BaseConfig,
-    EvaluateConfig,
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
@@ -233,22 +232,6 @@ def _check_held_out(config: PPOConfig) -> None:
         value = getattr(evaluation, key)
         if value is not None and not evaluation.is_on:
             raise UserError(f"evaluation.{key}={value} is for evaluations during the run: give evaluation.every too")
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """A model to evaluate and a way to sample."""
-    if config.policy.init_from is None:
-        raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
-    if config.run.resume:
-        raise UserError("run.resume=true: an evaluation is not resumed; leave it out, and it is made anew")
-    if config.data.pretraining.source is not None and config.data.pretraining.held_out == 0:
-        raise UserError("data.pretraining.held_out=0 leaves no text of data.pretraining.source to measure the loss on")
-    if config.data.prompts is None and config.data.pretraining.source is None and not config.evaluate.tasks:
-        raise UserError("nothing to measure: give data.prompts, data.pretraining.source or evaluate.tasks")
-    if config.reward.init_from is not None and config.data.prompts is None:
-        raise UserError("reward.init_from scores answers to prompts: give data.prompts, or leave it out")
-    check_sampling(config.sampling, "sampling")
-    check_one_token(config.parallel, "evaluation")
 
 
 def check_sampling(sampling: SamplingConfig, key: str) -> None:

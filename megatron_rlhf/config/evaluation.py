@@ -9,6 +9,19 @@ class EvaluateAlgorithmConfig:
 
     samples: int = 128
     """Prompts to answer."""
+    samples_per_prompt: int = 1
+    """Sampled answers to each prompt."""
+    greedy: bool = False
+    """One more answer to each prompt: always the most likely token."""
+    name: str | None = None
+    """What the policy is called in the output; not given: the last folder of policy.init_from."""
+    labels: str | None = None
+    """A project of tools/label.py to which the answers are added, for people to rank; made if it is not there."""
+    comparisons: str | None = None
+    """Comparisons, as data.comparisons of a reward model, to measure reward.init_from on: accuracy by K, and by the columns
+    `team` (labelers of tools/label.py) or `subset` (RewardBench)."""
+    comparisons_format: str | None = None
+    """Their shape, as data.format."""
     ema: bool = False
     """Use the moving average of the policy's weights."""
     few_shot: str | None = None

@@ -115,7 +115,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,
     },
-    evaluation.EvaluateAlgorithmConfig: {"samples": COUNT, "task_limit": COUNT},
+    evaluation.EvaluateAlgorithmConfig: dict.fromkeys(("samples", "samples_per_prompt", "task_limit"), COUNT),
     held_out.HeldOutConfig: {"samples": COUNT, "patience": COUNT, "max_kl": POSITIVE},
     rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
     rewards.WeightedRewardConfig: {"weight": ANY},

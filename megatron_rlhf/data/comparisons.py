@@ -91,6 +91,7 @@ class _Record:
     """Of a conversation, messages."""
     ranks: tuple[int, ...]
     user: str | None
+    found: Record
 
     @property
     def has_empty(self) -> bool:
@@ -130,37 +131,65 @@ def load_comparisons(
     left_out: Counter[str] = Counter()
     prompts = array("Q")
 
-    def read() -> Iterator[_Ranking]:
-        for found in windows(read_records(source, columns, kind="comparisons")):
-            records = [record for each in found if (record := _usable(each, tokenizer, dropped)) is not None]
-            for record, prompt, ended in _tokenized(records, tokenizer):
-                if len(prompt) > max_prompt_tokens:
-                    dropped["prompt_too_long"] += 1
-                    continue
-                kept, missing = [], Counter[str]()
-                for response, rank in zip(ended, record.ranks, strict=True):
-                    if len(response) > max_response_tokens:
-                        missing["response_too_long"] += 1
-                    elif len(prompt) + len(response) > max_length:
-                        missing["total_too_long"] += 1
-                    else:
-                        kept.append((response, rank))
-                if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
-                    dropped[max(missing, key=lambda reason: missing[reason], default="equal_responses")] += 1
-                    continue
-                left_out.update(missing)
-                prompts.frombytes(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest())
-                responses, ranks = zip(*kept, strict=True)
-                yield _Ranking(prompt, responses, ranks, record.user)
+    most = max_prompt_tokens, max_response_tokens, max_length
 
-    rankings = into.spill(_Ranking)(read())
+    def read() -> Iterator[Ranking]:
+        for _, ranking in _rankings(
+            read_records(source, columns, kind="comparisons"), tokenizer, most, dropped, left_out
+        ):
+            prompts.frombytes(hashlib.blake2b(ranking.prompt.tobytes(), digest_size=16).digest())
+            yield ranking
+
+    rankings = into.spill(Ranking)(read())
     items = into(map(_together, (Chosen(rankings, group) for group in _alike(prompts))))
     limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
     return Examples(str(source), items, dropped, limits, len(rankings), left_out)
 
 
+def load_rankings(
+    source: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, max_length: int, columns: Columns = None
+) -> list[tuple[Record, "Ranking"]]:
+    """The records of `load_comparisons` one by one, as labelers made them, and what is kept of each. Raises UserError."""
+    dropped, left_out, most = Counter[str](), Counter[str](), (max_prompt_tokens, max_length, max_length)
+    records = read_records(source, columns, kind="comparisons")
+    items = list(_rankings(records, tokenizer, most, dropped, left_out))
+    limits = length_limits(*most)
+    Examples(str(source), items, dropped, limits, left_out=left_out).report()
+    return items
+
+
+def _rankings(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    most: tuple[int, int, int],
+    dropped: Counter[str],
+    left_out: Counter[str],
+) -> Iterator[tuple[Record, "Ranking"]]:
+    """Each usable record, and what is kept of it within the limits (`most`: of a prompt, a response, both)."""
+    for found in windows(records):
+        usable = [record for each in found if (record := _usable(each, tokenizer, dropped)) is not None]
+        for record, prompt, ended in _tokenized(usable, tokenizer):
+            if len(prompt) > most[0]:
+                dropped["prompt_too_long"] += 1
+                continue
+            kept, missing = [], Counter[str]()
+            for response, rank in zip(ended, record.ranks, strict=True):
+                if len(response) > most[1]:
+                    missing["response_too_long"] += 1
+                elif len(prompt) + len(response) > most[2]:
+                    missing["total_too_long"] += 1
+                else:
+                    kept.append((response, rank))
+            if len({rank for _, rank in kept}) < 2 or len({response.tobytes() for response, _ in kept}) < 2:
+                dropped[max(missing, key=lambda reason: missing[reason], default="equal_responses")] += 1
+                continue
+            left_out.update(missing)
+            responses, ranks = zip(*kept, strict=True)
+            yield record.found, Ranking(prompt, responses, ranks, record.user)
+
+
 @dataclass(frozen=True)
-class _Ranking:
+class Ranking:
     """A record after it is tokenised: what is kept of it."""
 
     prompt: Tokens
@@ -169,7 +198,7 @@ class _Ranking:
     user: str | None
 
 
-def _together(rankings: Sequence[_Ranking]) -> Comparison:
+def _together(rankings: Sequence[Ranking]) -> Comparison:
     """One prompt's rankings as one item."""
     read = list(rankings)
     users = {ranking.user for ranking in read if ranking.user is not None}
@@ -229,9 +258,9 @@ def _read_record(record: Record, tokenizer: Tokenizer) -> _Record:
     if "prompt" in record:
         read = record.text if record.lenient else record.response
         pair = read("chosen"), read("rejected")
-        return _Record(read_prompt(record, tokenizer), pair, (0, 1), read_user(record))
+        return _Record(read_prompt(record, tokenizer), pair, (0, 1), read_user(record), record)
     prompt, *answers = Dialogue().split_pair(record)
-    return _Record(prompt, tuple(answers), (0, 1), read_user(record))
+    return _Record(prompt, tuple(answers), (0, 1), read_user(record), record)
 
 
 def _flaw(record: Record) -> str | None:
@@ -245,7 +274,7 @@ def _flaw(record: Record) -> str | None:
 def _ranked_messages(record: Record) -> _Record:
     ranked, ranks = _responses_and_ranks(record)
     responses = tuple(as_turns(record, "responses", response, ASSISTANT) for response in ranked)
-    return _Record(Conversation(record, _prompt_messages(record)), responses, ranks, read_user(record))
+    return _Record(Conversation(record, _prompt_messages(record)), responses, ranks, read_user(record), record)
 
 
 def _pair_of_messages(record: Record) -> _Record:
@@ -265,7 +294,7 @@ def _pair_of_messages(record: Record) -> _Record:
                 "answer is unknown; add a column 'prompt'"
             )
         prompt, pair = pair[0][:shared], [answers[shared:] for answers in pair]
-    return _Record(Conversation(record, prompt), tuple(pair), (0, 1), read_user(record))
+    return _Record(Conversation(record, prompt), tuple(pair), (0, 1), read_user(record), record)
 
 
 def _prompt_messages(record: Record) -> Messages:
@@ -280,7 +309,7 @@ def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Record:
         return _ranked_messages(record)
     read = record.as_text if record.lenient else record.as_response
     texts = tuple(read("responses", response) for response in responses)
-    return _Record(read_prompt(record, tokenizer), texts, ranks, read_user(record))
+    return _Record(read_prompt(record, tokenizer), texts, ranks, read_user(record), record)
 
 
 def _responses_and_ranks(record: Record) -> tuple[list[Any], tuple[int, ...]]:

@@ -1,26 +1,35 @@
 """Sample responses, score them, and measure the loss on held-out text."""
 
+import dataclasses
 import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig
+from megatron_rlhf.config.training import SamplingConfig
+from megatron_rlhf.data.comparisons import Ranking
 from megatron_rlhf.data.pretraining import TokenSequences
 from megatron_rlhf.data.prompts import Prompt
+from megatron_rlhf.data.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks
+from megatron_rlhf.evaluation.judging import figures, judged
+from megatron_rlhf.evaluation.results import GREEDY, JUDGED
+from megatron_rlhf.labeling import collecting
+from megatron_rlhf.labeling.types import Task
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_nll
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import sample_responses
-from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.rollout.types import Completion, Responses
 from megatron_rlhf.runs.session import Session
 
 log = logging.getLogger(__name__)
@@ -35,6 +44,8 @@ class Questions:
     prompts: Sequence[Prompt]
     inputs: list[list[int]]
     """What the policy reads for each prompt, which may start with few-shot examples."""
+    policy: str
+    """Its name in the output."""
 
 
 @dataclass
@@ -48,7 +59,10 @@ class Evaluator:
     output: Path
     held_out: TokenSequences | None
     benchmarks: Benchmarks | None
-    policy: Role
+    rankings: Sequence[tuple[Record, Ranking]]
+    """Of people, to measure the reward model on."""
+    policy: Role | None
+    """None if only the reward model is measured."""
     reward: Role | None
 
     def run(self) -> dict[str, float]:
@@ -61,6 +75,8 @@ class Evaluator:
             metrics["tax/pretraining_loss"] = self._held_out_loss()
         if self.benchmarks is not None:
             metrics |= self._benchmarks(self.benchmarks)
+        if self.rankings:
+            metrics |= self._judge()
         self.session.log(0, metrics)
         for name, value in metrics.items():
             log.info("%s %.4f", name, value)
@@ -68,12 +84,17 @@ class Evaluator:
         return metrics
 
     def _answers(self, questions: Questions) -> dict[str, float]:
-        ids = [prompt.id for prompt in questions.prompts]
-        seed, tokenizer = (self.config.run.seed, 0), self.tokenizer
-        completions = sample_responses(
-            self.policy, questions.inputs, ids, self.config.sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
-        )
-        responses = Responses.pack(questions.inputs, completions, self.tokenizer.pad_id, collectives.device())
+        asked = self.config.evaluate
+        completions, places, sources = [], [], []
+        greedy = dataclasses.replace(self.config.sampling, temperature=0.0)
+        ways = ((asked.samples_per_prompt, self.config.sampling, ""), (int(asked.greedy), greedy, GREEDY))
+        for times, sampling, way in ways:
+            repeated = [i for i in range(len(questions.prompts)) for _ in range(times)]
+            completions += self._sample(questions, repeated, sampling)
+            places += repeated
+            sources += [questions.policy + way] * len(repeated)
+        inputs = [questions.inputs[i] for i in places]
+        responses = Responses.pack(inputs, completions, self.tokenizer.pad_id, collectives.device())
         lengths = responses.response_lengths_b.float()
         metrics = {
             "rollout/response_length_mean": float(lengths.mean()),
@@ -85,25 +106,59 @@ class Evaluator:
             scores_b = values_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
             metrics["reward/score_mean"] = float(scores_b.mean())
             scores = scores_b.tolist()
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
-                "prompt_id": prompt.id,
-                "prompt": prompt.text,
+                "prompt_id": questions.prompts[place].id,
+                "prompt": questions.prompts[place].text,
                 "response": self.tokenizer.decode(completion.tokens, continuation=True),
                 "stopped": completion.stopped,
                 "score": None if scores is None else scores[i],
+                "source": source,
             }
-            for i, (prompt, completion) in enumerate(zip(questions.prompts, completions, strict=True))
+            for i, (place, completion, source) in enumerate(zip(places, completions, sources, strict=True))
         ]
+        rows.sort(key=lambda row: row["prompt_id"])  # stable: samples, then the greedy answer
         if dist.get_rank() == 0:
             write_lines(self.output, rows)
             log.info("%d responses in %s", len(rows), self.output)
+            if asked.labels is not None:
+                self._collect(asked.labels, questions, rows)
         self.session.samples.log(0, rows[:8])
         return metrics
+
+    def _sample(self, questions: Questions, places: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
+        if not places:  # no greedy answers
+            return []
+        assert self.policy is not None
+        ids, seed, tokenizer = [questions.prompts[i].id for i in places], (self.config.run.seed, 0), self.tokenizer
+        inputs = [questions.inputs[i] for i in places]
+        return sample_responses(self.policy, inputs, ids, sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch)
+
+    def _collect(self, labels: str, questions: Questions, rows: Sequence[dict[str, Any]]) -> None:
+        users = {prompt.text: prompt.user for prompt in questions.prompts}
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            answers.setdefault(row["prompt"], []).append(row)
+        tasks = [
+            Task(prompt, tuple(row["response"] for row in of), tuple(row["source"] for row in of), users[prompt])
+            for prompt, of in answers.items()
+        ]
+        count = collecting.collect(Path(labels), tasks)
+        log.info("%s: answers of %s are added; %d prompts to rank", labels, questions.policy, count)
+
+    def _judge(self) -> dict[str, float]:
+        assert self.reward is not None
+        rows = judged(self.reward, self.rankings, MICRO_BATCH_SIZE)
+        if dist.get_rank() == 0:
+            path = self.session.folder / JUDGED
+            write_lines(path, rows)
+            log.info("%d scored rankings in %s", len(rows), path)
+        return figures(rows)
 
     def _benchmarks(self, benchmarks: Benchmarks) -> dict[str, float]:
         from megatron_rlhf.evaluation.benchmarks.harness import HarnessModel  # an extra, and slow to import
 
+        assert self.policy is not None
         model = HarnessModel(self.policy, self.tokenizer, MICRO_BATCH_SIZE, self.config.sampling, self.config.run.seed)
         folder = self.output.parent / "benchmarks"
         figures = benchmarks.run(model, folder, is_first=dist.get_rank() == 0)
@@ -113,6 +168,7 @@ class Evaluator:
 
     def _held_out_loss(self) -> float:
         assert self.held_out is not None
+        assert self.policy is not None
         count = min(len(self.held_out), self.config.data.pretraining.held_out_samples)
         batch = TokenBatch.pack([self.held_out[i] for i in range(count)], [1] * count)
         nll, tokens = language_model_nll(self.policy, batch, MICRO_BATCH_SIZE)
@@ -120,7 +176,7 @@ class Evaluator:
 
 
 RUNS_OWN = {
-    *("config.yaml", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "stage", ".lock"),
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "stage", "command", ".lock", JUDGED),
     *("checkpoints", "cache", "replay", "tensorboard", "evaluation"),
 }
 """Other files and folders in a run folder."""

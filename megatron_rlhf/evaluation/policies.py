@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rlhf.evaluation.estimates import Estimate, estimate
 from megatron_rlhf.evaluation.statistics import best_of_n_kl
 
-Scores = Mapping[Hashable, Sequence[float]]
+Scores = Mapping[Any, Sequence[float]]
 """Prompt -> the scores of a policy's answers to it."""
 
 

@@ -83,7 +83,7 @@ def missing(content: dict[str, Any], shown: Sequence[Card], require_ratings: boo
     return f"Not rated yet: {', '.join(unrated)}." if unrated and require_ratings else ""
 
 
-def dense(ranks: Sequence[int]) -> list[int]:
+def dense(ranks: Sequence[float]) -> list[int]:
     """Ranks from 0, without gaps: 1, 3, 3 becomes 0, 1, 1."""
     order = {rank: i for i, rank in enumerate(sorted(set(ranks)))}
     return [order[rank] for rank in ranks]

@@ -38,6 +38,20 @@ CREATE INDEX events_by_labeler ON events (labeler, undone, id);
 CREATE INDEX events_by_task ON events (task, labeler, undone, id);
 """
 
+# A prompt is offered to a labeler who has not had it, while fewer than n of the same team label or have labeled it.
+# One that was left open for a day does not count: its labeler may not come back. Outputs that are all the same text
+# leave nothing to rank.
+NEXT_TASK = """
+SELECT id FROM tasks WHERE
+    NOT EXISTS (SELECT 1 FROM assignments AS mine WHERE mine.task = tasks.id AND mine.labeler = :labeler)
+    AND (SELECT count(*) FROM assignments JOIN labelers ON labelers.name = assignments.labeler
+         WHERE assignments.task = tasks.id AND labelers.team = :team
+         AND (status = 'done' OR (status = 'open' AND touched > :expired))) < :wanted
+    AND (:anything OR (SELECT count(DISTINCT text) FROM outputs WHERE outputs.task = tasks.id) > 1)
+ORDER BY id
+"""
+SECONDS_TO_ANSWER = 24 * 3600.0
+
 
 def create(path: Path) -> sqlite3.Connection:
     """Makes a new, empty project.

@@ -13,7 +13,7 @@ from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import DEMONSTRATIONS
 
 
-def export(project: Project, path: Path, teams: Sequence[str]) -> int:
+def export(project: Project, path: Path, teams: Sequence[str], blank: bool = False) -> int:
     """Writes one line an answer and returns how many there are; `path` is replaced as a whole.
 
     Rankings: {"prompt", "responses", "ranks" (0 = best, equal = tie), "ratings", "metadata", "sources", "labeler", "team",
@@ -22,7 +22,7 @@ def export(project: Project, path: Path, teams: Sequence[str]) -> int:
     Raises:
         UserError: There is no answer yet, or the file cannot be written.
     """
-    rows = list(exported(project, teams))
+    rows = list(exported(project, teams, blank))
     if not rows:
         raise UserError(f"{project.path}: no answers of {' or '.join(teams)} labelers yet; nothing was written")
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -37,17 +37,23 @@ def export(project: Project, path: Path, teams: Sequence[str]) -> int:
     return len(rows)
 
 
-def exported(project: Project, teams: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The lines of `export`. Outputs that are the same text have the same rank."""
+def exported(project: Project, teams: Sequence[str], blank: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines of `export`. Outputs that are the same text have the same rank.
+
+    Training takes no response without a text, though a policy may give one: with `blank` they are kept, to compare policies.
+    """
     for answer in project.answers(teams):
         row: dict[str, Any] = {"prompt": answer.task.prompt}
         if project.settings.kind == DEMONSTRATIONS:
             row["response"] = answer.content["response"]
         else:
-            row["responses"] = list(answer.task.outputs)
-            row["ranks"] = dense(answer.content["ranks"])
-            row["ratings"], row["metadata"] = answer.content["ratings"], answer.content["metadata"]
-            row["sources"] = list(answer.task.sources)
+            kept = [i for i, text in enumerate(answer.task.outputs) if blank or text.strip()]
+            if len(kept) < 2:
+                continue
+            row["responses"] = [answer.task.outputs[i] for i in kept]
+            row["ranks"] = dense([answer.content["ranks"][i] for i in kept])
+            row |= {name: [answer.content[name][i] for i in kept] for name in ("ratings", "metadata")}
+            row["sources"] = [answer.task.sources[i] for i in kept]
             if answer.content["note"]:
                 row["note"] = answer.content["note"]
         if answer.task.user is not None:

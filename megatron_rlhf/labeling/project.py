@@ -26,20 +26,6 @@ from megatron_rlhf.labeling.types import (
 
 NAME = re.compile(r"[\w.@-]{1,64}")
 
-# A prompt is offered to a labeler who has not had it, while fewer than n of the same team label or have labeled it.
-# One that was left open for a day does not count: its labeler may not come back. Outputs that are all the same text
-# leave nothing to rank.
-NEXT_TASK = """
-SELECT id FROM tasks WHERE
-    NOT EXISTS (SELECT 1 FROM assignments AS mine WHERE mine.task = tasks.id AND mine.labeler = :labeler)
-    AND (SELECT count(*) FROM assignments JOIN labelers ON labelers.name = assignments.labeler
-         WHERE assignments.task = tasks.id AND labelers.team = :team
-         AND (status = 'done' OR (status = 'open' AND touched > :expired))) < :wanted
-    AND (:anything OR (SELECT count(DISTINCT text) FROM outputs WHERE outputs.task = tasks.id) > 1)
-ORDER BY id
-"""
-SECONDS_TO_ANSWER = 24 * 3600.0
-
 
 class Project:
     """An open project. Whatever a method has returned from is on the disk."""
@@ -80,14 +66,44 @@ class Project:
         with database.transaction(self._db):
             for task in tasks:
                 self._check(task)
-                number = self._db.execute(
-                    "INSERT INTO tasks (prompt, user) VALUES (?, ?)", (task.prompt, task.user)
-                ).lastrowid
-                sources = task.sources or (None,) * len(task.outputs)
-                rows = [(number, i, *pair) for i, pair in enumerate(zip(task.outputs, sources, strict=True))]
-                self._db.executemany("INSERT INTO outputs VALUES (?, ?, ?, ?)", rows)
+                self._add(task)
                 count += 1
         return count
+
+    def merge_tasks(self, tasks: Iterable[Task]) -> None:
+        """Adds outputs to the tasks with the same prompts, instead of those that they have of the same sources. Raises
+        UserError, and adds nothing, if a prompt is with a labeler already or gets too many."""
+        with database.transaction(self._db):
+            for task in tasks:
+                row = self._db.execute("SELECT id FROM tasks WHERE prompt = ?", (task.prompt,)).fetchone()
+                if row is None:
+                    self._require_letters(task)
+                    self._add(task)
+                    continue
+                if self._db.execute("SELECT 1 FROM assignments WHERE task = ?", (row["id"],)).fetchone() is not None:
+                    raise UserError(f"{self.path}: prompt {task.prompt!r:.60} is being labeled; use another project")
+                there = self.task(row["id"])
+                kept = [pair for pair in zip(there.outputs, there.sources, strict=True) if pair[1] not in task.sources]
+                texts, sources = zip(*kept, *zip(task.outputs, task.sources, strict=True), strict=True)
+                merged = Task(task.prompt, texts, sources, there.user)
+                self._require_letters(merged)
+                self._db.execute("DELETE FROM outputs WHERE task = ?", (row["id"],))
+                self._add_outputs(row["id"], merged)
+
+    def _require_letters(self, task: Task) -> None:
+        if len(task.outputs) > len(LETTERS):
+            raise UserError(
+                f"{self.path}: prompt {task.prompt!r:.60} would have {len(task.outputs)} outputs; {len(LETTERS)} at most"
+            )
+
+    def _add(self, task: Task) -> None:
+        row = self._db.execute("INSERT INTO tasks (prompt, user) VALUES (?, ?)", (task.prompt, task.user))
+        self._add_outputs(row.lastrowid, task)
+
+    def _add_outputs(self, number: int | None, task: Task) -> None:
+        sources = task.sources or (None,) * len(task.outputs)
+        rows = [(number, i, *pair) for i, pair in enumerate(zip(task.outputs, sources, strict=True))]
+        self._db.executemany("INSERT INTO outputs VALUES (?, ?, ?, ?)", rows)
 
     def _check(self, task: Task) -> None:
         if self.settings.kind == DEMONSTRATIONS and task.outputs:
@@ -134,7 +150,7 @@ class Project:
             ).fetchone()
             if row is not None:
                 return int(row["task"])
-            row = self._db.execute(NEXT_TASK + "LIMIT 1", self._wanted(labeler)).fetchone()
+            row = self._db.execute(database.NEXT_TASK + "LIMIT 1", self._wanted(labeler)).fetchone()
             if row is None:
                 return None
             self._db.execute("INSERT INTO assignments VALUES (?, ?, 'open', ?)", (row["id"], labeler, time.time()))
@@ -144,14 +160,14 @@ class Project:
         """How many tasks a labeler could still get, the one that is open included."""
         opened = "SELECT count(*) FROM assignments WHERE labeler = ? AND status = 'open'"
         (count,) = self._db.execute(opened, (labeler,)).fetchone()
-        (others,) = self._db.execute(f"SELECT count(*) FROM ({NEXT_TASK})", self._wanted(labeler)).fetchone()
+        (others,) = self._db.execute(f"SELECT count(*) FROM ({database.NEXT_TASK})", self._wanted(labeler)).fetchone()
         return int(count + others)
 
     def _wanted(self, labeler: str) -> dict[str, Any]:
         return {
             "labeler": labeler,
             "team": self.labelers()[labeler],
-            "expired": time.time() - SECONDS_TO_ANSWER,
+            "expired": time.time() - database.SECONDS_TO_ANSWER,
             "wanted": self.settings.labels_per_prompt,
             "anything": self.settings.kind == DEMONSTRATIONS,
         }

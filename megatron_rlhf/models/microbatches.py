@@ -18,6 +18,19 @@ from megatron_rlhf.parallel.packing import Sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch
 
 
+def texts_to_score(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None, prompts: Sequence[int] | None = None
+) -> Sequences:
+    """Texts whose last token is scored."""
+    lengths = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    last = torch.zeros(tokens.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        last[i, len(row) - 1] = True
+    return Sequences(tokens.to(collectives.device()), lengths, last, prompt_lengths, prompts)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Sequences padded on the right, and which tokens are targets. The whole batch, the same on every rank."""

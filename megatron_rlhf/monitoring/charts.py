@@ -74,6 +74,8 @@ class Line:
     smoothed: str = ""
     band: str = ""
     dots: list[tuple[float, float]] = field(default_factory=list)
+    errors: list[tuple[float, float, float]] = field(default_factory=list)
+    """Error bars: x, and y of both ends."""
     not_finite: list[float] = field(default_factory=list)
 
 
@@ -87,6 +89,7 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
     stacked: bool = False
+    x_label: str = "step"
 
     @property
     def has_band(self) -> bool:
@@ -212,3 +215,49 @@ def _steps(steps: Sequence[float]) -> str:
 
 def _values(values: Sequence[float]) -> str:
     return " ".join(format_value(value, digits=6) for value in values)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement; without an interval it gets no error bar."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def point_chart(
+    title: str, unit: str, x_label: str, lines: Mapping[str, Sequence[Point]], from_zero: bool = False
+) -> Chart:
+    """Each line joins its points as they come. `from_zero` is about the horizontal axis."""
+    points = [point for line in lines.values() for point in line]
+    heights = [y for point in points for y in (point.y, point.low, point.high) if y is not None]
+    x = Axis.around([point.x for point in points], LEFT, RIGHT, Panel("", "", {}, from_zero=from_zero))
+    y = Axis.around(heights, BOTTOM, TOP, Panel("", "", {}))
+    drawn = [_points(label, line, x, y) for label, line in lines.items() if line]
+    return Chart(title, unit, x.ticks(4), y.ticks(4), drawn, x_label=x_label)
+
+
+def _points(label: str, points: Sequence[Point], x: Axis, y: Axis) -> Line:
+    return Line(
+        label=label,
+        path="M" + "L".join(f"{x(point.x):g},{y(point.y):g}" for point in points),
+        steps=" ".join(format_value(point.x, 4).replace(" ", "\N{NO-BREAK SPACE}") for point in points),
+        values=" ".join(_measured(point) for point in points),
+        last=format_value(points[-1].y),
+        dots=[(x(point.x), y(point.y)) for point in points],
+        errors=[
+            (x(point.x), y(point.low), y(point.high))
+            for point in points
+            if point.low is not None and point.high is not None
+        ],
+    )
+
+
+def _measured(point: Point) -> str:
+    """Values are separated by spaces, so there is none in one."""
+    text = format_value(point.y, 4)
+    if point.low is not None and point.high is not None:
+        text += f" ({format_value(point.low, 4)}..{format_value(point.high, 4)})"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

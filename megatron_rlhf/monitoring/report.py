@@ -1,5 +1,6 @@
 """A run, or several side by side, on one page: `report.html`, a single file that opens without a network."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -32,10 +33,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """Charts under one heading."""
+    """Tables and charts under one heading."""
 
     title: str
-    charts: list[Chart]
+    charts: list[Chart] = field(default_factory=list)
+    tables: list["Table"] = field(default_factory=list)
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Table:
 
     columns: list[str]
     rows: list[list[str]]
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Page:
     config: str = ""
     refresh: int | None = None
     """Seconds after which an open page loads itself again."""
+    details: list[tuple[str, str]] = field(default_factory=list)
+    """Titles and texts that are folded up at the end."""
+
+    @property
+    def has_trends(self) -> bool:
+        """Whether a line is too noisy to be read as it is."""
+        return any(line.smoothed for section in self.sections for chart in section.charts for line in chart.lines)
 
 
 def write_report(run_dir: Path, path: Path | None = None, refresh: int | None = None) -> Path:
@@ -87,7 +98,7 @@ def write_report(run_dir: Path, path: Path | None = None, refresh: int | None = 
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         refresh=refresh,
     )
-    return _render(page, path or run_dir / "report.html")
+    return write_page(page, path or run_dir / "report.html")
 
 
 def write_last_figures(run_dirs: Sequence[Path], path: Path, refresh: int | None = None) -> Path:
@@ -133,17 +144,17 @@ def write_comparison(
         title=title,
         kind="Comparison",
         text=text,
-        table=_table(rows) if rows else None,
+        table=make_table(rows) if rows else None,
         sections=[section] if section.charts else [],
         samples=[last_samples(Path(run_dir) / "samples.jsonl", name) for name, run_dir in runs.items()],
         refresh=refresh,
     )
-    return _render(page, Path(path))
+    return write_page(page, Path(path))
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same rows as plain text with aligned columns, for a terminal."""
-    table = _table(rows)
+    table = make_table(rows)
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -205,9 +216,10 @@ def _sections(records: Records) -> list[Section]:
     return sections
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def make_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """Column name -> cell, for each row: text, a number, or (value, standard error)."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+    return Table(columns, [[_cell(row.get(name)) for name in columns] for row in rows], title)
 
 
 def _cell(value: Any) -> str:
@@ -215,14 +227,17 @@ def _cell(value: Any) -> str:
         case None:
             return "\N{EN DASH}"
         case (mean, error):
-            return format_measured(mean, error)
+            return format_measured(mean, error) if math.isfinite(error) else format_value(mean)
+        case float() if math.isnan(value):
+            return "\N{EN DASH}"
         case int() | float():
             return format_value(value)
         case _:
             return str(value)
 
 
-def _render(page: Page, path: Path) -> Path:
+def write_page(page: Page, path: Path) -> Path:
+    """Write the page as one HTML file."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,6 +1,6 @@
 """The sampled text that a report shows: a few rows of a few steps, clipped, so that the page stays small."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ def last_samples(path: Path, label: str) -> SampleColumn:
     """The samples of a run's last step."""
     by_step = _read(path)
     return SampleColumn(label, by_step[max(by_step)] if by_step else [])
+
+
+def sample_column(label: str, rows: Iterable[Mapping[str, Any]]) -> SampleColumn:
+    """A column of given rows {"prompt", "response", any figures}."""
+    return SampleColumn(label, [_sample(row) for row in rows])
 
 
 def _read(path: Path) -> dict[int, list[Sample]]:

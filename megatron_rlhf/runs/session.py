@@ -1,6 +1,8 @@
 """What every run needs in addition to its algorithm: folder, logs, metrics, checkpoints, progress, report."""
 
 import logging
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,6 +178,8 @@ class Session:
         if dist.get_rank() == 0:
             with replacing(self.folder / "config.yaml") as file:
                 file.write(self.resolved_config.encode())
+            with replacing(self.folder / "command") as file:
+                file.write(f"{shlex.join(sys.orig_argv)}\n".encode())
             write_stage(self.folder, self.stage)
             if self.stage != EVALUATION:
                 naming.sweep(self.checkpoints)

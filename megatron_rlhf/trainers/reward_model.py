@@ -16,7 +16,7 @@ from megatron_rlhf.config.stages import RewardModelConfig
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.models.microbatches import local_rows
+from megatron_rlhf.models.microbatches import local_rows, texts_to_score
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.packing import Sequences, share_out
 from megatron_rlhf.parallel.pipeline import Microbatch
@@ -58,19 +58,6 @@ class RankedBatch:
     def margins(self, scores_n: Tensor) -> Tensor:
         """By how much the better completion of each pair scores higher, [q]."""
         return scores_n[self.better_q] - scores_n[self.worse_q]
-
-
-def texts_to_score(
-    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None, prompts: Sequence[int] | None = None
-) -> Sequences:
-    """Texts whose last token is scored."""
-    lengths = [len(row) for row in rows]
-    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    last = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        last[i, len(row) - 1] = True
-    return Sequences(tokens.to(collectives.device()), lengths, last, prompt_lengths, prompts)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """From a configuration to an evaluator, as in setup.py: data and starting points first, then models."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rlhf.config import checks
@@ -7,9 +8,13 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
+from megatron_rlhf.data.comparisons import Ranking, load_rankings
+from megatron_rlhf.data.formats.shape import Shape
+from megatron_rlhf.data.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks, load_scorer
 from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
+from megatron_rlhf.labeling import collecting
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import parts
@@ -20,28 +25,35 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     """`examples/evaluate.py`."""
     wanted = AVERAGE if config.evaluate.ema else POLICY
     output = output_file(Path(config.run.dir), config.evaluate.output)
-    source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
-    parts.check_role("policy", model, config)
-    judge = None
+    source, model, judge = None, None, None
+    if config.policy.init_from is not None:
+        source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
+        parts.check_role("policy", model, config)
     if config.reward.init_from is not None:
         judge = parts.find_judge(config, "critic_parallel")
     tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, "reward.init_from": judge}, session)
-    for shape, whose in ((model, "policy"), (judge.model if judge else model, "reward model")):
+    shapes = {"policy": model, "reward model": judge.model if judge else None}
+    known = {whose: shape for whose, shape in shapes.items() if shape is not None}
+    for whose, shape in known.items():
         require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
     benchmarks = _benchmarks(config)
-    questions = _questions(config, tokenizer, model, judge.model if judge else model)
-    held_out = None
+    questions = _questions(config, tokenizer, known)
+    rankings = _rankings(config, tokenizer, judge.model.max_sequence_length) if judge is not None else []
+    held_out, policy, reward = None, None, None
     if config.data.pretraining.source is not None:
+        assert model is not None
         held_out = parts.make_pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
-    layout = ParallelLayout.create(config.parallel)
-    layout.seed(config.run.seed)
-    policy = parts.make_role("policy", model, layout, config, source).frozen()
-    policy.know_only(tokenizer.known_ids)
-    reward = None
+    if model is not None:
+        layout = ParallelLayout.create(config.parallel)
+        layout.seed(config.run.seed)
+        policy = parts.make_role("policy", model, layout, config, source).frozen()
+        policy.know_only(tokenizer.known_ids)
     if judge is not None:
         critic_layout = ParallelLayout.create(config.critic_parallel)
+        if policy is None:
+            critic_layout.seed(config.run.seed)
         reward = parts.make_role("reward", judge.model, critic_layout, config, judge, scalar=True).frozen()
-    return Evaluator(config, session, tokenizer, questions, output, held_out, benchmarks, policy, reward)
+    return Evaluator(config, session, tokenizer, questions, output, held_out, benchmarks, rankings, policy, reward)
 
 
 def _benchmarks(config: EvaluateConfig) -> Benchmarks | None:
@@ -54,12 +66,21 @@ def _benchmarks(config: EvaluateConfig) -> Benchmarks | None:
     )
 
 
-def _questions(
-    config: EvaluateConfig, tokenizer: Tokenizer, policy: ModelConfig, judge: ModelConfig
-) -> Questions | None:
-    """The prompts to answer, whose answers fit both models."""
+def _rankings(config: EvaluateConfig, tokenizer: Tokenizer, max_length: int) -> Sequence[tuple[Record, Ranking]]:
+    """People's comparisons, to measure the reward model on."""
+    asked = config.evaluate
+    if asked.comparisons is None:
+        return []
+    limits = config.data.max_prompt_tokens, max_length
+    return load_rankings(asked.comparisons, tokenizer, *limits, Shape.of(asked.comparisons_format))
+
+
+def _questions(config: EvaluateConfig, tokenizer: Tokenizer, shapes: Mapping[str, ModelConfig]) -> Questions | None:
+    """The prompts to answer, whose answers fit all models."""
     if config.data.prompts is None:
         return None
+    if config.evaluate.labels is not None:
+        collecting.check(Path(config.evaluate.labels))
     prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, config.run.dir)
     chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
     inputs = [prompt.tokens.tolist() for prompt in chosen]
@@ -73,7 +94,9 @@ def _questions(
         few_shot = parts.read_text(config.evaluate.few_shot, "evaluate.few_shot")
         inputs = [tokenizer.encode(few_shot + prompt.text, bos=True) for prompt in chosen]
         which += ", evaluate.few_shot included"
-    for shape, whose in ((policy, "policy"), (judge, "reward model")):
+    for whose, shape in shapes.items():
         longest = max(map(len, inputs))
         checks.check_response_fits(longest, which, config.sampling.max_response_tokens, shape, whose)
-    return Questions(chosen, inputs)
+    assert config.policy.init_from is not None
+    name = config.evaluate.name or Path(config.policy.init_from).resolve().name
+    return Questions(chosen, inputs, name)

@@ -13,6 +13,7 @@ from labeling.projects import ROOT, make_project, ranked, task
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.labeling import project as project_module
+from megatron_rlhf.labeling.collecting import check, collect
 from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import DEMONSTRATIONS, HELD_OUT, TRAINING, Refused, Settings, Task
 
@@ -167,3 +168,22 @@ def test_what_was_recorded_survives_a_kill(tmp_path):
     assert done <= {answer.number for answer in project.answers()}
     nonces = {row["nonce"] for row in project._db.execute("SELECT nonce FROM nonces")}
     assert {line.strip() for line in said} <= nonces
+
+
+def test_answers_of_several_policies_meet_in_one_project(tmp_path):
+    path = tmp_path / "p.sqlite"
+    assert collect(path, [Task("p", ("a", "b"), ("sft", "sft"), "u1"), Task("q", ("c",), ("sft",))]) == 2
+    assert collect(path, [Task("p", ("d",), ("ppo",)), Task("r", ("e", "f"), ("ppo", "ppo"))]) == 3
+    assert collect(path, [Task("p", ("g", "h"), ("sft", "sft"))]) == 3, "an evaluation again replaces its own"
+    project = Project.open(path)
+    assert project.task(1) == Task("p", ("d", "g", "h"), ("ppo", "sft", "sft"), "u1")
+    with pytest.raises(UserError, match="would have 10 outputs; 9 at most"):
+        project.merge_tasks([Task("q", tuple("abcdefghi"), ("new",) * 9)])
+    project.add_labelers(["ann"], TRAINING)
+    assert project.current("ann") == 1 and project.left("ann") == 2, "one output is not enough"
+    with pytest.raises(UserError, match="is being labeled"):
+        collect(path, [Task("r", ("x",), ("late",)), Task("p", ("i",), ("late",))])
+    assert project.task(3).sources == ("ppo", "ppo"), "all or nothing"
+    Project.create(tmp_path / "d.sqlite", Settings(kind=DEMONSTRATIONS))
+    with pytest.raises(UserError, match="collects demonstrations"):
+        check(tmp_path / "d.sqlite")

@@ -14,6 +14,7 @@ from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_rlhf.labeling.project import Project
+from megatron_rlhf.labeling.types import TRAINING, Settings, Task
 
 RANKED = {"prompt": "p", "responses": ["a", "b", "c", "d"]}
 
@@ -67,6 +68,23 @@ def test_rankings_are_exported_as_comparisons(tmp_path, tokenizer):
     assert len(comparisons[0].pairs) == 5 + 6
     assert label("export", tmp_path / "p.sqlite", "--output", tmp_path / "h.jsonl", "--team", "held_out") == 0
     assert {json.loads(line)["labeler"] for line in (tmp_path / "h.jsonl").read_text().splitlines()} == {"cy"}
+
+
+def test_a_response_without_a_text_is_ranked_but_not_trained_on(tmp_path, tokenizer):
+    rows = [{"prompt": "p", "responses": ["a", " ", "b"]}, {"prompt": "q", "responses": ["a", ""]}]
+    path = tmp_path / "p.sqlite"
+    project = Project.create(path, Settings())
+    project.add_tasks(Task(row["prompt"], tuple(row["responses"])) for row in rows)
+    project.add_labelers(["ann"], TRAINING)
+    project.record("ann", project.current("ann"), "submit", ranked(3, 2, 1), "submit 1 of ann")
+    project.record("ann", project.current("ann"), "submit", ranked(1, 2), "submit 2 of ann")
+    assert label("export", path, "--output", tmp_path / "c.jsonl") == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert (row["responses"], row["ranks"], len(row["ratings"])) == (["a", "b"], [1, 0], 2)
+    assert len(load_comparisons(tmp_path / "c.jsonl", tokenizer, 100, 100, 200)) == 1
+    assert label("export", path, "--output", tmp_path / "all.jsonl", "--blank") == 0
+    kept = [json.loads(line)["ranks"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert kept == [[2, 1, 0], [0, 1]]
 
 
 def test_demonstrations_are_exported_as_demonstrations(tmp_path, tokenizer):

@@ -1,0 +1,41 @@
+"""Contradictions in what an evaluation is asked for."""
+
+from megatron_rlhf.config.checks import check_one_token, check_sampling
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import EvaluateConfig
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """A model to evaluate and a way to sample."""
+    asked, data = config.evaluate, config.data
+    answers = data.prompts is not None
+    uses_policy = answers or data.pretraining.source is not None or asked.tasks
+    if not (uses_policy or asked.comparisons):
+        raise UserError(
+            "nothing to measure: give data.prompts, data.pretraining.source, evaluate.tasks or evaluate.comparisons"
+        )
+    if uses_policy and config.policy.init_from is None:
+        raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to evaluate")
+    if not uses_policy and config.policy.init_from is not None:
+        raise UserError(
+            "policy.init_from: evaluate.comparisons need reward.init_from alone; leave it out, or give data.prompts"
+        )
+    if asked.comparisons and config.reward.init_from is None:
+        raise UserError("evaluate.comparisons measure a reward model: give reward.init_from")
+    if config.run.resume:
+        raise UserError("run.resume=true: an evaluation is not resumed; leave it out, and it is made anew")
+    if config.data.pretraining.source is not None and config.data.pretraining.held_out == 0:
+        raise UserError("data.pretraining.held_out=0 leaves no text of data.pretraining.source to measure the loss on")
+    if config.reward.init_from is not None and not (answers or asked.comparisons):
+        raise UserError(
+            "reward.init_from scores answers and comparisons: give data.prompts or evaluate.comparisons, or leave it out"
+        )
+    if asked.labels is not None and not answers:
+        raise UserError(f"evaluate.labels={asked.labels} collects answers to prompts: give data.prompts")
+    if asked.samples_per_prompt > 1 and config.sampling.temperature == 0:
+        raise UserError(
+            f"evaluate.samples_per_prompt={asked.samples_per_prompt} with sampling.temperature=0 is the same answer again and "
+            "again: give a temperature, or evaluate.samples_per_prompt=1"
+        )
+    check_sampling(config.sampling, "sampling")
+    check_one_token(config.parallel, "evaluation")

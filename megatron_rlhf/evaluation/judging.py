@@ -1,0 +1,64 @@
+"""A reward model on people's comparisons: every response is scored once, and each labeler's ranking stays its own."""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from megatron_rlhf.data.comparisons import Ranking
+from megatron_rlhf.data.record import Record
+from megatron_rlhf.evaluation.reward_accuracy import Pair, accuracy, accuracy_by, pairs_of
+from megatron_rlhf.models.microbatches import texts_to_score
+from megatron_rlhf.models.roles import Role
+
+AT_ONCE = 256
+"""Responses in one pass: bounds the padding, does not affect the numbers."""
+GROUP_COLUMNS = ("team", "subset")
+"""Who ranked (tools/label.py), or the part of a benchmark (RewardBench)."""
+
+
+def judged(reward: Role, rankings: Sequence[tuple[Record, Ranking]], micro_batch_size: int) -> list[dict[str, Any]]:
+    """A row for each ranking, as `reward_accuracy.pairs_of` takes them: {"prompt" (a number), "labeler", "group", "ranks",
+    "scores", "lengths" (tokens)}."""
+    prompts: dict[bytes, int] = {}
+    rows = []
+    for part in _parts(rankings):
+        texts = [[*r.prompt.tolist(), *response.tolist()] for _, r in part for response in r.responses]
+        lengths = [len(r.prompt) for _, r in part for _ in r.responses]
+        index = [i for i, (_, r) in enumerate(part) for _ in r.responses]
+        values_ns = reward.values(texts_to_score(texts, lengths, index), micro_batch_size)
+        scores = iter(values_ns.sum(dim=1).tolist())  # zero except at the last token
+        for record, ranking in part:
+            fields = record.fields
+            rows.append(
+                {
+                    "prompt": prompts.setdefault(ranking.prompt.tobytes(), len(prompts)),
+                    "labeler": fields.get("labeler"),
+                    "group": next((fields[name] for name in GROUP_COLUMNS if fields.get(name)), None),
+                    "ranks": list(ranking.ranks),
+                    "scores": [next(scores) for _ in ranking.ranks],
+                    "lengths": [len(response) for response in ranking.responses],
+                }
+            )
+    return rows
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy as a share, with its standard error over prompts: of all pairs, by K and by group."""
+    pairs: list[Pair] = pairs_of(rows)
+    found = {"": accuracy(pairs)}
+    found |= {f"_k{k}": value for k, value in accuracy_by(pairs, lambda pair: pair.k).items()}
+    groups = accuracy_by(pairs, lambda pair: pair.group)
+    if len(groups) > 1:
+        found |= {f"_{group}": value for group, value in groups.items()}
+    metrics = {f"rm/accuracy{name}": value.mean / 100 for name, value in found.items()}
+    return {**metrics, "rm/accuracy_error": found[""].error / 100}
+
+
+def _parts(rankings: Sequence[tuple[Record, Ranking]]) -> Iterator[Sequence[tuple[Record, Ranking]]]:
+    ends = list(accumulate(len(ranking.ranks) for _, ranking in rankings))
+    start = 0
+    while start < len(rankings):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, sum(end - before <= AT_ONCE for end in ends))
+        yield rankings[start:stop]
+        start = stop
