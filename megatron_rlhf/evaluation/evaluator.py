@@ -15,9 +15,9 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.data.comparisons import Ranking
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.pretraining import TokenSequences
 from megatron_rlhf.data.prompts import Prompt
-from megatron_rlhf.data.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks
 from megatron_rlhf.evaluation.judging import figures, judged

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from megatron_rlhf.data.comparisons import Ranking
-from megatron_rlhf.data.record import Record
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.evaluation.reward_accuracy import Pair, accuracy, accuracy_by, pairs_of
 from megatron_rlhf.models.microbatches import texts_to_score
 from megatron_rlhf.models.roles import Role

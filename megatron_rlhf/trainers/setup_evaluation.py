@@ -9,8 +9,8 @@ from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
 from megatron_rlhf.data.comparisons import Ranking, load_rankings
+from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.shape import Shape
-from megatron_rlhf.data.record import Record
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks, load_scorer
 from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
