@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.compose import compose_config, share_out
-from megatron_rlhf.config import checks, evaluation_checks
+from megatron_rlhf.config.checking import checks
+from megatron_rlhf.config.checking import evaluation as evaluation_checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
@@ -78,8 +79,8 @@ def launch_chat(arguments: Sequence[str] | None = None) -> None:
         config, _ = compose_config("chat", ChatConfig, arguments)
         check_chat(config)
         from megatron_rlhf.parallel import runtime
-        from megatron_rlhf.trainers.machine import check_machine
-        from megatron_rlhf.trainers.setup_chat import build_chat
+        from megatron_rlhf.trainers.setup.chat import build_chat
+        from megatron_rlhf.trainers.setup.machine import check_machine
 
         check_machine(config, detect_launch().world_size)
         runtime.initialize()
@@ -116,8 +117,8 @@ def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] 
     from megatron_rlhf.parallel import runtime
     from megatron_rlhf.runs.session import Session
     from megatron_rlhf.runs.watchdog import Watchdog
-    from megatron_rlhf.trainers.machine import check_machine
-    from megatron_rlhf.trainers.setup import BUILD
+    from megatron_rlhf.trainers.setup.machine import check_machine
+    from megatron_rlhf.trainers.setup.stages import BUILD
 
     check_machine(config, detect_launch().world_size)
     planned = _plan_checkpoints(config)

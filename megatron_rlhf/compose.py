@@ -23,11 +23,11 @@ from omegaconf.errors import (
 )
 
 from megatron_rlhf import own_files
+from megatron_rlhf.config.checking.files import CONF
+from megatron_rlhf.config.checking.ranges import check_ranges
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.files import CONF
 from megatron_rlhf.config.keys import Key, keys, knows, nearest, unnamed
 from megatron_rlhf.config.model import ModelConfig
-from megatron_rlhf.config.ranges import check_ranges
 
 Config = TypeVar("Config")
 MISSING = "???"

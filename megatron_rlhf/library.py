@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_rlhf import cli
 from megatron_rlhf.compose import as_yaml, compose_config
+from megatron_rlhf.config.checking.ranges import check_ranges
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import nearest
-from megatron_rlhf.config.ranges import check_ranges
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
 
 

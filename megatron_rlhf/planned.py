@@ -3,9 +3,9 @@
 import copy
 
 from megatron_rlhf.compose import compose_config
+from megatron_rlhf.config.checking.files import CONF
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, file_of_gpu
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.files import CONF
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
 from megatron_rlhf.config.training import AUTO
 from megatron_rlhf.planning.stages import plan_stage

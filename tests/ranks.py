@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
     [
         "pytest",
         "megatron_rlhf.cli",
-        "megatron_rlhf.trainers.setup",
+        "megatron_rlhf.trainers.setup.stages",
         "matplotlib.pyplot",
         "torch.utils.tensorboard",
         "torch.distributed.checkpoint",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_rlhf.config.checks import check_one_token, check_sampling
+from megatron_rlhf.config.checking.checks import check_one_token, check_sampling
 from megatron_rlhf.config.data import TokenizerConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ParallelConfig

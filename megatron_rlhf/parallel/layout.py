@@ -10,8 +10,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.parallel import compat, megatron_globals
-from megatron_rlhf.parallel.communicators import own_group
+from megatron_rlhf.parallel import compat
+from megatron_rlhf.parallel.groups import megatron_globals
+from megatron_rlhf.parallel.groups.communicators import own_group
 
 # The order of the dimensions is Megatron-Core's: tensor-parallel ranks are neighbours, pipeline stages far apart.
 _DIMENSIONS = ["tp", "cp", "ep", "dp", "pp"]

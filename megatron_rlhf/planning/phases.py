@@ -3,9 +3,9 @@
 import math
 
 from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.config.checking.layout_checks import check_layout, check_model
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.layout_checks import check_layout, check_model
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig
 from megatron_rlhf.config.training import TrainedRoleConfig

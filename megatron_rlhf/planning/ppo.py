@@ -3,8 +3,8 @@
 import math
 from dataclasses import replace
 
+from megatron_rlhf.config.checking.layout_checks import check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
-from megatron_rlhf.config.layout_checks import check_placement
 from megatron_rlhf.config.ppo import OldLogprobs
 from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import PPOConfig

@@ -5,9 +5,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from megatron_rlhf.config.checking.layout_checks import check_layout, check_model
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.layout_checks import check_layout, check_model
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Recompute
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.planning.plan import Plan

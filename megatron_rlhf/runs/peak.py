@@ -3,9 +3,9 @@
 import torch
 import yaml
 
+from megatron_rlhf.config.checking.files import CONF
 from megatron_rlhf.config.cluster import ClusterConfig, file_of_gpu
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.files import CONF
 from megatron_rlhf.config.model import Precision
 
 CLUSTERS = CONF / "cluster"

@@ -31,19 +31,19 @@ from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
 from megatron_rlhf.trainers.episodes.held_out import Progress, evaluate
-from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
-from megatron_rlhf.trainers.episodes.tax import pretraining_tax
-from megatron_rlhf.trainers.episodes.texts import texts_of
-from megatron_rlhf.trainers.gradients import DominanceWatch
-from megatron_rlhf.trainers.loop import Trainer
-from megatron_rlhf.trainers.ppo_metrics import (
+from megatron_rlhf.trainers.episodes.metrics import (
     iteration_cost,
     policy_metrics,
     rollout_metrics,
     sample_rows,
     value_metrics,
 )
-from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
+from megatron_rlhf.trainers.episodes.tax import pretraining_tax
+from megatron_rlhf.trainers.episodes.texts import texts_of
+from megatron_rlhf.trainers.gradients import DominanceWatch
+from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.step import Accumulated, TrainedRole, Update
 
 

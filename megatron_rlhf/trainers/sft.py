@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_rlhf.algorithms.schedules import cosine_lr
-from megatron_rlhf.config.checks import can_decode
+from megatron_rlhf.config.checking.checks import can_decode
 from megatron_rlhf.config.stages import SFTConfig
 from megatron_rlhf.config.training import SamplingConfig, Selection
 from megatron_rlhf.data.batches import ShuffledBatches

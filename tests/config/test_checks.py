@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rlhf.config import checks
+from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.data import PromptDataConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Precision

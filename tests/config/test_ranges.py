@@ -10,10 +10,10 @@ import pytest
 
 from megatron_rlhf.cli import STAGES
 from megatron_rlhf.compose import compose_config
+from megatron_rlhf.config.checking.ranges import RANGES, check_ranges
 from megatron_rlhf.config.cluster import PlanConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import Key, keys
-from megatron_rlhf.config.ranges import RANGES, check_ranges
 from megatron_rlhf.config.rewards import WeightedRewardConfig
 
 SCHEMAS = {name: stage.schema for name, stage in STAGES.items()} | {"plan": PlanConfig}

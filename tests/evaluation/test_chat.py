@@ -9,7 +9,7 @@ from megatron_rlhf.config.chat import ChatConfig, check_chat
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.evaluation.chat import ChatRoom
-from megatron_rlhf.trainers.setup_chat import build_chat
+from megatron_rlhf.trainers.setup.chat import build_chat
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.parallel import communicators
+from megatron_rlhf.parallel.groups import communicators
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 # A 175B policy, its critics, and the layout that samples, over the whole world.

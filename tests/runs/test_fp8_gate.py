@@ -152,7 +152,7 @@ def test_all_ranks_decide_alike(parallel: ParallelConfig) -> None:
 
 
 def run_in_rounded_fp8(arguments: list[str]) -> None:
-    from megatron_rlhf.config import checks
+    from megatron_rlhf.config.checking import checks
 
     build = Role.build
     checks.check_precision = lambda *_: None  # it would say, rightly, that this machine has no fp8

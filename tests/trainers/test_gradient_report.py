@@ -13,8 +13,8 @@ from toys import GPT2_LIKE, assemble, assert_close, make_role, train, weight_blo
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.microbatches import language_model_microbatches
+from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches
 from megatron_rlhf.trainers.gradients import DominanceWatch
-from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches
 from megatron_rlhf.trainers.step import TrainedRole
 
 ROWS, TEXT_ROWS = len(EPISODES), 3

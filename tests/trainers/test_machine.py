@@ -8,7 +8,7 @@ from megatron_rlhf.config.data import DemonstrationDataConfig
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import SFTConfig
 from megatron_rlhf.config.training import RunConfig
-from megatron_rlhf.trainers.machine import check_machine
+from megatron_rlhf.trainers.setup.machine import check_machine
 
 NAME = "CUDA_DEVICE_MAX_CONNECTIONS"
 

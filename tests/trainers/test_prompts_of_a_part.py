@@ -6,7 +6,7 @@ from recipe import write_lines
 from megatron_rlhf.config.data import PromptDataConfig, PromptPart
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import load_tokenizer
-from megatron_rlhf.trainers.parts import make_prompts
+from megatron_rlhf.trainers.setup.parts import make_prompts
 
 
 @pytest.fixture

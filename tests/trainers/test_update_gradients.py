@@ -19,7 +19,7 @@ from megatron_rlhf.models.microbatches import TokenBatch, language_model_microba
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.types import Completion, Experience, Responses
-from megatron_rlhf.trainers.ppo_microbatches import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.reward_model import ranking_microbatches
 
 VOCAB, GAMMA, TEMPERATURE = 67, 27.8, 0.8

@@ -22,12 +22,12 @@ import torch
 from benchmarks.side_by_side import report, sizes
 from benchmarks.small_world import make_world
 from megatron_rlhf.compose import compose_config
-from megatron_rlhf.config.checks import check_ppo
+from megatron_rlhf.config.checking.checks import check_ppo
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.parallel import runtime
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.ppo import PPOTrainer
-from megatron_rlhf.trainers.setup import BUILD
+from megatron_rlhf.trainers.setup.stages import BUILD
 
 LR = 1e-5
 OUR_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")

@@ -12,7 +12,7 @@ from megatron_rlhf.rewards import functions
 from megatron_rlhf.rewards.processes import Answers
 from megatron_rlhf.rewards.reward import Reward, launch_functions
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import parts
+from megatron_rlhf.trainers.setup import parts
 
 TRIED = 2
 """Prompts that functions score before the run, each with an empty response, which a policy may well give."""

@@ -11,8 +11,8 @@ from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rollout.collect import Roles, sample_responses
 from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.trainers.episodes.metrics import LOGGED_SAMPLES, several
 from megatron_rlhf.trainers.episodes.texts import texts_of
-from megatron_rlhf.trainers.ppo_metrics import LOGGED_SAMPLES, several
 
 
 @dataclass

@@ -7,8 +7,8 @@ from megatron_rlhf.conversion.starting_point import POLICY, REWARD
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.chat import ChatRoom
 from megatron_rlhf.parallel.layout import ParallelLayout
-from megatron_rlhf.trainers import parts
-from megatron_rlhf.trainers.tokenizer_choice import find_tokenizer
+from megatron_rlhf.trainers.setup import parts
+from megatron_rlhf.trainers.setup.tokenizer_choice import find_tokenizer
 
 
 def build_chat(config: ChatConfig) -> ChatRoom:

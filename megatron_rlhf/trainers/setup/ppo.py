@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch.distributed as dist
 
-from megatron_rlhf.config import checks, layout_checks
 from megatron_rlhf.config.budgets import require_room
+from megatron_rlhf.config.checking import checks, layout_checks
 from megatron_rlhf.config.data import PromptPart
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import PPOConfig
@@ -19,13 +19,14 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import partial_training, parts
+from megatron_rlhf.trainers import partial_training
 from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.export import require_exportable
 from megatron_rlhf.trainers.ppo import PPOTrainer
-from megatron_rlhf.trainers.records import on_first_rank
+from megatron_rlhf.trainers.setup import parts
+from megatron_rlhf.trainers.setup.records import on_first_rank
+from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 from megatron_rlhf.trainers.step import TrainedRole
-from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
-from megatron_rlhf.config import checks, layout_checks
+from megatron_rlhf.config.checking import checks, layout_checks
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptPart, PromptRulesConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Precision, without_implied
@@ -32,7 +32,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
-from megatron_rlhf.trainers.records import load_once, on_first_rank
+from megatron_rlhf.trainers.setup.records import load_once, on_first_rank
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_rlhf.config import checks
+from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import EvaluateConfig
@@ -17,8 +17,8 @@ from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
 from megatron_rlhf.labeling import collecting
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import parts
-from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
+from megatron_rlhf.trainers.setup import parts
+from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rlhf.config import checks
 from megatron_rlhf.config.budgets import require_room
+from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.data import AssistantTurns, DemonstrationDataConfig
 from megatron_rlhf.config.stages import RewardModelConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import POLICY, TRAINED_REWARD
@@ -22,15 +22,16 @@ from megatron_rlhf.data.splits import held_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
-from megatron_rlhf.trainers import partial_training, parts
+from megatron_rlhf.trainers import partial_training
 from megatron_rlhf.trainers.export import require_exportable
-from megatron_rlhf.trainers.records import load_once, on_first_rank
 from megatron_rlhf.trainers.reward_model import RewardModelTrainer
-from megatron_rlhf.trainers.setup_evaluation import build_evaluate
-from megatron_rlhf.trainers.setup_ppo import build_ppo
+from megatron_rlhf.trainers.setup import parts
+from megatron_rlhf.trainers.setup.evaluation import build_evaluate
+from megatron_rlhf.trainers.setup.ppo import build_ppo
+from megatron_rlhf.trainers.setup.records import load_once, on_first_rank
+from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
-from megatron_rlhf.trainers.tokenizer_choice import choose_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Process groups, and what Megatron-Core wants to find of them."""
