@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from megatron_rlhf.config.checking.checks import check_one_token, check_sampling
+from megatron_rlhf.config.checking.checks import check_one_token
 from megatron_rlhf.config.data import TokenizerConfig
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import BaseConfig
 from megatron_rlhf.config.training import RoleConfig, SamplingConfig
@@ -36,7 +37,7 @@ class ChatConfig(BaseConfig):
     """Reward model, whose score is shown beside each answer."""
     critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the reward model."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_response_tokens=256))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are sampled; temperature=0 is greedy."""
     chat: ChatSettings = field(default_factory=ChatSettings)
     """System's turn, few-shot prefix, best of n."""

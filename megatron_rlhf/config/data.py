@@ -199,8 +199,9 @@ class PromptRulesConfig(RecordsConfig):
 
     columns: PromptColumns = field(default_factory=PromptColumns)
     """Where records have other column names."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are dropped and counted (InstructGPT: 1k)."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are dropped and counted. Not given: what the longest response leaves of the model's context (an
+    evaluation refuses longer ones instead), half of it where none is given either, at most InstructGPT's 1k tokens."""
     max_per_user: int | None = 200
     """At most this many prompts of one user (InstructGPT, section 3.2); those without a user have no limit."""
     deduplicate_prefix_tokens: int | None = None
@@ -213,6 +214,12 @@ class PromptRulesConfig(RecordsConfig):
     """Shares of the users in train, validation and test, relative to their sum; InstructGPT does not state its shares."""
     pretraining: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
     """Text for the pretraining gradients."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """`max_prompt_tokens`, once it is known (`lengths`)."""
+        assert self.max_prompt_tokens is not None
+        return self.max_prompt_tokens
 
 
 @dataclass(kw_only=True)

@@ -142,8 +142,9 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     """Logits of tokens that the prompt or the response holds already are divided by this where they are positive, multiplied
     where negative (Keskar et al. 2019); log-probabilities are those without it. For evaluation and chat."""
-    max_response_tokens: int = 1024
-    """Longest response; InstructGPT's limit is 1k tokens."""
+    max_response_tokens: int | None = None
+    """Longest response. Not given: what the longest prompt leaves of the model's context, half of it where none is given
+    either, and at most InstructGPT's 1k tokens (in chat: 256)."""
     min_response_tokens: int = 1
     """Stop tokens are not sampled before this many tokens."""
     batch_size: int = 64
@@ -151,6 +152,12 @@ class SamplingConfig:
     are pipeline stages. The slot of a finished sequence is taken by the next prompt."""
     precision: Precision | None = None
     """Precision of sampling with precision=fp8_hybrid: bf16 (when not given) or fp8_hybrid; otherwise the model's own."""
+
+    @property
+    def longest_response(self) -> int:
+        """`max_response_tokens`, once it is known (`lengths`)."""
+        assert self.max_response_tokens is not None
+        return self.max_response_tokens
 
 
 @dataclass(kw_only=True)

@@ -74,10 +74,10 @@ class ChatRoom:
 
     def _answer(self, name: str, prompt: list[int]) -> str:
         policy, tokenizer, streams = self.policies[name], self.tokenizer, self.best_of == 1
-        if len(prompt) + self.config.sampling.max_response_tokens > policy.model.max_sequence_length:
+        if len(prompt) + self.config.sampling.longest_response > policy.model.max_sequence_length:
             raise UserError(
                 f"the conversation ({len(prompt)} tokens) and sampling.max_response_tokens="
-                f"{self.config.sampling.max_response_tokens} are more than the context of {policy.model.max_sequence_length} "
+                f"{self.config.sampling.longest_response} are more than the context of {policy.model.max_sequence_length} "
                 "tokens: /undo or /reset, or a shorter limit"
             )
         self._say(f"{name}: " if len(self.policies) > 1 else "")

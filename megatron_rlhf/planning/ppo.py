@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megatron_rlhf.config.checking.layout_checks import check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
+from megatron_rlhf.config.lengths import share_context
 from megatron_rlhf.config.ppo import OldLogprobs
 from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import PPOConfig
@@ -35,6 +36,7 @@ POLICY_SCORING, CRITIC_SCORING = "scoring by policy and reference", "scoring by 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """PPO-ptx: the four roles on all GPUs, or two separate pairs; the alignment tax's forward passes are left out."""
     check_placement(config.placement, cluster.gpus)
+    config = _with_lengths(config)
     side, critic_side = config.placement.ranks(cluster.gpus)
     policy = place("policy", config.model, config.parallel, config, side, "model", "parallel")
     value = place(
@@ -70,6 +72,15 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     if ppo.mixes_text:
         settings |= micro_batch_setting("ppo", ppo.ptx_micro_batch, "ptx_")
     return Plan("ppo", cluster, roles, phases, ppo.iterations, settings, config.run.async_save)
+
+
+def _with_lengths(config: PPOConfig) -> PPOConfig:
+    """A copy in which lengths that are not given follow the models' context."""
+    config = replace(config, data=replace(config.data), rollout=replace(config.rollout))
+    shapes = [shape for shape in (config.model, config.critic_model) if shape is not None]
+    if shapes:  # else `place` says what is missing
+        share_context(config.data, config.rollout, "rollout", min(shape.max_sequence_length for shape in shapes))
+    return config
 
 
 def _ppo_roles(
@@ -127,18 +138,18 @@ def _rollout_phase(
     rows = math.ceil(episodes / policy.data)
     together = min(sampling.batch_size, rows)
     in_flight = min(rows, together * policy.parallel.pipeline)
-    length = config.data.max_prompt_tokens + sampling.max_response_tokens
+    length = config.data.longest_prompt + sampling.longest_response
     mean = workload.prompt_tokens + workload.response_tokens
 
     def memory(stage: int) -> dict[str, float]:
         return {
             "kv cache": cache_bytes(policy, stage, in_flight, length),
-            "buffers": forward_working(policy, Shape(together, config.data.max_prompt_tokens)),
+            "buffers": forward_working(policy, Shape(together, config.data.longest_prompt)),
         }
 
-    limit = sampling.max_response_tokens
+    limit = sampling.longest_response
     passes = decode_passes(rows, in_flight, min(workload.response_tokens, limit), limit)
-    prompt = min(workload.prompt_tokens, config.data.max_prompt_tokens) / config.ppo.samples_per_prompt  # read once
+    prompt = min(workload.prompt_tokens, config.data.longest_prompt) / config.ppo.samples_per_prompt  # read once
     seconds = decode_seconds(policy, cluster, rows, together, prompt, passes, cached=length)
     if is_copy:
         seconds += links.message(max(map(policy.parameters, policy.ends)) * policy.element, policy, cluster)
@@ -152,10 +163,10 @@ def _scoring_phase(
 ) -> PlannedPhase:
     """Models of the same shape and layout read the episodes, one after the other: a prompt once for all its samples."""
     episodes, samples = config.ppo.batch_size, config.ppo.samples_per_prompt
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    length = config.data.longest_prompt + config.rollout.longest_response
     mean = workload.prompt_tokens / samples + workload.response_tokens
     shape, batch = microbatches(episodes, config.ppo.micro_batch, readers[0], mean, length)
-    shape = replace(shape, wanted=config.rollout.max_response_tokens / length)
+    shape = replace(shape, wanted=config.rollout.longest_response / length)
     batch = replace(batch, length=attended_length(workload, samples), wanted=workload.response_tokens / mean)
     seconds = sum(sum(schedule_seconds(placed, cluster, [batch], backward=False)) for placed in readers)
     flops = sum(forward_flops(placed, episodes * mean, batch.length, batch.wanted) for placed in readers)
@@ -170,9 +181,9 @@ def _policy_phases(
     """PPO's and pretraining's microbatches, which share one schedule: its time is divided by their share of it."""
     ppo, text = config.ppo, config.data.pretraining.sequence_length
     mean = workload.prompt_tokens + workload.response_tokens
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    length = config.data.longest_prompt + config.rollout.longest_response
     shape, batch = microbatches(ppo.minibatch_size, ppo.micro_batch, policy, mean, length)
-    share = config.rollout.max_response_tokens / length
+    share = config.rollout.longest_response / length
     shapes, batches = [replace(shape, wanted=share)], [replace(batch, wanted=workload.response_share)]
     names, sequences, tokens = ["policy"], [ppo.minibatch_size], [mean]
     if ppo.mixes_text:
@@ -208,7 +219,7 @@ def _value_phase(
     config: PPOConfig, critic: PlacedModel, cluster: ClusterConfig, workload: WorkloadConfig
 ) -> PlannedPhase:
     ppo, mean = config.ppo, workload.prompt_tokens + workload.response_tokens
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    length = config.data.longest_prompt + config.rollout.longest_response
     shape, batch = microbatches(ppo.minibatch_size, ppo.micro_batch, critic, mean, length)
     updates = ppo.batch_size // ppo.minibatch_size * ppo.inner_epochs
     phase = training_phase("value", critic, cluster, shape, batch, ppo.minibatch_size * mean)

@@ -43,7 +43,7 @@ def generate(
     sequences = [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
     # Prompts of similar length are read together, so there is little padding, and equal ones are neighbours.
     waiting = deque(sorted(sequences, key=lambda sequence: (len(sequence.prompt), tuple(sequence.prompt))))
-    batches, limit = role.layout.config.pipeline, config.max_response_tokens
+    batches, limit = role.layout.config.pipeline, config.longest_response
     slots = min(config.batch_size, len(sequences))
     capacity = max(map(len, prompts)) + limit
     static = torch.cuda.is_available() if static_shapes is None else static_shapes

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import unnamed
 
@@ -71,6 +72,8 @@ _COMMON = {
     "data.allow_other_tokenizer": Change.free,
     "data.stop": Change.taken,
 }
+FOLLOW = ("rollout.max_response_tokens", "sampling.max_response_tokens")
+"""Not given, they follow the models: compared when these are known (`Session.settle`)."""
 _SAMPLING = "temperature top_k top_p repetition_penalty max_response_tokens min_response_tokens"
 _PRETRAINING = {
     "data.pretraining.source": Change.content,
@@ -103,7 +106,7 @@ TABLE: dict[str, dict[str, Change]] = {
         **_keys(Change.content, "data.", "columns demonstration_columns"),
         "data.validation_fraction": Change.refused,
         **_trained("reward"),
-        **_keys(Change.taken, "reward_model.", "epochs final_lr_fraction warmup_steps validate_every"),
+        **_keys(Change.taken, "reward_model.", "epochs max_steps final_lr_fraction warmup_steps validate_every"),
         "reward_model.batch_size": Change.refused,
         "reward_model.max_completions": Change.free,
         **_keys(Change.free, "reward_model.", "micro_batch_size micro_batch_tokens"),
@@ -176,13 +179,22 @@ def settings(stage: str, config: Any) -> dict[str, Any]:
     return {key: value for key, value in flat(config).items() if rule(stage, key) in kept}
 
 
+def changes(stage: str, now: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
+    """`compare` with what the checkpoint to resume, if there is one, has kept."""
+    if checkpoint is None:
+        return []
+    return compare(stage, sharded.read_meta(checkpoint)["state"].get("settings", {}), now, checkpoint)
+
+
 def compare(stage: str, before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> list[str]:
     """What has changed and is applied, for the log.
 
     Raises:
         UserError: for a refused change, naming the key and both values.
     """
-    changed = [key for key in now if key in before and before[key] != now[key]]
+    changed = [
+        key for key in now if key in before and before[key] != now[key] and not (key in FOLLOW and now[key] is None)
+    ]
     adaptive = now.get("ppo.kl_control") == "adaptive"
     refused = [k for k in changed if rule(stage, k) is Change.refused or (k == "ppo.kl_coef" and adaptive)]
     if refused:

@@ -89,14 +89,11 @@ class Session:
         resume_from: Path | None = None
         damaged: dict[str, str] = {}
         settings: dict[str, Any] = {}
-        changes: list[str] = []
         try:
             if stage != EVALUATION:
                 resume_from, damaged = choose_checkpoint(folder / "checkpoints", config)
                 settings = resume_table.settings(stage, whole)
-            if resume_from is not None:
-                before = sharded.read_meta(resume_from)["state"].get("settings", {})
-                changes = resume_table.compare(stage, before, settings, resume_from)
+            changes = resume_table.changes(stage, settings, resume_from)
         except UserError:
             lock.release()
             raise
@@ -139,6 +136,13 @@ class Session:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def settle(self, whole: BaseConfig) -> None:
+        """Settings that follow the models are known now: compare them, as `open` did the others, and keep them."""
+        before, self.settings = self.settings, resume_table.settings(self.stage, whole)
+        settled = {key: value for key, value in self.settings.items() if before[key] != value}
+        for change in resume_table.changes(self.stage, settled, self.resume_from):
+            log.info(change)
+
     def require_same(self, what: str, keys: Sequence[str], content: Any) -> None:
         """Record in checkpoints what identifies a model or data (JSON); called before anything is built.
 
@@ -146,10 +150,9 @@ class Session:
             UserError: naming `keys`, where the checkpoint to resume was made with different content.
         """
         self.content[what] = content
-        if self.resume_from is not None:
-            before = sharded.read_meta(self.resume_from)["state"].get("content", {})
-            if what in before:
-                resume_table.compare_content(what, keys, before[what], content, self.resume_from)
+        before = self.content_before(what)
+        if self.resume_from is not None and before is not None:
+            resume_table.compare_content(what, keys, before, content, self.resume_from)
 
     def content_before(self, what: str) -> Any:
         """What the checkpoint to resume recorded by `require_same`; None for a new run, or an older checkpoint."""

@@ -193,7 +193,7 @@ class SFTTrainer(Trainer):
     def _sampling(self, longest: int) -> SamplingConfig:
         """Responses that nobody judges are cut where the model's context ends after the longest prompt."""
         asked = self.config.sampling
-        room = min(asked.max_response_tokens, self.policy.role.model.max_sequence_length - longest)
+        room = min(asked.longest_response, self.policy.role.model.max_sequence_length - longest)
         return replace(asked, max_response_tokens=room, min_response_tokens=min(asked.min_response_tokens, room))
 
     def after_step(self) -> dict[str, float]:

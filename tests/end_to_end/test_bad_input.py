@@ -164,6 +164,12 @@ CASES: dict[str, Case] = {
     "context_too_short": Case(
         "ppo", ["data.max_prompt_tokens=60"], [r"max_prompt_tokens=60", r"max_response_tokens=12", "context of 64"]
     ),
+    "prompts_fill_the_context": Case(
+        "ppo",
+        ["data.max_prompt_tokens=64"],
+        [r"data\.max_prompt_tokens=64 leaves no room for a response", "context of 64"],
+        without=["rollout.max_response_tokens"],
+    ),
     "text_longer_than_context": Case(
         "sft", ["data.pretraining.sequence_length=65"], [r"sequence_length=65", "context of 64"]
     ),

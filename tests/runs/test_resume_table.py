@@ -83,6 +83,16 @@ def test_the_coefficient_of_adaptive_control_is_in_the_checkpoint(tmp_path):
         compare("ppo", kept("adaptive", 0.1), kept("adaptive", 0.2), tmp_path)
 
 
+def test_a_length_that_follows_the_model_is_compared_when_it_is_known(tmp_path):
+    given = settings("sft", composed("sampling.max_response_tokens=12"))
+    following = settings("sft", composed())
+    assert compare("sft", given, following, tmp_path) == []  # at first: nobody knows it
+    with pytest.raises(UserError, match=r"sampling\.max_response_tokens=32, was 12"):
+        compare("sft", given, {"sampling.max_response_tokens": 32}, tmp_path)
+    with pytest.raises(UserError, match=r"sampling\.max_response_tokens=12, was 32"):
+        compare("sft", {**following, "sampling.max_response_tokens": 32}, given, tmp_path)
+
+
 def test_other_content_is_named_by_what_differs(tmp_path):
     compare_content("prompts", ["data.prompts"], {"pieces": 3}, {"pieces": 3}, tmp_path)
     with pytest.raises(

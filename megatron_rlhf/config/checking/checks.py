@@ -6,6 +6,7 @@ Checks of single numbers: ranges.py.
 from megatron_rlhf.config.budgets import check_micro_batch
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptPart
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.placement import PlacementKind
 from megatron_rlhf.config.rewards import check_rewards
@@ -232,15 +233,6 @@ def _check_held_out(config: PPOConfig) -> None:
         value = getattr(evaluation, key)
         if value is not None and not evaluation.is_on:
             raise UserError(f"evaluation.{key}={value} is for evaluations during the run: give evaluation.every too")
-
-
-def check_sampling(sampling: SamplingConfig, key: str) -> None:
-    """Limits must be consistent."""
-    if sampling.min_response_tokens > sampling.max_response_tokens:
-        raise UserError(
-            f"{key}.min_response_tokens={sampling.min_response_tokens} must be at most "
-            f"{key}.max_response_tokens={sampling.max_response_tokens}"
-        )
 
 
 def check_warmup(warmup: int, length: int, key: str, unit: str = "steps") -> None:

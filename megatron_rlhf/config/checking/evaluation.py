@@ -1,7 +1,8 @@
 """Contradictions in what an evaluation is asked for."""
 
-from megatron_rlhf.config.checking.checks import check_one_token, check_sampling
+from megatron_rlhf.config.checking.checks import check_one_token
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.stages import EvaluateConfig
 
 

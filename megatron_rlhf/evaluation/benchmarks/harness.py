@@ -127,10 +127,10 @@ class HarnessModel(TemplateLM):
 
     def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         sampling, stops = generation_settings(settings, self.sampling)
-        room = self.max_length - sampling.max_response_tokens
+        room = self.max_length - sampling.longest_response
         if room < 1:
             raise UserError(
-                f"a task generates {sampling.max_response_tokens} tokens, and the model's context has "
+                f"a task generates {sampling.longest_response} tokens, and the model's context has "
                 f"{self.max_length}; lower max_gen_toks in the task's generation_kwargs"
             )
         prompts = [self.tok_encode(context)[-room:] for context in contexts]

@@ -3,6 +3,7 @@
 import sys
 
 from megatron_rlhf.config.chat import ChatConfig
+from megatron_rlhf.config.lengths import settle_response
 from megatron_rlhf.conversion.starting_point import POLICY, REWARD
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.chat import ChatRoom
@@ -29,6 +30,8 @@ def build_chat(config: ChatConfig) -> ChatRoom:
         require_tokenizer_fits(tokenizer, model.vocab_size, "the model's vocab_size")
     for _, model in starts.values():
         parts.check_role("policy", model, config)
+    context = min(model.max_sequence_length for _, model in starts.values())
+    settle_response(config.sampling, "sampling", context // 2, longest=256)
     few_shot = "" if config.chat.few_shot is None else parts.read_text(config.chat.few_shot, "chat.few_shot")
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)

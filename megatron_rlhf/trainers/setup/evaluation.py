@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lengths import LONGEST, share_context
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
@@ -36,9 +37,13 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     known = {whose: shape for whose, shape in shapes.items() if shape is not None}
     for whose, shape in known.items():
         require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
+    rankings = _rankings(config, tokenizer, judge.model.max_sequence_length) if judge is not None else []
+    context = min(shape.max_sequence_length for shape in known.values())
+    if config.sampling.max_response_tokens is not None and config.data.max_prompt_tokens is None:
+        config.data.max_prompt_tokens = min(LONGEST, context)  # prompts without room for it are named, not dropped
+    share_context(config.data, config.sampling, "sampling", context)
     benchmarks = _benchmarks(config)
     questions = _questions(config, tokenizer, known)
-    rankings = _rankings(config, tokenizer, judge.model.max_sequence_length) if judge is not None else []
     held_out, policy, reward = None, None, None
     if config.data.pretraining.source is not None:
         assert model is not None
@@ -71,7 +76,7 @@ def _rankings(config: EvaluateConfig, tokenizer: Tokenizer, max_length: int) -> 
     asked = config.evaluate
     if asked.comparisons is None:
         return []
-    limits = config.data.max_prompt_tokens, max_length
+    limits = config.data.max_prompt_tokens or LONGEST, max_length
     return load_rankings(asked.comparisons, tokenizer, *limits, Shape.of(asked.comparisons_format))
 
 
@@ -96,7 +101,7 @@ def _questions(config: EvaluateConfig, tokenizer: Tokenizer, shapes: Mapping[str
         which += ", evaluate.few_shot included"
     for whose, shape in shapes.items():
         longest = max(map(len, inputs))
-        checks.check_response_fits(longest, which, config.sampling.max_response_tokens, shape, whose)
+        checks.check_response_fits(longest, which, config.sampling.longest_response, shape, whose)
     assert config.policy.init_from is not None
     name = config.evaluate.name or Path(config.policy.init_from).resolve().name
     return Questions(chosen, inputs, name)

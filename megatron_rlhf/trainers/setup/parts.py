@@ -136,7 +136,7 @@ def make_prompts(
 ) -> Examples[Prompt]:
     """The prompts that remain of the file (or `datasets` name) `source`, from the requested part: on the disk where there is a
     run's folder. Collective."""
-    limits = config.max_prompt_tokens, config.max_per_user, config.deduplicate_prefix_tokens
+    limits = config.longest_prompt, config.max_per_user, config.deduplicate_prefix_tokens
     shape = Shape.of(config.format, config.columns.given(), config.chat)
 
     def load(into: InMemory) -> Examples[Prompt]:

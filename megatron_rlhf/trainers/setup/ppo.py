@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.checking import checks, layout_checks
 from megatron_rlhf.config.data import PromptPart
+from megatron_rlhf.config.lengths import share_context
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.conversion.starting_point import POLICY, REWARD, VALUE, StartingPoint
@@ -114,8 +115,12 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
         if role == "value":
             partial_training.check("value", config, shape, source, scalar=True, key=keys[role])
         starts[role] = Start(keys[role], source, shape)
+    share_context(
+        config.data, config.rollout, "rollout", min(start.model.max_sequence_length for start in starts.values())
+    )
+    session.settle(config)
     for start in starts.values():
-        limits = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+        limits = config.data.longest_prompt, config.rollout.longest_response
         checks.check_fits_context(*limits, start.model, ("data.max_prompt_tokens", "rollout.max_response_tokens"))
     return starts
 
@@ -128,7 +133,7 @@ def _read_data(
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
     parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
     ppo, pretraining = config.ppo, None
-    longest = on_first_rank(lambda: max(len(prompt.tokens) for prompt in prompts)) + config.rollout.max_response_tokens
+    longest = on_first_rank(lambda: max(len(prompt.tokens) for prompt in prompts)) + config.rollout.longest_response
     require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
     if config.data.pretraining.source is not None:
         text = config.data.pretraining.sequence_length

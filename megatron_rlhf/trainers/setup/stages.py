@@ -10,6 +10,7 @@ import numpy as np
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.data import AssistantTurns, DemonstrationDataConfig
+from megatron_rlhf.config.lengths import LONGEST, settle_response
 from megatron_rlhf.config.stages import RewardModelConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import POLICY, TRAINED_REWARD
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
@@ -77,11 +78,16 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     if pretraining is not None:
         longest = max(longest, data.pretraining.sequence_length)
     require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
+    room = LONGEST  # of what nobody judges; the model's context cuts it after each prompt
     if judge is not None:
         assert demonstrations is not None, "check_sft: responses are sampled to their prompts"
         longest = max(d.prompt_length for d in selection_prompts(config, demonstrations, validation))
+        room = min(model.max_sequence_length, judge.model.max_sequence_length) - longest
+    settle_response(config.sampling, "sampling", room)
+    session.settle(config)
+    if judge is not None:
         for model_of, whose in ((model, "policy"), (judge.model, "reward model")):
-            response = config.sampling.max_response_tokens
+            response = config.sampling.longest_response
             checks.check_response_fits(longest, "the longest validation prompt", response, model_of, whose)
             require_tokenizer_fits(tokenizer, model_of.vocab_size, f"the {whose}'s vocab_size")
     layout = ParallelLayout.create(config.parallel)
@@ -126,7 +132,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         training, validation = choose(training, np.setdiff1d(np.arange(len(training)), held)), choose(training, held)
     log.info("%d prompts to train on, %d held out", len(training), len(validation))
     algorithm = config.reward_model
-    steps = algorithm.epochs * -(-len(training) // algorithm.batch_size)
+    steps = algorithm.max_steps or algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
     parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
     parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
