@@ -24,13 +24,13 @@ class Finished:
     output: str
 
 
-def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 400) -> Finished:
-    """`examples/SCRIPT.py ARGUMENTS` on some ranks of this machine, as torchrun starts them."""
+def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 400, folder: Path = Path()) -> Finished:
+    """`examples/SCRIPT.py ARGUMENTS` in a folder on some ranks of this machine, as torchrun starts them."""
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="command_") as folder:
-        outputs = [Path(folder) / str(rank) for rank in range(ranks)]
+    with tempfile.TemporaryDirectory(prefix="command_") as written:
+        outputs = [Path(written) / str(rank) for rank in range(ranks)]
         processes = [
-            CONTEXT.Process(target=run_command, args=(rank, ranks, port, script, arguments, outputs[rank]))
+            CONTEXT.Process(target=run_command, args=(rank, ranks, port, script, arguments, outputs[rank], folder))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -56,13 +56,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_command(rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path) -> None:
+def run_command(
+    rank: int, ranks: int, port: int, script: str, arguments: tuple[str, ...], output: Path, folder: Path = Path()
+) -> None:
     """Body of one rank's process."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     os.setpgrp()
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.chdir(folder)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

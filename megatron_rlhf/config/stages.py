@@ -120,6 +120,8 @@ class RewardAlgorithmConfig:
 
     epochs: int = 1
     """Passes over the comparisons; more overfits."""
+    max_steps: int | None = None
+    """Updates, instead of epochs."""
     batch_size: int = 64
     """Prompts per update, each with all its completions, whether ranked in one record or in several."""
     micro_batch_size: int | None = None

@@ -72,7 +72,7 @@ def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workloa
     mean = workload.prompt_tokens + workload.completions * workload.response_tokens
     shape, batch = microbatches(algorithm.batch_size, algorithm.micro_batch, placed, mean, longest)
     batch = replace(batch, length=attended_length(workload, workload.completions))
-    steps = algorithm.epochs * math.ceil(workload.rankings / algorithm.batch_size)
+    steps = algorithm.max_steps or algorithm.epochs * math.ceil(workload.rankings / algorithm.batch_size)
     phase = training_phase("update", placed, cluster, shape, batch, algorithm.batch_size * mean)
     role = PlannedRole("reward", placed, trained=True)
     settings = micro_batch_setting("reward_model", algorithm.micro_batch)

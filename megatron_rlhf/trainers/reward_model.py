@@ -65,7 +65,7 @@ class RewardModelTrainer(Trainer):
     """The reward model and its comparisons."""
 
     description = "reward model"
-    length_key = "reward_model.epochs"
+    length_key = "reward_model.epochs, reward_model.max_steps"
     figures = {"loss": "rm/loss", "accuracy": "rm/accuracy"}
 
     config: RewardModelConfig
@@ -83,7 +83,8 @@ class RewardModelTrainer(Trainer):
 
     @property
     def total_steps(self) -> int:
-        return self.config.reward_model.epochs * self.batches.batches_per_epoch
+        algorithm = self.config.reward_model
+        return algorithm.max_steps or algorithm.epochs * self.batches.batches_per_epoch
 
     @property
     def trained(self) -> list[TrainedRole]:

@@ -36,7 +36,7 @@ NO_FIGURE = (
 ELSEWHERE = {
     SFTConfig: ("sft.max_steps", "data.pretraining.held_out_samples"),
     # Columns of comparisons that come in several forms: tests/data.
-    RewardModelConfig: ("data.validation", "data.stop", "data.columns"),
+    RewardModelConfig: ("data.validation", "data.stop", "data.columns", "reward_model.max_steps"),
     # Which prompts remain: tests/data, tests/trainers/test_prompts_of_a_part.py.
     PPOConfig: (
         *("reward.function", "reward.processes", "reward.timeout_s", "rewards"),  # tests/trainers/test_ppo_rewards.py

@@ -95,7 +95,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "final_lr_fraction": SHARE,
     },
     stages.RewardAlgorithmConfig: {
-        **dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "micro_batch_tokens"), COUNT),
+        **dict.fromkeys(("epochs", "max_steps", "batch_size", "micro_batch_size", "micro_batch_tokens"), COUNT),
         **dict.fromkeys(("max_completions", "validate_every"), COUNT),
         "final_lr_fraction": SHARE,
     },
