@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(tool: Tool, capsys: py
         (["recipe=instructgpt_6b", "ppo.kl_koef=1"], "did you mean ppo.kl_coef"),
         (["recipe=instructgpt_6b", "cluster=h300"], "cluster/h300"),
         (["recipe=instructgpt_6b", "cluster.nodess=2"], "did you mean cluster.nodes"),
-        (["recipe=instructgpt_7b"], "recipes for this stage: instructgpt, "),
+        (["recipe=instructgpt_7b"], "recipes for this stage: first_try, instructgpt, "),
         (["model=gpt3_1_3b"], "critic_model is not given"),
         (["policy.init_from=/no/such/folder"], "policy.init_from=/no/such/folder"),
     ],
