@@ -40,6 +40,7 @@ def trained_role(distributed: bool, seed: int = 0) -> TrainedRole:
         return loss, {"loss": loss.detach()}
 
     trained.update([Microbatch(torch.arange(12).view(1, 12), loss_of)], 1e-2)
+    assert trained.role.modules  # waits for weights on their way to other ranks, which would count as written
     return trained
 
 

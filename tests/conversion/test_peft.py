@@ -90,7 +90,7 @@ LAYOUTS = {
     "one_rank": (1, ParallelConfig()),
     "tp2_sp": (2, ParallelConfig(tensor=2, sequence=True)),
     "tp2_pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
-    "cp2_dp2": (4, ParallelConfig(context=2, distributed_optimizer=True)),
+    "cp2_dp2": (4, ParallelConfig(context=2)),
 }
 
 

@@ -52,7 +52,7 @@ def decoded_logprobs(model, parallel, lengths, responses, slots, static_shapes=F
     prompts = [numbers(n).tolist() for n in lengths]
     seen = [[] for _ in prompts]
 
-    def forced(logits_bv, keys_b, positions_b, banned=None, banned_b=None):
+    def forced(logits_bv, keys_b, positions_b, *_):
         assert logits_bv.shape[-1] == 67, "padding is cut off"
         places = list(zip(keys_b.tolist(), positions_b.tolist(), strict=True))
         for (row, step), logits in zip(places, logits_bv, strict=True):

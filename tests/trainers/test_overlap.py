@@ -104,7 +104,8 @@ def test_overlap_changes_no_number(layout, precision):
 
 
 def load(folder: Any, parallel: dict[str, Any]) -> Any:
-    role = make_role(GPT2_LIKE, ParallelConfig(**parallel, distributed_optimizer=True), seed=7)
+    parallel = ParallelConfig(**parallel, distributed_optimizer=True)
+    role = make_role(GPT2_LIKE, parallel, seed=7, precision=Precision.bf16)
     trained = TrainedRole.create(role, OptimizerConfig(), Precision.bf16)
     sharded.load_role(folder, SavedRole(role, trained.optimizer))
     return weight_blocks(role)
