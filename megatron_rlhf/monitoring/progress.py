@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -14,13 +14,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_REDRAWS = 2.0
 LINES_IN_A_RUN = 10
 
 
 class Progress:
     """A bar on a terminal; elsewhere (Slurm, CI, a file) plain log lines, so that the log stays readable.
 
-    A line is written when ten seconds have passed or a tenth of the run is done since the last one, and at the end.
+    A line is written when ten seconds have passed or a tenth of the run is done since the last one, and at the end. Inside
+    a step that lasts longer than ten seconds the bar says how far it is; so do lines, after 10, 30, 70, ... seconds.
     """
 
     def __init__(self, total: int, initial: int = 0, description: str = "", enabled: bool = True):
@@ -28,15 +30,16 @@ class Progress:
         self._total = total
         self._initial = initial
         self._description = description
-        self._enabled = enabled
+        self.enabled = enabled
         self._bar: tqdm | None = None
         self._cleanup = ExitStack()
         self._began = self._line_time = time.monotonic()
         self._line_step = initial
+        self.begin_step({})
 
     def __enter__(self) -> "Progress":
         self._began = self._line_time = time.monotonic()
-        if self._enabled and sys.stderr.isatty():
+        if self.enabled and sys.stderr.isatty():
             # Log lines would break up the bar: while it is shown they are printed above it.
             self._cleanup.enter_context(logging_redirect_tqdm())
             self._bar = self._cleanup.enter_context(
@@ -50,10 +53,31 @@ class Progress:
         self._cleanup.close()
         self._bar = None
 
+    def begin_step(self, parts: Mapping[str, int]) -> None:
+        """A step begins; `parts` are those that its phases have (`Phases`)."""
+        self._phases = Phases(parts)
+        self._wait = SECONDS_BETWEEN_LINES
+        self._inside_due = time.monotonic() + self._wait
+
+    def inside(self, phase: str, done: int, total: int) -> None:
+        """A part of the phase is so far; said where the step is a long one."""
+        if not self.enabled:
+            return
+        self._phases.reached(phase, done, total)
+        if time.monotonic() < self._inside_due:
+            return
+        if self._bar is not None:
+            self._wait = SECONDS_BETWEEN_REDRAWS
+            self._bar.set_postfix_str(self._phases.describe(" "))
+        else:
+            self._wait *= 2
+            logger.info(f"{self._description} step {self.step + 1}: {self._phases.describe(' | ')}".lstrip())
+        self._inside_due = time.monotonic() + self._wait
+
     def advance(self, n: int = 1, **figures: float) -> None:
         """Count `n` more steps done, and show the figures beside the count."""
         self.step += n
-        if not self._enabled:
+        if not self.enabled:
             return
         shown = {name: f"{value:.4g}" for name, value in figures.items()}
         if self._bar is not None:
@@ -86,6 +110,39 @@ class Progress:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+class Phases:
+    """How far a step is in its phases. A phase comes in parts, such as updates, or models that read one after the other.
+
+    `parts` gives their numbers, where it is not one. Its remaining time is judged by what it has taken so far.
+    """
+
+    def __init__(self, parts: Mapping[str, int]) -> None:
+        self._parts = parts
+        self._began = self._last = time.monotonic()
+        self._phase, self._share = "", 0.0
+        self._finished: dict[str, int] = {}
+        self._spent: dict[str, float] = {}
+
+    def reached(self, phase: str, done: int, total: int) -> None:
+        """A part of the phase is so far; 0 begins the next part."""
+        now = time.monotonic()
+        if phase == self._phase:
+            self._spent[phase] = self._spent.get(phase, 0.0) + now - self._last
+        self._phase, self._last = phase, now
+        if done == 0:
+            self._finished[phase] = self._finished.get(phase, -1) + 1
+        finished = self._finished.get(phase, 0)
+        self._share = (finished + done / total) / max(self._parts.get(phase, 1), finished + 1)
+
+    def describe(self, separator: str) -> str:
+        """The phase, its share that is done, the time since the step began, and what is left of the phase."""
+        spent, share = self._spent.get(self._phase, 0.0), self._share
+        parts = [f"{self._phase} {share:.0%}", f"{_clock(self._last - self._began)} elapsed"]
+        if share > 0:
+            parts.append(f"{_clock(spent * (1 - share) / share)} left of it")
+        return separator.join(parts)
 
 
 class PhaseTimer:

@@ -1,6 +1,7 @@
 """Parallel layouts as objects: which rank does what for one model, and the process groups for it."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,8 @@ class ParallelLayout:
     groups: ProcessGroupCollection
     every_group: dict[str, Any]
     _saved: list[dict[str, Any]] = field(default_factory=list)
+    watch: Callable[[int, int], object] | None = None
+    """Told how much of some work of this layout is done, and how much there is: 0 at its beginning."""
 
     @classmethod
     def create(cls, config: ParallelConfig, ranks: range | None = None) -> "ParallelLayout":

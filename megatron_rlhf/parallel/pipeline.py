@@ -5,7 +5,7 @@ and lengths, and gradients are plain sums over microbatches and data-parallel ra
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def forward_backward(
         microbatches = [*microbatches, *[_empty(microbatches[0])] * (-count % layout.config.pipeline)]
     arguments: dict[str, Any] = {
         "forward_step_func": _forward_step,
-        "data_iterator": [iter(microbatches) for _ in chunks],
+        "data_iterator": [_told(microbatches, layout), *(iter(microbatches) for _ in chunks[1:])],
         "model": list(chunks),
         "num_microbatches": len(microbatches),
         "seq_length": 1,  # ignored: lengths vary
@@ -81,6 +81,14 @@ def forward_backward(
         arguments["data_iterator"] = arguments["data_iterator"][0]
     with layout, torch.set_grad_enabled(not forward_only):
         return schedule(**arguments)[:count]
+
+
+def _told(microbatches: Sequence[Microbatch], layout: ParallelLayout) -> Iterator[Microbatch]:
+    """The microbatches, one by one as their turn comes, which `layout.watch` hears of; decoding tells by itself."""
+    for done, microbatch in enumerate(microbatches):
+        if layout.watch is not None and microbatch.inference is None:
+            layout.watch(done, len(microbatches))
+        yield microbatch
 
 
 def _forward_step(data_iterator, model: GPTModel):

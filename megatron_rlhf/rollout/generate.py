@@ -50,6 +50,14 @@ def generate(
     schedulers = [Scheduler(waiting, slots) for _ in range(batches)]
     runners = [ModelRunner(role, config, slots, capacity, tuple(stop_ids), static) for _ in range(batches)]
     stops = frozenset(stop_ids)
+
+    def tell() -> None:
+        """Of the tokens that there may be: those of a finished sequence count as all."""
+        if role.layout.watch is not None:
+            sampled = sum(limit if each.is_finished else len(each.tokens) for each in sequences)
+            role.layout.watch(sampled, limit * len(sequences))
+
+    tell()
     with role.decoding(in_fp8=config.precision is Precision.fp8_hybrid):
         while True:
             steps = [
@@ -67,3 +75,4 @@ def generate(
                     if listen is not None:
                         listen(sequence.index, token)
                 runner.move(*scheduler.drop_finished())
+            tell()

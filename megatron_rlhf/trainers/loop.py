@@ -2,13 +2,14 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from megatron_rlhf.callbacks import Callback
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.roles import Role, padding_share
+from megatron_rlhf.monitoring.progress import Progress
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import export
@@ -47,8 +48,13 @@ class Trainer(ABC):
 
     @property
     def readers(self) -> Sequence[Role]:
-        """The roles that read texts in a step."""
+        """The roles that read or sample texts in a step."""
         return [trained.role for trained in self.trained]
+
+    @property
+    def phase_parts(self) -> Mapping[str, int]:
+        """Phases of a step that this rank does in several parts: name -> how many (`monitoring.progress.Phases`)."""
+        return {}
 
     @abstractmethod
     def train_step(self) -> dict[str, float]:
@@ -87,7 +93,10 @@ class Trainer(ABC):
         for callback in self.callbacks:
             callback.begin(self)
         with session.progress(self.total_steps, self.step, self.description) as progress:
+            for role in self.readers:
+                role.layout.watch = self._watch(progress)
             while self.step < last and not ends:
+                progress.begin_step(self.phase_parts)
                 session.guard.begin(self.step + 1)
                 checked = self.gate.check(self.step) if self.gate else {}
                 with session.timed_step(self.step + 1):
@@ -110,6 +119,12 @@ class Trainer(ABC):
             callback.end(self)
         self.close()
         session.close()
+
+    def _watch(self, progress: Progress) -> Callable[[int, int], None] | None:
+        """What the first rank's layouts tell of their work in a step goes to the screen."""
+        if not progress.enabled:
+            return None
+        return lambda done, total: progress.inside(self.session.timer.current, done, total)
 
     def _state(self) -> dict[str, Any]:
         skipped = [trained.skipped_in_a_row for trained in self.trained]

@@ -40,6 +40,7 @@ from megatron_rlhf.trainers.episodes.metrics import (
 )
 from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
+from megatron_rlhf.trainers.episodes.phases import phase_parts
 from megatron_rlhf.trainers.episodes.tax import pretraining_tax
 from megatron_rlhf.trainers.episodes.texts import texts_of
 from megatron_rlhf.trainers.gradients import DominanceWatch
@@ -102,7 +103,12 @@ class PPOTrainer(Trainer):
 
     @property
     def readers(self) -> list[Role]:
-        return [*(trained.role for trained in self.trained), self.roles.reference, *self.roles.reward.models.values()]
+        trained, roles = [each.role for each in self.trained], self.roles
+        return [*trained, roles.reference, roles.sampler, *roles.reward.models.values()]
+
+    @property
+    def phase_parts(self) -> dict[str, int]:
+        return phase_parts(self.config.ppo, self.roles, self.config.ppo.recomputes(self.step + 1))
 
     @property
     def policy_step(self) -> int:

@@ -127,3 +127,55 @@ def test_a_peak_counts_for_every_phase_that_was_open() -> None:
         "memory/rollout_peak_bytes": 7.0,
         "memory/value_peak_bytes": 0.5,
     }
+
+
+def test_a_long_step_says_how_far_it_is_less_and_less_often(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=500, description="PPO") as bar:
+        bar.begin_step({"policy": 4})
+        for second in range(0, 100):
+            bar.inside("rollout", second, 200)
+            clock.now += 1
+    assert lines.messages == [
+        "PPO step 1: rollout 5% | 0:00:10 elapsed | 0:03:10 left of it",
+        "PPO step 1: rollout 15% | 0:00:30 elapsed | 0:02:50 left of it",
+        "PPO step 1: rollout 35% | 0:01:10 elapsed | 0:02:10 left of it",
+    ]
+
+
+def test_a_short_step_says_nothing_of_itself(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    with Progress(total=500) as bar:
+        for _ in range(20):
+            bar.begin_step({})
+            for second in range(9):
+                bar.inside("rollout", second, 9)
+                clock.now += 1
+    assert lines.messages == []
+
+
+def test_a_phase_in_parts_counts_its_own_time(clock: Clock) -> None:
+    """Four updates of two microbatches of 5 s, each followed by another phase's 100 s: in the third, half is done."""
+    phases = progress.Phases({"policy": 4})
+    for _ in range(2):
+        for done in range(2):
+            phases.reached("policy", done, 2)
+            clock.now += 5
+        phases.reached("value", 0, 1)
+        clock.now += 100
+    phases.reached("policy", 0, 2)
+    # The last microbatch's time of a part is not heard of: 5 s of each of the two.
+    assert phases.describe(" ") == "policy 50% 0:03:40 elapsed 0:00:10 left of it"
+
+
+def test_a_bar_shows_it(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(total=500, description="PPO") as bar:
+        bar.begin_step({})
+        bar.inside("scoring", 0, 4)
+        clock.now += 12
+        bar.inside("scoring", 1, 4)
+        clock.now += 1
+        bar.inside("scoring", 2, 4)  # too soon after the last one
+    assert "scoring 25% 0:00:12 elapsed 0:00:36 left of it" in terminal.getvalue()
+    assert "scoring 50%" not in terminal.getvalue()

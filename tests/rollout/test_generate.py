@@ -237,3 +237,16 @@ def decode_with_virtual_stages():
     except AssertionError as error:
         return str(error)
     return "decoded"
+
+
+def test_its_layout_hears_how_far_it_is(world):
+    """In tokens that there may be; at the end all are done, however short the responses."""
+    heard = []
+    role = make_role(GPT2_LIKE)
+    role.layout.watch = lambda done, total: heard.append((done, total))
+    generate(role, prompts()[:3], keys()[:3], sampling(max_response_tokens=5, batch_size=2), ())
+    assert heard[0] == (0, 15) and heard[-1] == (15, 15)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard) and len(heard) > 5
+    heard.clear()
+    role.logprobs(torch.zeros(6, 8, dtype=torch.long), 2)
+    assert heard == [(0, 3), (1, 3), (2, 3)]
