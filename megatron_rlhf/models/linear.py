@@ -17,11 +17,14 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         if self.sequence_parallel or args or kwargs:
             return super().forward(input_, *args, **kwargs)
+        # A kernel that fuses bias and activation wants the bias.
+        left = self.bias if self.skip_bias_add and self.config.bias_activation_fusion else None
+        bias = self.bias if left is None else None
         if not torch.is_grad_enabled():
-            return F.linear(input_, self.weight, self.bias), None
+            return F.linear(input_, self.weight, bias), left
         if self.tp_group.size() > 1:
             return super().forward(input_)
-        return _Product.apply(input_, self.weight, self.bias), None
+        return _Product.apply(input_, self.weight, bias), left
 
 
 class RowLinear(RowParallelLinear):
