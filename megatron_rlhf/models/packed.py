@@ -75,6 +75,7 @@ class LanguageModel(PackedModel):
 
     def logits(self, hidden_nh: Tensor) -> Logits:
         """Logits of hidden states, which all context-parallel ranks have."""
+        _await_weights(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         groups = self.pg_collection
@@ -103,4 +104,11 @@ class ScalarModel(PackedModel):
             self.output_layer = ScalarHead(self.config, self.pg_collection)
 
     def _read(self, hidden_nh: Tensor) -> Tensor:
+        _await_weights(self.output_layer)
         return self.output_layer.of(hidden_nh)
+
+
+def _await_weights(module: torch.nn.Module) -> None:
+    """Before weights are read without a call of their module: those that other ranks are still sending have arrived."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
