@@ -19,7 +19,7 @@ from megatron_rlhf.compose import compose_config, share_out
 from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.checking import evaluation as evaluation_checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
-from megatron_rlhf.config.launch import detect_launch
+from megatron_rlhf.config.launch import detect_launch, tell_launcher
 from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import AUTO
 from megatron_rlhf.help import help_text
@@ -170,21 +170,29 @@ def exit_code_on_failure() -> Iterator[None]:
         logging.getLogger(__name__).info("%s", reason)
         if rank > 0:
             _leave(0)
+        tell_launcher(str(reason))
         time.sleep(SECONDS_TO_LEAVE)
         _leave(INTERRUPTED)
     except UserError as error:
         if rank > 0:  # the first rank most likely has the same mistake: it reports it, and the launcher ends this one
             time.sleep(SECONDS_TO_LEAVE)
         if _is_first_to_report(error):
-            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+            _report(f"error{f' on rank {rank}' if rank else ''}: {error}")
         _leave(USER_ERROR)
     except RunFailed as error:
         if _is_first_to_report(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _report(f"error: {error}")
         _leave(1)
-    except Exception:
+    except Exception as error:
         logging.getLogger(__name__).critical("rank %d failed:\n%s", rank, traceback.format_exc())
+        tell_launcher(f"{type(error).__name__} on rank {rank}, whose traceback is above: {error}")
         _leave(1)
+
+
+def _report(message: str) -> None:
+    """On the screen, and where the launcher's own report ends with it."""
+    print(message, file=sys.stderr, flush=True)
+    tell_launcher(message)
 
 
 def _is_first_to_report(error: Exception) -> bool:

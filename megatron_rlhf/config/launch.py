@@ -1,8 +1,11 @@
 """This process's rank among all, from what python, torchrun or srun left in the environment."""
 
+import contextlib
+import json
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +65,19 @@ def expected_nodes(world_size: int, environment: Mapping[str, str] = os.environ)
         return [node for turn in range(max(tasks)) for node, count in zip(nodes, tasks, strict=True) if turn < count]
     blocks = [node for node, count in zip(nodes, tasks, strict=True) for _ in range(count)]
     return blocks if kind in ("block", "*") else []
+
+
+def tell_launcher(reason: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Leave the reason of a failure where torchrun looks for it: it ends its own report with that of the first rank to fail."""
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        # In whole seconds: what follows from the reason, such as ranks that are killed, must not look as early as it.
+        about = {"py_callstack": reason, "timestamp": str(int(time.time()) - 1)}
+        with (
+            contextlib.suppress(OSError),
+            open(path, "w", encoding="utf-8") as file,
+        ):  # the reason is on the screen already
+            json.dump({"message": {"message": reason, "extraInfo": about}}, file)
 
 
 def node_names(listed: str) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rlhf.config.errors import Interrupted
+from megatron_rlhf.config.launch import tell_launcher
 from megatron_rlhf.runs.board import Board, Heard, states
 from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
 from megatron_rlhf.runs.stacks import Stacks
@@ -196,7 +197,7 @@ class Watchdog:
         """Log the message, unless another rank has; leave the verdict for the others; end this process."""
         if self._store.add("verdicts", 1) == 1:
             if message is not None:
-                log.critical("watchdog: %s. The job ends (watchdog.timeout_s=%g).", message, self.timeout_s)
+                self._say(message)
             victims = self._board.about(kill)
             self._store.set("verdict", json.dumps([victim.dump() for victim in victims]))
             self._kill(victims)
@@ -220,17 +221,18 @@ class Watchdog:
         """The store lives in the first rank's process, or in torchrun."""
         if self._beat.rank <= 1:  # the others would say the same
             seen = f"; last seen: {self._first.describe()}" if self._first else ""
-            log.critical(
-                "watchdog: rank 0, or the launcher, is dead or frozen: the rendezvous store is gone (%s)%s. %s. "
-                "The job ends (watchdog.timeout_s=%g).",
-                why,
-                seen,
-                self._beat.describe(),
-                self.timeout_s,
+            self._say(
+                f"rank 0, or the launcher, is dead or frozen: the rendezvous store is gone ({why}){seen}. {self._beat.describe()}"
             )
         if self._first:
             self._kill([self._first])
         self._end(EXIT_CODE)
+
+    def _say(self, message: str) -> None:
+        """Why the job ends."""
+        text = f"watchdog: {message}. The job ends (watchdog.timeout_s={self.timeout_s:g})."
+        log.critical(text)
+        tell_launcher(text)
 
     def _end(self, code: int) -> None:
         if code == EXIT_CODE:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.launch import Launch, detect_launch
+from megatron_rlhf.config.launch import Launch, detect_launch, tell_launcher
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
@@ -51,3 +51,14 @@ def test_what_no_launcher_sets_is_named(environment, says):
     with pytest.raises(UserError) as caught:
         detect_launch(environment)
     assert says in str(caught.value)
+
+
+def test_the_launcher_finds_the_reason_where_torchrun_looks_for_it(tmp_path):
+    """Read back by torch's own class."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "error.json"
+    tell_launcher("error: run.dir=x", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    assert ChildFailedError("train", {0: failure}).format_msg().strip().splitlines()[-2].endswith(": error: run.dir=x")
+    tell_launcher("no launcher", {})

@@ -496,7 +496,7 @@ def test_resume_with_other_data_is_refused(recipe, tmp_path):
     assert contents(tmp_path / "run" / "checkpoints") == before
 
 
-def test_torchrun_shows_the_message_once(recipe, tmp_path):
+def test_torchrun_shows_the_message_once_and_ends_with_it(recipe, tmp_path):
     arguments = recipe.sft(str(tmp_path / "run"), f"data.demonstrations={tmp_path / 'nothing.jsonl'}")
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/train_sft.py", *arguments],
@@ -508,8 +508,11 @@ def test_torchrun_shows_the_message_once(recipe, tmp_path):
         check=False,
     )
     assert finished.returncode != 0
-    assert finished.stderr.count("nothing.jsonl: no such file or folder") == 1, finished.stderr
-    assert re.search(r"exitcode *: 2", finished.stderr), finished.stderr
+    shown, _, torchruns = finished.stderr.partition("Root Cause")
+    assert shown.count("nothing.jsonl: no such file or folder") == 1, finished.stderr
+    assert re.search(r"exitcode *: 2", torchruns), finished.stderr
+    *_, last, line = torchruns.strip().splitlines()
+    assert "error: " in last and "nothing.jsonl: no such file or folder" in last and set(line) == {"="}, finished.stderr
 
 
 def test_help_lists_every_key_with_its_meaning():

@@ -182,7 +182,12 @@ def test_torchrun_ends_with_the_message_and_no_process_is_left(recipe, tmp_path,
     assert launcher.wait(TIMEOUT + 10) != 0
     assert not [rank for rank in ranks.values() if rank.is_running()]
     printed = (tmp_path / "output").read_text()
-    assert printed.count("watchdog: ") == 1, printed
+    shown, _, torchruns = printed.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")
+    assert shown.count("watchdog: ") == 1, printed
+    reason = {signal.SIGKILL: "Signal 9 (SIGKILL) received", signal.SIGSTOP: "watchdog: rank 1 is dead or frozen"}[
+        number
+    ]
+    assert reason in torchruns.strip().splitlines()[-2], printed
     assert re.search(r"watchdog: rank 1 is dead or frozen.*last seen: " + SEEN.format(rank=1, host=HOST), printed)
 
 
