@@ -1,13 +1,14 @@
 """How many communicators layouts make, counted on one rank of a simulated world; what a group of one rank does."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import CONTEXT, run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlhf.config.model import ParallelConfig
@@ -46,23 +47,21 @@ class Simulated:
         monkeypatch.setattr(communicators, "_can_split", lambda world: splits)
 
 
-@pytest.fixture
-def simulate(monkeypatch):
-    """Starts a world in which this process is one rank and the others do not exist."""
-
-    def start(rank: int, size: int) -> None:
-        monkeypatch.setitem(os.environ, "WORLD_SIZE", str(size))
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-
-    assert not dist.is_initialized()
-    yield start
-    dist.destroy_process_group()
+def start(rank: int, size: int) -> None:
+    """A world in which this process is one rank and the others do not exist."""
+    os.environ["WORLD_SIZE"] = str(size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
-@pytest.mark.parametrize("size", [512, 4096])
-def test_a_rank_makes_only_the_groups_it_is_in_and_none_of_one_rank_but_the_first(size, simulate, monkeypatch):
-    simulate(77, size)
-    counted = Simulated(monkeypatch)
+def in_a_process_of_its_own(function: Callable[[int], None], size: int) -> None:
+    """This process may be in a real world already, and a process is in one at a time."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as processes:
+        processes.submit(function, size).result(timeout=200)
+
+
+def make_groups(size: int) -> None:
+    start(77, size)
+    counted = Simulated(pytest.MonkeyPatch())
     policy = ParallelLayout.create(ROLES[0])
     one_role = len(counted.made)
     for config in ROLES[1:]:
@@ -77,9 +76,13 @@ def test_a_rank_makes_only_the_groups_it_is_in_and_none_of_one_rank_but_the_firs
 
 
 @pytest.mark.parametrize("size", [512, 4096])
-def test_a_communicator_that_can_be_split_is_split_once_a_dimension(size, simulate, monkeypatch):
-    simulate(77, size)
-    counted = Simulated(monkeypatch, splits=True)
+def test_a_rank_makes_only_the_groups_it_is_in_and_none_of_one_rank_but_the_first(size):
+    in_a_process_of_its_own(make_groups, size)
+
+
+def split_groups(size: int) -> None:
+    start(77, size)
+    counted = Simulated(pytest.MonkeyPatch(), splits=True)
     for config in ROLES:
         ParallelLayout.create(config)
     assert [77] in counted.made
@@ -88,6 +91,11 @@ def test_a_communicator_that_can_be_split_is_split_once_a_dimension(size, simula
         together = sorted(rank for ranks in enumeration for rank in ranks)
         assert len(set(together)) == len(together) in (size, size // 4, size // 2)  # without the middle stages
         assert min(map(len, enumeration)) > 1
+
+
+@pytest.mark.parametrize("size", [512, 4096])
+def test_a_communicator_that_can_be_split_is_split_once_a_dimension(size):
+    in_a_process_of_its_own(split_groups, size)
 
 
 def test_only_what_exists_and_can_be_split_is_split():
