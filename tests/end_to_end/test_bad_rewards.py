@@ -124,7 +124,8 @@ def test_a_mistake_is_named(name, recipe, tmp_path):
     )
     assert finished.codes == [2] * ranks, finished.output
     messages = [line for line in finished.output.splitlines() if line.startswith("error")]
-    assert len(messages) == 1, finished.output
+    # Before ranks have met, each says it (a launcher ends the others first).
+    assert len({line.partition(": ")[2] for line in messages}) == 1, finished.output
     assert re.search(message, messages[0]), messages[0]
     assert "Traceback" not in finished.output
     assert not list(tmp_path.rglob("checkpoints"))

@@ -27,7 +27,7 @@ SAVE = {"time/save_s", "memory/save_peak_bytes"}
 # At the end of an epoch.
 SAMPLES = {"time/samples_s", "memory/samples_peak_bytes"}
 ALWAYS = {".lock", "checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "report.html", "stage", "tensorboard"}
-ALWAYS |= {"samples.jsonl"}
+ALWAYS |= {"command", "samples.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def names(folder: Path) -> set[str]:
 
 def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
     assert names(runs["sft"]) == ALWAYS | {"cache"}
-    assert names(runs["reward_model"]) == ALWAYS
+    assert names(runs["reward_model"]) == ALWAYS | {"cache"}
     assert names(runs["ppo"]) == ALWAYS | {"cache"}
     assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "evaluation.jsonl"}
     assert names(runs["ppo"] / "checkpoints") == {"latest", "step_3"}

@@ -27,8 +27,6 @@ def check_run(run: RunConfig) -> None:
         raise UserError(
             f"run.save_every={run.save_every} must be a number of steps (0: a checkpoint only at the end), or {AUTO}"
         )
-    if run.cluster is not None and run.save_every != AUTO:
-        raise UserError(f"run.cluster={run.cluster} describes the GPUs for run.save_every={AUTO}; leave it out")
 
 
 def check_precision(

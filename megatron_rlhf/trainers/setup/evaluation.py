@@ -43,7 +43,7 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
         config.data.max_prompt_tokens = min(LONGEST, context)  # prompts without room for it are named, not dropped
     share_context(config.data, config.sampling, "sampling", context)
     benchmarks = _benchmarks(config)
-    questions = _questions(config, tokenizer, known)
+    questions = _questions(config, session, tokenizer, known)
     held_out, policy, reward = None, None, None
     if config.data.pretraining.source is not None:
         assert model is not None
@@ -80,13 +80,15 @@ def _rankings(config: EvaluateConfig, tokenizer: Tokenizer, max_length: int) -> 
     return load_rankings(asked.comparisons, tokenizer, *limits, Shape.of(asked.comparisons_format))
 
 
-def _questions(config: EvaluateConfig, tokenizer: Tokenizer, shapes: Mapping[str, ModelConfig]) -> Questions | None:
+def _questions(
+    config: EvaluateConfig, session: Session, tokenizer: Tokenizer, shapes: Mapping[str, ModelConfig]
+) -> Questions | None:
     """The prompts to answer, whose answers fit all models."""
     if config.data.prompts is None:
         return None
     if config.evaluate.labels is not None:
         collecting.check(Path(config.evaluate.labels))
-    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, config.run.dir)
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, str(session.folder))
     chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
     inputs = [prompt.tokens.tolist() for prompt in chosen]
     which = "the longest prompt"
