@@ -30,6 +30,7 @@ def test_a_rank_takes_its_own_gpu_of_those_it_sees(monkeypatch, visible, expecte
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda **arguments: chosen.append(arguments["device_id"]))
     world = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5", "MASTER_ADDR": "nowhere", "MASTER_PORT": "29500"}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # nothing to wait for
     for name, value in world.items():
         monkeypatch.setenv(name, value)
     runtime.initialize()
