@@ -50,8 +50,8 @@ def test_the_reason_is_the_first_ranks_exception():
 [rank1]: RuntimeError: einops is not installed.
 [rank0]: torch.distributed.DistBackendError: Connection closed by peer
 """
-    assert doctor._first_exception(printed) == "RuntimeError: einops is not installed."
-    assert doctor._first_exception("nothing of the kind") == ""
+    assert doctor.first_exception(printed) == "RuntimeError: einops is not installed."
+    assert doctor.first_exception("nothing of the kind") == ""
 
 
 def test_a_machine_with_nothing_installed_is_told_what_to_install(tmp_path):

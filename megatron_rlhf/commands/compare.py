@@ -83,9 +83,7 @@ def _runs(given: Sequence[str], option: str) -> list[Run]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".html file to write")
     parser.add_argument("--title", default="Evaluation", help="what the page is called")
     runs = "NAME=RUN_DIR"

@@ -195,6 +195,8 @@ class Watchdog:
 
     def _end_all(self, message: str | None, kill: Sequence[int]) -> None:
         """Log the message, unless another rank has; leave the verdict for the others; end this process."""
+        if message is not None:
+            self._stacks.write()  # first: when others have left, this rank is no longer where it waited
         if self._store.add("verdicts", 1) == 1:
             if message is not None:
                 self._say(message)
@@ -206,6 +208,7 @@ class Watchdog:
 
     def _end_if_told(self) -> None:
         if self._store.check(["verdict"]):
+            self._stacks.write()
             self._kill([Beat.load(text) for text in json.loads(self._store.get("verdict"))])
             self._end(EXIT_CODE)
 
@@ -219,6 +222,7 @@ class Watchdog:
 
     def _without_store(self, why: str) -> None:
         """The store lives in the first rank's process, or in torchrun."""
+        self._stacks.write()
         if self._beat.rank <= 1:  # the others would say the same
             seen = f"; last seen: {self._first.describe()}" if self._first else ""
             self._say(
@@ -235,8 +239,6 @@ class Watchdog:
         tell_launcher(text)
 
     def _end(self, code: int) -> None:
-        if code == EXIT_CODE:
-            self._stacks.write()
         logging.shutdown()
         os._exit(code)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def test_a_rank_that_hangs_in_a_call_is_asked(tmp_path: Path) -> None:
     stacks = Stacks(tmp_path / "stacks", 0)
     try:
         pid, descriptor = receiver.recv()
-        stacks.write_for(Beat(1, pid=pid, stacks=descriptor))
-        text = (tmp_path / "stacks" / "rank_1.txt").read_text()
+        deadline = time.monotonic() + 20
+        text = ""
+        while "in hold_the_interpreter" not in text and time.monotonic() < deadline:  # it may not be there yet
+            stacks.write_for(Beat(1, pid=pid, stacks=descriptor))
+            text = (tmp_path / "stacks" / "rank_1.txt").read_text()
         assert text.startswith("rank 1, asked by a signal\n")
         assert "in hold_the_interpreter" in text and "in hang" in text
         (tmp_path / "stacks" / "rank_1.txt").unlink()

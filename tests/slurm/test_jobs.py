@@ -229,7 +229,7 @@ def test_a_heterogeneous_job_has_policy_and_critic_on_nodes_of_their_own(
     job = cluster.wait(number, timeout=MINUTES)
     log = cluster.log(number)
     assert job.state == "COMPLETED", log
-    assert "3 ranks" in log and "placement=disaggregated placement.critic_ranks=1" in log
+    assert "3 ranks" in log and "'placement=disaggregated' 'placement.critic_ranks=1'" in log
     assert "tensor 2 x pipeline 1 x data 1" in log and "tensor 1 x pipeline 1 x data 1" in log
     for row, expected in zip(read_metrics(recipe.root / "heterogeneous"), read_metrics(undisturbed[0]), strict=True):
         assert row["reward/score_mean"] == pytest.approx(expected["reward/score_mean"], rel=1e-4)
