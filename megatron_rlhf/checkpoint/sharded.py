@@ -6,7 +6,7 @@ partial one is never picked up. How files are written is in `role_files` and `dr
 how damage is found in `integrity`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +203,21 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     own = [dict(group) for part in optimizer.chained_optimizers for group in part.param_groups]
     # Other versions of this package wrote how the state was sharded, and Megatron-Core would look for it here.
     state = {key: value for key, value in state.items() if key not in ("param_state", "param_state_sharding_type")}
+    for saved in _saved_groups(
+        state
+    ):  # Megatron-Core 0.19 knows a group by its peak rate, too, which a resume may change
+        saved.update({key: own[0].get(key) for key in ("max_lr", "min_lr") if key in saved})
     optimizer.load_state_dict(state)
     groups = [group for part in optimizer.chained_optimizers for group in part.param_groups]
     for group, settings in zip(groups, own, strict=True):
         for key, value in settings.items():
             group.setdefault(key, value)
+
+
+def _saved_groups(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of each group of weights, wherever an optimizer's state has them."""
+    for key, value in state.items():
+        if key == "param_groups":
+            yield from value
+        elif isinstance(value, dict):
+            yield from _saved_groups(value)

@@ -20,7 +20,7 @@ LR = 2e-5
 
 def trained_role(distributed: bool, settings: dict) -> TrainedRole:
     role = make_role(GPT2_LIKE, ParallelConfig(distributed_optimizer=distributed))
-    return TrainedRole.create(role, OptimizerConfig(lr=LR, clip_norm=0.0, **settings), Precision.fp32)
+    return TrainedRole.create(role, OptimizerConfig(**{"lr": LR, "clip_norm": 0.0, **settings}), Precision.fp32)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -46,7 +46,7 @@ def test_adam_goes_on_with_the_new_settings(world, tmp_path, distributed):
     with sharded.writing(tmp_path / "step_3") as aside:
         sharded.save_role(aside, SavedRole(trained.role, trained.optimizer))
         sharded.write_meta(aside, {"policy": trained.role}, {})
-    resumed = trained_role(distributed, THEN)
+    resumed = trained_role(distributed, {**THEN, "lr": 10 * LR})  # the peak; a step is told its rate
     sharded.load_role(tmp_path / "step_3", SavedRole(resumed.role, resumed.optimizer))
     before = {name: p.detach().clone() for name, p in reference.items()}
     for seed in range(3, 6):
