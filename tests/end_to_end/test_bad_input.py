@@ -61,7 +61,6 @@ CASES: dict[str, Case] = {
         "sft", ["run.save_every=often"], [r"run\.save_every=often", "number of steps", "or auto"]
     ),
     "save_every_negative": Case("sft", ["run.save_every=-1"], [r"run\.save_every=-1", "at least 0"]),
-    "cluster_for_nothing": Case("sft", ["run.cluster=laptop"], [r"run\.cluster=laptop", r"run\.save_every=auto"]),
     "cluster_unknown": Case("sft", ["run.save_every=auto", "run.cluster=h300"], ["cluster/h300"]),
     # Layouts and shapes.
     "world_too_small": Case("sft", ["parallel.tensor=2"], ["tensor 2 x pipeline 1 x context 1 = 2", "the 1 ranks"]),
@@ -298,7 +297,7 @@ CASES: dict[str, Case] = {
     "judged_prompts_missing": Case(
         "evaluate",
         ["reward.init_from={recipe}/reward_model", "evaluate.tasks=[instructgpt]"],
-        [r"reward\.init_from scores answers to prompts: give data\.prompts"],
+        [r"reward\.init_from scores answers and comparisons: give data\.prompts"],
         without=["data.prompts"],
     ),
     "unknown_task": Case("evaluate", ["evaluate.tasks=[instructgpt_helaswag]"], [r"no task instructgpt_helaswag"]),
