@@ -42,10 +42,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(case, recipe):
         made = recipe.sft(name, *arguments) if stage == "sft" else ppo(recipe, name, *arguments)
         return run_ranks(ranks, run_stage, stage, made, timeout=300)
 
-    straight = whole_weights(run(f"{case}_straight"))
-    run(f"{case}_stopped", f"run.stop_at_step={stop}")
-    resumed = whole_weights(run(f"{case}_stopped", "run.resume=true"))
-    assert read_metrics(recipe.root / f"{case}_stopped") == read_metrics(recipe.root / f"{case}_straight")
+    straight = whole_weights(run(f"partial_{case}_straight"))
+    run(f"partial_{case}_stopped", f"run.stop_at_step={stop}")
+    resumed = whole_weights(run(f"partial_{case}_stopped", "run.resume=true"))
+    assert read_metrics(recipe.root / f"partial_{case}_stopped") == read_metrics(recipe.root / f"partial_{case}_straight")
     for role, weights in straight.items():
         assert_close(resumed[role], weights, relative=0)
 
