@@ -45,7 +45,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(case, recipe):
     straight = whole_weights(run(f"partial_{case}_straight"))
     run(f"partial_{case}_stopped", f"run.stop_at_step={stop}")
     resumed = whole_weights(run(f"partial_{case}_stopped", "run.resume=true"))
-    assert read_metrics(recipe.root / f"partial_{case}_stopped") == read_metrics(recipe.root / f"partial_{case}_straight")
+    assert read_metrics(recipe.root / f"partial_{case}_stopped") == read_metrics(
+        recipe.root / f"partial_{case}_straight"
+    )
     for role, weights in straight.items():
         assert_close(resumed[role], weights, relative=0)
 
