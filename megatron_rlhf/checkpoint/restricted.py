@@ -15,7 +15,7 @@ from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
@@ -144,11 +144,6 @@ def require_plain_scales(state: Mapping[str, Any], where: str) -> None:
                     ScalesUnpickler(io.BytesIO(content)).load()
             except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ImportError) as error:
                 raise UserError(f"{where}: {name} is more than the scales of a layer: {_reason(error)}") from error
-
-
-def user_error_in(exception: CheckpointException) -> UserError | None:
-    """torch wraps what went wrong on each rank."""
-    return next((error for error, _ in exception.failures.values() if isinstance(error, UserError)), None)
 
 
 def _extra_states(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,18 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.item_store import choose
 from megatron_rlhf.data.prompts import Prompt
 
 Item = TypeVar("Item")
-
-
-def hold_out(
-    items: Sequence[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
-) -> tuple[Sequence[Item], Sequence[Item]]:
-    """(training, validation): a seeded share of the items, at least one where the fraction is positive."""
-    held = held_out(items, fraction, seed, owners)
-    return choose(items, np.setdiff1d(np.arange(len(items)), held)), choose(items, held)
 
 
 def held_out(

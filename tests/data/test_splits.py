@@ -1,23 +1,31 @@
 """What is held out: a seeded share, with no overlap with the training data."""
 
+import numpy as np
 import pytest
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.item_store import choose
 from megatron_rlhf.data.prompts import load_prompts
-from megatron_rlhf.data.splits import hold_out, split_by_user
+from megatron_rlhf.data.splits import held_out, split_by_user
+
+
+def hold_out(items, *arguments):
+    """(training, validation)."""
+    held = held_out(items, *arguments)
+    return choose(items, np.setdiff1d(np.arange(len(items)), held)), choose(items, held)
 
 
 def test_hold_out():
     items = list(range(20))
-    training, validation = hold_out(items, 0.2, seed=1)
+    training, validation = hold_out(items, 0.2, 1)
     assert len(validation) == 4
     assert sorted(training + validation) == items
     assert training == sorted(training)
-    assert hold_out(items, 0.2, seed=1) == (training, validation)
-    assert hold_out(items, 0.2, seed=2)[1] != validation
-    assert hold_out(items, 0.0, seed=1) == (items, [])
-    assert len(hold_out(items, 0.001, seed=1)[1]) == 1
-    assert len(hold_out([1, 2], 0.99, seed=1)[0]) == 1
+    assert hold_out(items, 0.2, 1) == (training, validation)
+    assert hold_out(items, 0.2, 2)[1] != validation
+    assert hold_out(items, 0.0, 1) == (items, [])
+    assert len(hold_out(items, 0.001, 1)[1]) == 1
+    assert len(hold_out([1, 2], 0.99, 1)[0]) == 1
 
 
 def test_what_an_owner_has_stays_together():

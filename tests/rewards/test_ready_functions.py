@@ -2,13 +2,10 @@
 
 import json
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
 from megatron_rlhf.rewards import exact_answer, format_rule
-
-GSM8K = Path("/work/shared/data/gsm8k_train.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -50,10 +47,8 @@ def test_a_record_without_an_answer_is_an_error():
         exact_answer.score(["?"], ["1"], [{"answer": "yes"}])
 
 
-def test_every_answer_of_gsm8k_is_read():
-    if not GSM8K.is_file():
-        pytest.skip("GSM8K is not at hand")
-    records = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+def test_every_answer_of_gsm8k_is_read(shared_data):
+    records = [json.loads(line) for line in (shared_data / "gsm8k_train.jsonl").read_text().splitlines()]
     assert len(records) > 1000
     own = [record["answer"] for record in records]
     assert exact_answer.score([""] * len(own), own, records) == [1.0] * len(own)
