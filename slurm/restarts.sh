@@ -174,13 +174,15 @@ require_time_for_a_step() {
 
 # or else when its warning comes, half a minute early at most: only then is it known how long before the limit.
 refuse_useless_limit() {
-    local after
+    local after steps
     [[ $SIGNALLED == USR1 && -n $LIMIT && -n $LEFT ]] || return 0
     after=$((LIMIT - LEFT))
     if ((after + 30 <= PLANNED_STEP || (after <= 31 && LIMIT <= ${WARNING:-0} + PLANNED_STEP))); then
+        steps='some steps'
+        ((PLANNED_STEP == 0)) || steps+=", of $PLANNED_STEP s each as planned"
         fail "the time limit (sbatch --time) of $LIMIT s leaves no time for a step: its warning came after $after s. Give" \
             "a --time longer than the warning (sbatch --signal=B:USR1@SECONDS, here ${WARNING:-none} in the script) and" \
-            "some steps, of $PLANNED_STEP s each as planned"
+            "$steps"
     fi
 }
 
@@ -198,6 +200,7 @@ leave_if_signalled() {
 # The end of a start: what it came to, and whether there is another one.
 conclude() { # CODE
     local code=$1 state cause polite=0
+    trap '' TERM USR1 # what ends now ends as it has begun
     if ((code == 0 || code == USER_ERROR)) || [[ -n $CONCLUDED ]]; then
         exit "$code"
     fi
@@ -272,20 +275,21 @@ go_on() { # CODE POLITE: whether another start is worth its GPUs
 
 queue_again() { # CODE
     local nodes='' before how=requeue
+    trap '' TERM USR1 # Slurm signals this shell and its children as soon as it has queued the job
     if [[ ${EXCLUDE_FAILED:-0} == 1 ]]; then
         nodes=$(failed_nodes "$1")
     fi
     [[ -z $nodes ]] || how=requeuehold # until it is known where not to start
     echo "job $JOB is queued again${nodes:+, not on $nodes}"
-    if ! undisturbed scontrol "$how" "$JOB"; then
+    if ! scontrol "$how" "$JOB"; then
         echo "it could not be (is it being requeued already?)" >&2
         return
     fi
     if [[ -n $nodes ]]; then
-        before=$(undisturbed scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
+        before=$(scontrol show job "$JOB" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
         [[ $before == "(null)" ]] && before=''
-        undisturbed scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$nodes" ||
+        scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$nodes" ||
             echo "$nodes could not be excluded" >&2
-        undisturbed scontrol release "$JOB"
+        scontrol release "$JOB"
     fi
 }

@@ -77,7 +77,7 @@ def test_time_limits(stub: Stub) -> None:
     useless = stub.submit("useless", "stub.steps=1000", flags=["--time=1", "--signal=B:USR1@60"])
     short = stub.submit("short", flags=["--time=1"], **{"PLAN": "1"})
     middle = stub.submit("middle", "stub.first=hang@1", flags=["--time=1", "--signal=B:USR1@1"])
-    shorter = stub.submit("shorter", "stub.planned=61", flags=["--time=1"])
+    shorter = stub.submit("shorter", "stub.planned=61", flags=["--time=1", "--signal=B:USR1@1"])
 
     ended = shorter.end()
     assert (ended.state, ended.exit_code) == ("FAILED", 2), shorter.log

@@ -16,7 +16,7 @@ def choose(recipe, tmp_path):
     source = write_lines(tmp_path / "prompts.jsonl", records)
     tokenizer = load_tokenizer(recipe.root / "tokenizer")
     return lambda **keys: make_prompts(
-        str(source), PromptDataConfig(tokenizer="", prompts=str(source), **keys), tokenizer
+        str(source), PromptDataConfig(tokenizer="", prompts=str(source), max_prompt_tokens=64, **keys), tokenizer
     )
 
 
