@@ -20,7 +20,7 @@ from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.checking import evaluation as evaluation_checks
 from megatron_rlhf.config.errors import Interrupted, RunFailed, UserError
 from megatron_rlhf.config.launch import detect_launch, tell_launcher
-from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from megatron_rlhf.config.stages import ChatConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.config.training import AUTO
 from megatron_rlhf.help import help_text
 from megatron_rlhf.own_files import CONFIG_DIR
@@ -69,7 +69,7 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
 
 def launch_chat(arguments: Sequence[str] | None = None) -> None:
     """Talk with a model: a command as the stages' are, without a run."""
-    from megatron_rlhf.config.chat import ChatConfig, check_chat
+    from megatron_rlhf.config.checking.chat import check_chat
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with exit_code_on_failure():
@@ -116,7 +116,7 @@ def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] 
     STAGES[stage].check(config)
     from megatron_rlhf.parallel import runtime
     from megatron_rlhf.runs.session import Session
-    from megatron_rlhf.runs.watchdog import Watchdog
+    from megatron_rlhf.runs.watching.watchdog import Watchdog
     from megatron_rlhf.trainers.setup.machine import check_machine
     from megatron_rlhf.trainers.setup.stages import BUILD
 

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
 from megatron_rlhf.commands.compare import judge_by_rule
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.text_files import iterate_text_file
+from megatron_rlhf.data.files.text_files import iterate_text_file
 from megatron_rlhf.evaluation.page import write_evaluation
 from megatron_rlhf.evaluation.results import Run
 from megatron_rlhf.labeling import collecting

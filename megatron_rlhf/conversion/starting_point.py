@@ -14,7 +14,7 @@ from megatron_rlhf.conversion.hf import load as hf_load
 from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
 from megatron_rlhf.conversion.hf.folder import CONFIG
 from megatron_rlhf.conversion.peft import SETTINGS, PeftFolder, is_peft_folder
-from megatron_rlhf.data import hub
+from megatron_rlhf.data.files import hub
 from megatron_rlhf.models.roles import Role
 
 HEAD_BYTES = 2**20

@@ -23,10 +23,10 @@ from megatron_rlhf.data.chat.messages import (
 )
 from megatron_rlhf.data.chat.template import Chat
 from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user, windows
+from megatron_rlhf.data.files.item_store import IN_MEMORY, Chosen, InMemory
 from megatron_rlhf.data.formats.dialogues import Dialogue
 from megatron_rlhf.data.formats.makers import CYCLE
 from megatron_rlhf.data.formats.record import Record
-from megatron_rlhf.data.item_store import IN_MEMORY, Chosen, InMemory
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 

@@ -18,8 +18,8 @@ from megatron_rlhf.data.chat.messages import (
 )
 from megatron_rlhf.data.chat.template import Chat, Rendered
 from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, windows
+from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.formats.record import Record
-from megatron_rlhf.data.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 

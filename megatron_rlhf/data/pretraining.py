@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.files.text_files import Progress
 from megatron_rlhf.data.records import Columns, read_records
-from megatron_rlhf.data.text_files import Progress
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 with warnings.catch_warnings():  # data needs none of the accelerators whose absence Megatron warns about

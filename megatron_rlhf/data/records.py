@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.files.text_files import Progress, is_text_file, iterate_text_file
 from megatron_rlhf.data.formats.record import Record, nearest
 from megatron_rlhf.data.formats.shape import Shape
-from megatron_rlhf.data.text_files import Progress, is_text_file, iterate_text_file
 
 Columns = Mapping[str, Any] | Shape | None
 """How to make our columns of a record's own: templates by column, or a whole shape."""

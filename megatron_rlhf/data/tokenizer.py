@@ -18,8 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data import hub, special_tokens
+from megatron_rlhf.data import special_tokens
 from megatron_rlhf.data.chat.files import replace_template
+from megatron_rlhf.data.files import hub
 from megatron_rlhf.data.special_tokens import GENERATION
 from megatron_rlhf.data.stop_watch import StopWatch
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
 
-from megatron_rlhf.config.chat import ChatConfig
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import ChatConfig
 from megatron_rlhf.data.chat.messages import Conversation, Message
 from megatron_rlhf.data.chat.template import Chat
 from megatron_rlhf.data.formats.record import Record

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.text_files import iterate_text_file
+from megatron_rlhf.data.files.text_files import iterate_text_file
 from megatron_rlhf.evaluation.policies import Scores
 from megatron_rlhf.monitoring.files import read_records
 

@@ -23,7 +23,10 @@ def initialize(rendezvous_timeout_s: float = 300.0, timeout_minutes: float = 30)
     on_gpu = torch.cuda.is_available()
     device = None
     if on_gpu:
-        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its calls are recorded: runs/stacks.py
+        for name in (
+            "TORCH_FR_BUFFER_SIZE",
+            "TORCH_NCCL_TRACE_BUFFER_SIZE",
+        ):  # its calls are recorded: runs/watching/stacks.py
             os.environ.setdefault(name, "2000")
     if on_gpu:  # srun --gpus-per-task shows each task only its own GPU, as number 0
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())

@@ -6,9 +6,9 @@ from dataclasses import replace
 from megatron_rlhf.config.checking.layout_checks import check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.lengths import share_context
-from megatron_rlhf.config.ppo import OldLogprobs
 from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.stages.ppo import OldLogprobs
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
 from megatron_rlhf.planning.phases import (
     BACKWARD_TOO,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.ppo import OldLogprobs
+from megatron_rlhf.config.stages.ppo import OldLogprobs
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives

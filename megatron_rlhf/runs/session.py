@@ -38,7 +38,7 @@ from megatron_rlhf.runs.profile import Profile, phase_range
 from megatron_rlhf.runs.run_lock import RunLock
 from megatron_rlhf.runs.stage import EVALUATION, folder_for, write_stage
 from megatron_rlhf.runs.trained import Trained
-from megatron_rlhf.runs.waiting import Waiting
+from megatron_rlhf.runs.watching.waiting import Waiting
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.conversion.starting_point import POLICY, StartingPoint
-from megatron_rlhf.data import hub
+from megatron_rlhf.data.files import hub
 from megatron_rlhf.data.tokenizer import load_tokenizer
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.data.demonstrations import Demonstration
-from megatron_rlhf.data.item_store import ABOUT, Chosen, ItemWriter, StoredItems, read_about
+from megatron_rlhf.data.files.item_store import ABOUT, Chosen, ItemWriter, StoredItems, read_about
 from megatron_rlhf.data.prompts import Prompt
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.item_store import choose
+from megatron_rlhf.data.files.item_store import choose
 from megatron_rlhf.data.prompts import load_prompts
 from megatron_rlhf.data.splits import held_out, split_by_user
 

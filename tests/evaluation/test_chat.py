@@ -5,8 +5,9 @@ import json
 import pytest
 
 from megatron_rlhf.compose import compose_config
-from megatron_rlhf.config.chat import ChatConfig, check_chat
+from megatron_rlhf.config.checking.chat import check_chat
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import ChatConfig
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.evaluation.chat import ChatRoom
 from megatron_rlhf.trainers.setup.chat import build_chat

@@ -15,8 +15,8 @@ from ranks import run_ranks
 
 from megatron_rlhf.config.data import PromptDataConfig
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, ParallelConfig, Positions, Precision
-from megatron_rlhf.config.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.stages.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.training import RunConfig, SamplingConfig
 from megatron_rlhf.planning.activations import Shape, cache_bytes, layer_saved, training_peak
 from megatron_rlhf.planning.parameters import total_parameters

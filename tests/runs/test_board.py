@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_rlhf.runs.board import BLOCK, Board, Heard, states
-from megatron_rlhf.runs.heartbeat import Beat, State
+from megatron_rlhf.runs.watching.board import BLOCK, Board, Heard, states
+from megatron_rlhf.runs.watching.heartbeat import Beat, State
 
 
 class CountingStore:

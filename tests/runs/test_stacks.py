@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ranks import CONTEXT
 
-from megatron_rlhf.runs.heartbeat import Beat
-from megatron_rlhf.runs.stacks import Stacks
+from megatron_rlhf.runs.watching.heartbeat import Beat
+from megatron_rlhf.runs.watching.stacks import Stacks
 
 
 def hold_the_interpreter() -> None:

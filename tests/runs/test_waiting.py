@@ -8,8 +8,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_rlhf.parallel.collectives import Largest
-from megatron_rlhf.runs import waiting
-from megatron_rlhf.runs.waiting import Waiting
+from megatron_rlhf.runs.watching import waiting
+from megatron_rlhf.runs.watching.waiting import Waiting
 
 
 def steps(seconds: tuple[float, ...], count: int) -> tuple[list[dict[str, float]], list[str]]:

@@ -16,8 +16,8 @@ from processes import Run
 from recipe import Recipe
 
 from megatron_rlhf.runs.agreement import fingerprint
-from megatron_rlhf.runs.heartbeat import Beat, Place
-from megatron_rlhf.runs.watchdog import EXIT_CODE, is_broken_connection, tell_stuck
+from megatron_rlhf.runs.watching.heartbeat import Beat, Place
+from megatron_rlhf.runs.watching.watchdog import EXIT_CODE, is_broken_connection, tell_stuck
 
 TIMEOUT = 5.0
 HOST = re.escape(socket.gethostname())

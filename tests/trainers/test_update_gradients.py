@@ -11,8 +11,8 @@ from toys import GPT2_LIKE, LLAMA_LIKE, Block, assemble, assert_close, gradient_
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig
 from megatron_rlhf.config.model import ParallelConfig, Recompute
-from megatron_rlhf.config.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.stages import PPOConfig, RolloutConfig
+from megatron_rlhf.config.stages.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.training import RunConfig
 from megatron_rlhf.data.comparisons import Comparison
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, evaluation, held_out, lora, model, ppo, rewards, stages, training
+from megatron_rlhf.config import cluster, data, lora, model, placement, rewards, training
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import evaluate, held_out, ppo, reward_model, sft
 
 LARGEST_WHOLE = 2**31 - 1
 """Tokens, seeds and steps are kept in 32 bits somewhere."""
@@ -71,7 +72,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     model.ParallelConfig: dict.fromkeys(
         ("tensor", "pipeline", "virtual_stages", "last_stage_layers", "context", "expert"), COUNT
     ),
-    stages.GenerationLayoutConfig: dict.fromkeys(("tensor", "pipeline", "last_stage_layers"), COUNT),
+    placement.GenerationLayoutConfig: dict.fromkeys(("tensor", "pipeline", "last_stage_layers"), COUNT),
     data.PretrainingDataConfig: {"sequence_length": COUNT, "held_out": PROPER_SHARE, "held_out_samples": COUNT},
     data.DemonstrationDataConfig: {
         "max_prompt_tokens": COUNT,
@@ -87,14 +88,14 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("max_prompt_tokens", "max_per_user", "deduplicate_prefix_tokens"), COUNT),
         "part_shares": POSITIVE,
     },
-    stages.SFTAlgorithmConfig: {
+    sft.SFTAlgorithmConfig: {
         **dict.fromkeys(
             ("epochs", "max_steps", "batch_size", "micro_batch_size", "micro_batch_tokens", "selection_samples"), COUNT
         ),
         "dropout": PROPER_SHARE,
         "final_lr_fraction": SHARE,
     },
-    stages.RewardAlgorithmConfig: {
+    reward_model.RewardAlgorithmConfig: {
         **dict.fromkeys(("epochs", "max_steps", "batch_size", "micro_batch_size", "micro_batch_tokens"), COUNT),
         **dict.fromkeys(("max_completions", "validate_every"), COUNT),
         "final_lr_fraction": SHARE,
@@ -115,7 +116,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("gamma", "lam"), SHARE),
         "ema_decay": PROPER_SHARE,
     },
-    evaluation.EvaluateAlgorithmConfig: dict.fromkeys(("samples", "samples_per_prompt", "task_limit"), COUNT),
+    evaluate.EvaluateAlgorithmConfig: dict.fromkeys(("samples", "samples_per_prompt", "task_limit"), COUNT),
     held_out.HeldOutConfig: {"samples": COUNT, "patience": COUNT, "max_kl": POSITIVE},
     rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
     rewards.WeightedRewardConfig: {"weight": ANY},

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.files.text_files import Progress
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.preparation.duplicates import NearDuplicates, digest
 from megatron_rlhf.data.preparation.personal import find_personal, form_of, masked
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.splits import place_of
-from megatron_rlhf.data.text_files import Progress
 
 STATE, REPORT, DROPPED = "unfinished.sqlite", "report.json", "dropped.jsonl"
 AT_ONCE = 1000

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from megatron_rlhf.algorithms.advantages import gae, grpo, reinforce_baseline, returns_to_go, rloo
-from megatron_rlhf.config.ppo import PPOAlgorithmConfig
+from megatron_rlhf.config.stages.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.training import AdvantageEstimator
 from megatron_rlhf.rollout.types import Rollout
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rlhf.config.held_out import HeldOutConfig
 from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.stages.held_out import HeldOutConfig
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel import collectives

@@ -1,6 +1,6 @@
 """The phases of an iteration that come in several parts."""
 
-from megatron_rlhf.config.ppo import PPOAlgorithmConfig
+from megatron_rlhf.config.stages.ppo import PPOAlgorithmConfig
 from megatron_rlhf.rollout.collect import Roles
 
 

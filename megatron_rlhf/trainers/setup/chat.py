@@ -2,8 +2,8 @@
 
 import sys
 
-from megatron_rlhf.config.chat import ChatConfig
 from megatron_rlhf.config.lengths import settle_response
+from megatron_rlhf.config.stages import ChatConfig
 from megatron_rlhf.conversion.starting_point import POLICY, REWARD
 from megatron_rlhf.data.tokenizer import require_tokenizer_fits
 from megatron_rlhf.evaluation.chat import ChatRoom

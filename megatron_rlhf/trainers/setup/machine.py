@@ -4,10 +4,9 @@ import os
 
 import torch
 
-from megatron_rlhf.config.chat import ChatConfig
 from megatron_rlhf.config.checking import checks, layout_checks
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig
+from megatron_rlhf.config.stages import BaseConfig, ChatConfig, EvaluateConfig, PPOConfig
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 from megatron_rlhf.runs.peak import cluster_of
 

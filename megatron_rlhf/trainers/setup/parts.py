@@ -21,8 +21,8 @@ from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Pr
 from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, SFTConfig
 from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint, Wanted
 from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory, choose
 from megatron_rlhf.data.formats.shape import Shape
-from megatron_rlhf.data.item_store import IN_MEMORY, InMemory, choose
 from megatron_rlhf.data.pretraining import PretrainingData, load_pretraining
 from megatron_rlhf.data.prompts import Prompt, load_prompts
 from megatron_rlhf.data.splits import parts_by_user

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.data import RecordsConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.examples import Examples
-from megatron_rlhf.data.item_store import FORMAT, InMemory, ItemWriter, StoredItems, read_about
+from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, read_about
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel.collectives import first_message
 

@@ -16,8 +16,8 @@ from megatron_rlhf.conversion.starting_point import POLICY, TRAINED_REWARD
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
 from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.examples import Examples
+from megatron_rlhf.data.files.item_store import InMemory, Mapped, choose
 from megatron_rlhf.data.formats.shape import Shape
-from megatron_rlhf.data.item_store import InMemory, Mapped, choose
 from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.splits import held_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits

@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from megatron_rlhf.config.errors import Interrupted
 from megatron_rlhf.config.launch import tell_launcher
-from megatron_rlhf.runs.board import Board, Heard, states
-from megatron_rlhf.runs.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
-from megatron_rlhf.runs.stacks import Stacks
+from megatron_rlhf.runs.watching.board import Board, Heard, states
+from megatron_rlhf.runs.watching.heartbeat import Beat, MainThread, Place, State, place_of, role_at_work
+from megatron_rlhf.runs.watching.stacks import Stacks
 
 log = logging.getLogger(__name__)
 

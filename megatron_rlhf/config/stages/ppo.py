@@ -1,10 +1,23 @@
-"""The algorithm of PPO-ptx: `ppo.*`."""
+"""PPO-ptx."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.training import AdvantageEstimator, KLControl
+from megatron_rlhf.config.data import PromptDataConfig
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig
+from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
+from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
+from megatron_rlhf.config.stages.common import BaseConfig
+from megatron_rlhf.config.stages.held_out import HeldOutConfig
+from megatron_rlhf.config.training import (
+    AdvantageEstimator,
+    KLControl,
+    OffloadConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainedRoleConfig,
+)
 
 
 class OldLogprobs(Enum):
@@ -131,3 +144,50 @@ class PPOAlgorithmConfig:
         if self.whiten_advantages is not None:
             return self.whiten_advantages
         return self.advantages in (AdvantageEstimator.gae, AdvantageEstimator.reinforce_baseline)
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(SamplingConfig):
+    """How responses are sampled, and at what layout."""
+
+    parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
+    """If given, the policy's weights are copied every iteration to a second copy at this layout, by Megatron-Core's
+    resharding."""
+
+
+@dataclass(kw_only=True)
+class PPOConfig(BaseConfig):
+    """`examples/train_ppo.py`."""
+
+    trained_roles = ("policy", "value")
+
+    data: PromptDataConfig
+    """Prompts, tokenizer, pretraining text."""
+    policy: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
+    """The model that learns to answer; its starting weights are the frozen reference."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The frozen reward model, or a function instead of it or beside it."""
+    rewards: dict[str, WeightedRewardConfig] = field(default_factory=dict)
+    """Instead of `reward`: several by name, whose weighted sum it is; `reward/NAME_mean` is the mean of each, without weight."""
+    value: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(optimizer=OptimizerConfig(lr=9e-6)))
+    """The critic; starts from the (first) reward model, or from the policy where there is none, unless init_from names
+    another: a language model gets a new scalar head."""
+    critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of reward and value model."""
+    critic_model: ModelConfig | None = None
+    """Shape of reward and value model, checked against their checkpoint where it is given."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which ranks hold which roles."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What is kept in host memory while it is not used."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How responses are sampled."""
+    ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
+    """Batches, clipping, KL, pretraining mix."""
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Held-out prompts during the run, the best policy, and when to stop."""
+
+    @property
+    def reward_models(self) -> list[NamedReward]:
+        """The parts of the reward that are models."""
+        return [part for part in named_rewards(self.reward, self.rewards) if not part.is_function]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 from megatron_rlhf.config.launch import node_name
-from megatron_rlhf.runs.heartbeat import MainThread
+from megatron_rlhf.runs.watching.heartbeat import MainThread
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlhf.runs.heartbeat import Beat, State
+from megatron_rlhf.runs.watching.heartbeat import Beat, State
 
 BLOCK = 8
 """Any number would be right: a rank that its block does not show is looked for itself."""

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from megatron_rlhf.config.data import EvaluationDataConfig
+from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.stages.common import BaseConfig
+from megatron_rlhf.config.training import RoleConfig, SamplingConfig
+
 
 @dataclass(kw_only=True)
 class EvaluateAlgorithmConfig:
@@ -43,3 +48,21 @@ class EvaluateAlgorithmConfig:
     scorer: str | None = None
     """PATH/TO/FILE.py:NAME or MODULE:NAME: judges the answers to tasks that ask for it (toxicity); takes prompts, responses
     and rows as a reward function does, and returns a number for each."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(BaseConfig):
+    """`examples/evaluate.py`: sample responses, score them, measure the loss on held-out text."""
+
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
+    """Prompts, tokenizer, pretraining text for the held-out loss."""
+    policy: RoleConfig = field(default_factory=RoleConfig)
+    """The model that answers."""
+    reward: RoleConfig = field(default_factory=RoleConfig)
+    """Reward model, optional."""
+    critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the reward model."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are sampled."""
+    evaluate: EvaluateAlgorithmConfig = field(default_factory=EvaluateAlgorithmConfig)
+    """How many, which weights, what else to measure."""

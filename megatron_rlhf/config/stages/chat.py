@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from megatron_rlhf.config.checking.checks import check_one_token
 from megatron_rlhf.config.data import TokenizerConfig
-from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.config.stages import BaseConfig
+from megatron_rlhf.config.stages.common import BaseConfig
 from megatron_rlhf.config.training import RoleConfig, SamplingConfig
 
 
@@ -41,15 +38,3 @@ class ChatConfig(BaseConfig):
     """How answers are sampled; temperature=0 is greedy."""
     chat: ChatSettings = field(default_factory=ChatSettings)
     """System's turn, few-shot prefix, best of n."""
-
-
-def check_chat(config: ChatConfig) -> None:
-    """A model to talk with, and what judges where answers are chosen."""
-    if config.policy.init_from is None:
-        raise UserError("policy.init_from is not given: name the checkpoint or Hugging Face folder to talk with")
-    if config.chat.best_of < 1:
-        raise UserError(f"chat.best_of={config.chat.best_of} must be at least 1")
-    if config.chat.best_of > 1 and config.reward.init_from is None:
-        raise UserError(f"chat.best_of={config.chat.best_of} needs reward.init_from, the model that chooses")
-    check_sampling(config.sampling, "sampling")
-    check_one_token(config.parallel, "a conversation")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rlhf.runs.heartbeat import Beat
+from megatron_rlhf.runs.watching.heartbeat import Beat
 
 SIGNAL = signal.SIGRTMIN + 10
 """Makes a rank write its stack to a file of its own although it does not run Python code, as it hangs in a call."""
