@@ -1,20 +1,16 @@
-"""Every kind of file that is read from a user-supplied folder (docs/security.md), with code planted in it: a UserError names
-the file, and the code does not run."""
+"""Every kind of file of a checkpoint (docs/security.md), with code planted in it: a UserError names the file, and the code does
+not run."""
 
 import io
-import json
-import os
 import pickle
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from commands import run_example
+from planting import Planted
 from toys import GPT2_LIKE, make_role
 
 from megatron_rlhf.checkpoint import naming, restricted, sharded
@@ -23,38 +19,13 @@ from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig, RunConfig
-from megatron_rlhf.conversion import convert
 from megatron_rlhf.conversion.architecture import tensor_shapes
-from megatron_rlhf.conversion.convert import CheckOptions
 from megatron_rlhf.conversion.hf.extra_files import ExtraFiles
-from megatron_rlhf.conversion.nemo import archive
 from megatron_rlhf.conversion.starting_point import POLICY, StartingPoint
 from megatron_rlhf.conversion.whole_tensors import CheckpointReader
-from megatron_rlhf.data.pretraining import load_pretraining
-from megatron_rlhf.data.records import read_records
-from megatron_rlhf.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_rlhf.monitoring.files import read_records as read_lines
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.runs.checkpoints import choose_checkpoint
 from megatron_rlhf.trainers.step import TrainedRole
-
-
-class Planted:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
-@pytest.fixture
-def trace(tmp_path):
-    """Where planted code would create a folder if it ran; checked after every test."""
-    path = tmp_path / "code_was_run"
-    yield path
-    assert not path.exists(), "the planted code was run"
 
 
 def seal(checkpoint: Path) -> None:
@@ -62,9 +33,6 @@ def seal(checkpoint: Path) -> None:
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
     lines = "".join(f"{digest(path)}  {path.relative_to(checkpoint)}\n" for path in files)
     (checkpoint / MANIFEST).write_text(lines)
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def trained_role() -> TrainedRole:
@@ -214,114 +182,7 @@ def test_a_run_ends_with_the_message(recipe, tmp_path, trace, resumes):
     assert "Traceback" not in finished.output
 
 
-# --- other people's models --------------------------------------------------------------------------------------------
-
-
-def nemo_archive(folder: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(folder / "model.nemo", "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return folder / "model.nemo"
-
-
-@pytest.mark.parametrize("name", ["model_config.yaml", "model_weights.ckpt", "model_weights/.metadata"])
-def test_nemo_archives(world, tmp_path, trace, name):
-    files = {"model_config.yaml": b"num_layers: 4\n"}
-    if name.endswith(".yaml"):
-        files[name] = f'x: !!python/object/apply:os.mkdir ["{trace}"]\n'.encode()
-    elif name.endswith(".metadata"):
-        files[name] = pickle.dumps(Planted(trace))
-    else:
-        content = io.BytesIO()
-        torch.save({"model.weight": Planted(trace)}, content)
-        files[name] = content.getvalue()
-    says = r"plain YAML|mkdir|objects other than tensors"
-    with pytest.raises(UserError, match=says), archive.opened(nemo_archive(tmp_path, files), tmp_path):
-        pass
-
-
-def test_links_in_an_archive_are_not_followed(tmp_path):
-    path = nemo_archive(tmp_path, {"model_config.yaml": b"num_layers: 4\n"})
-    with tarfile.open(path, "a") as tar:
-        for kind, name in ((tarfile.SYMTYPE, "model_weights.ckpt"), (tarfile.LNKTYPE, "linked")):
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = kind, "/etc/hostname"
-            tar.addfile(link)
-    with pytest.raises(UserError, match="holds no weights known to us"), archive.opened(path, tmp_path):
-        pass
-
-
-def test_pickled_weights_of_a_hugging_face_folder(world, tmp_path, trace):
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_embd": 8, "n_head": 1}
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "vocab_size": 9, "n_positions": 8}))
-    torch.save({"wte.weight": Planted(trace)}, tmp_path / "hf" / "pytorch_model.bin")
-    for allowed in (False, True):
-        with pytest.raises(UserError, match=r"--allow-pickle|objects other than tensors"):
-            convert.import_huggingface(tmp_path / "hf", tmp_path / "ours", None, CheckOptions(), allow_pickle=allowed)
-    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
-    with pytest.raises(UserError, match=r"names \.\./b\.safetensors, which is no file beside it"):
-        convert.import_huggingface(tmp_path / "hf", tmp_path / "ours", None, CheckOptions())
-
-
 def test_config_of_the_run_that_a_checkpoint_is_from(checkpoint, trace):
     (checkpoint.parents[1] / "config.yaml").write_text(f'data: !!python/object/apply:os.mkdir ["{trace}"]\n')
     with pytest.raises(UserError, match=r"config\.yaml: not plain YAML"):
         ExtraFiles.find(checkpoint, None)
-
-
-# --- tokenizers and data ----------------------------------------------------------------------------------------------
-
-
-def test_code_of_a_tokenizer_folder(tmp_path, trace):
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(trace)!r})\nclass Mine: ...\n")
-    auto_map = {"AutoTokenizer": ["code.Mine", "code.Mine"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Mine", "auto_map": auto_map}))
-    with pytest.raises(UserError, match="no fast tokenizer can be loaded"):
-        load_tokenizer(folder)
-
-
-@pytest.mark.parametrize("form", ["pickle", "objects"])
-def test_cached_indices_of_pretraining_text(tmp_path, trace, form):
-    texts = [f"{word} alpha beta gamma delta" for word in ("one", "two", "three", "four")] * 20
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer = train_tokenizer(texts, 270, tmp_path / "tokenizer")
-
-    def load() -> object:
-        return load_pretraining(tmp_path / "text.jsonl", tokenizer, 8, 4, seed=1, cache_dir=tmp_path / "cache")
-
-    load()
-    indices = sorted((tmp_path / "cache" / "indices").glob("*.npy"))
-    assert indices
-    for path in indices:
-        path.unlink()
-        if form == "pickle":
-            path.write_bytes(pickle.dumps(Planted(trace)))
-        else:
-            with path.open("wb") as file:
-                np.save(file, np.array([Planted(trace)], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"not an index of pretraining text .* delete the folder"):
-        load()
-
-
-def test_a_folder_of_records_with_a_script(tmp_path, trace):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "corpus.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
-    with pytest.raises(UserError, match="cannot load it"):
-        list(read_records(folder))
-    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "saved" / "dataset_info.json").write_bytes(pickle.dumps(Planted(trace)))
-    with pytest.raises(UserError, match="cannot load it"):
-        list(read_records(tmp_path / "saved"))
-
-
-def test_lines_of_a_run(tmp_path, trace):
-    """Metrics, samples and replays are JSON."""
-    (tmp_path / "metrics.jsonl").write_bytes(pickle.dumps(Planted(trace)) + b"\n")
-    with pytest.raises(UserError, match="expected one JSON object a line"):
-        list(read_lines(tmp_path / "metrics.jsonl"))
