@@ -1,52 +1,15 @@
-"""Plans: their totals, which presets fit, what is refused with which message, and the command line of tools/plan.py."""
+"""Plans: their totals, which presets fit, and what each option adds or saves."""
 
-import importlib.util
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from plans import ROOT, plan, sized_recipes
 
-from megatron_rlhf.compose import compose_config, recipes
+from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.cluster import PlanConfig
-from megatron_rlhf.config.model import ParallelConfig
-from megatron_rlhf.config.stages import PPOConfig
-from megatron_rlhf.planning.output.report import overrides_text
 from megatron_rlhf.planning.placement import GIB
-from megatron_rlhf.planning.plan import Plan
 from megatron_rlhf.planning.ppo import POLICY_SCORING
-from megatron_rlhf.planning.search import TIE, cheapest, critics_by_speed, what_would_fit
-from megatron_rlhf.planning.stages import STAGES, plan_stage
-
-ROOT = Path(__file__).resolve().parents[2]
-Tool = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def tool() -> Tool:
-    return load_tool()
-
-
-def load_tool() -> Tool:
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main(list(arguments))
-
-
-def plan(stage: str, *overrides: str, ours: tuple[str, ...] = ()) -> Plan:
-    schema = {name: schema for schema, name in STAGES.items()}[stage]
-    config, _ = compose_config(stage, schema, list(overrides), missing="-")
-    plan_config, _ = compose_config("plan", PlanConfig, list(ours))
-    return plan_stage(config, plan_config)
-
-
-def sized_recipes() -> list[str]:
-    """Recipes that state the number of nodes they are made for."""
-    return recipes("plan")
+from megatron_rlhf.planning.stages import STAGES
 
 
 def test_every_recipe_of_the_paper_has_a_plan() -> None:
@@ -160,67 +123,6 @@ def test_a_copy_to_sample_from_takes_memory() -> None:
     )
 
 
-def test_cheapest_layouts_fit_and_ties_go_to_fewer_stages() -> None:
-    config, _ = compose_config("ppo", PPOConfig, ["recipe=instructgpt_6b"], missing="-")
-    plan_config, _ = compose_config("plan", PlanConfig, ["cluster.nodes=2"])
-    found = [made for _, made in cheapest(config, plan_config, 5)]
-    assert len(found) == 5
-    assert all(p.fits for p in found)
-    seconds = [p.step_seconds for p in found]
-    assert all(one <= TIE * min(seconds[i:]) for i, one in enumerate(seconds))
-    wide = replace(plan_config, cluster=replace(plan_config.cluster, nodes=64))
-    large, _ = compose_config("ppo", PPOConfig, ["recipe=instructgpt_175b"], missing="-")
-    shapes = [ParallelConfig(tensor=8, pipeline=p, sequence=True, distributed_optimizer=True) for p in (32, 1, 8)]
-    best = critics_by_speed(large, wide, shapes)[0]
-    assert best.pipeline == 1, "32 stages of a 6.7B critic save nothing"
-    tiny = replace(plan_config, cluster=replace(plan_config.cluster, memory_gib=9.0))
-    assert cheapest(config, tiny, 5) == []
-
-
-def test_the_search_offloads_where_nothing_fits_without() -> None:
-    config, _ = compose_config("ppo", PPOConfig, ["recipe=instructgpt_6b"], missing="-")
-    plan_config, _ = compose_config("plan", PlanConfig, ["cluster.nodes=2", "cluster.memory_gib=26"])
-    found = [made for _, made in cheapest(config, plan_config, 2)]
-    assert found
-    for made in found:
-        assert made.fits
-        assert any(role.rests for role in made.roles)
-        assert any(phase.name.startswith("copies of") for phase in made.phases)
-
-
-def test_one_stage_samples_faster_than_eight() -> None:
-    ours = ("recipe=instructgpt_175b",)
-    plain = plan("ppo", *ours, "rollout.batch_size=64", ours=ours)
-    copied = plan("ppo", *ours, "rollout.parallel.pipeline=1", ours=ours)
-    seconds = [made.phases[0].seconds for made in (plain, copied)]
-    assert seconds[1] < 0.7 * seconds[0]
-
-
-@pytest.mark.parametrize(
-    ("stage", "overrides", "cluster", "changes"),
-    [
-        ("sft", ["recipe=instructgpt_6b"], ["cluster.memory_gib=41"], {"sft.micro_batch_size"}),
-        ("sft", ["recipe=instructgpt_6b", "parallel.tensor=1"], ["cluster.memory_gib=30"], {"parallel.tensor"}),
-        ("ppo", ["recipe=instructgpt_6b"], ["cluster.nodes=2", "cluster.memory_gib=50"], {"offload.reference"}),
-        ("ppo", ["recipe=instructgpt_6b"], ["cluster.nodes=1", "cluster.memory_gib=24"], {"cluster.nodes"}),
-    ],
-)
-def test_what_does_not_fit_is_told_what_would(
-    stage: str, overrides: list[str], cluster: list[str], changes: set[str]
-) -> None:
-    schema = {name: schema for schema, name in STAGES.items()}[stage]
-    config, _ = compose_config(stage, schema, overrides, missing="-")
-    plan_config, _ = compose_config("plan", PlanConfig, cluster)
-    assert not plan_stage(config, plan_config).fits
-    remedy = what_would_fit(config, plan_config)
-    assert remedy is not None
-    assert changes <= set(remedy[0]), remedy[0]
-    written = overrides_text(remedy[0]).split()
-    again, _ = compose_config(stage, schema, overrides + [o for o in written if "cluster." not in o], missing="-")
-    nodes = [o for o in written if "cluster." in o]
-    assert plan_stage(again, compose_config("plan", PlanConfig, cluster + nodes)[0]).fits
-
-
 def test_memory_of_hosts_counts_what_rests_there_and_checkpoints() -> None:
     ours = ("recipe=instructgpt_175b",)
     plain = plan("ppo", *ours, ours=ours)
@@ -235,103 +137,6 @@ def test_memory_of_hosts_counts_what_rests_there_and_checkpoints() -> None:
     assert small.fits_gpu
     assert not small.fits
     assert "is more than the 64 GiB of a node" in small.arithmetic()
-
-
-def test_the_tool_prints_numbers(tool: Tool, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["recipe=instructgpt_175b", "cluster=h100_80gb", "cluster.nodes=64", "--json", "--layouts", "1"]
-    assert tool("--stage", "ppo", *arguments) == 0
-    whole = json.loads(capsys.readouterr().out)
-    assert whole["schema"] == 2
-    (data,) = whole["plans"]
-    assert data["gpus"] == 512
-    layout = data["layouts"]["policy"]
-    assert (layout["tensor"], layout["pipeline"], layout["data"], layout["virtual_stages"]) == (8, 8, 8, 1)
-    assert data["settings"] == {
-        "ppo.micro_batch_size": 1,
-        "rollout.batch_size": 16,
-        "ppo.ptx_micro_batch_size": 1,
-    }
-    assert data["memory"]["peak_bytes"] < data["memory"]["capacity_bytes"] == pytest.approx(73.6 * GIB)
-    assert max(data["memory"]["phase_bytes"].values()) == data["memory"]["peak_bytes"]
-    assert "save" in data["memory"]["phase_bytes"]
-    assert data["host_memory"]["peak_bytes"] == pytest.approx(sum(data["host_memory"]["bytes"].values()))
-    assert set(data["memory"]["bytes"]["policy"]) == {"weights", "gradients", "optimizer", "ema"}
-    names = ["rollout", "scoring by policy and reference", "scoring by reward and value", "policy", "ptx", "value"]
-    assert [phase["name"] for phase in data["phases"]] == names
-    assert data["price"] == pytest.approx(3.0 * data["gpu_hours"])
-    assert data["checkpoint"]["save_every"] >= 1
-    assert len(data["cheapest"]) == 1
-    assert data["would_fit"] is None
-
-
-def test_a_page_shows_memory_and_time(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    page = tmp_path / "plan.html"
-    assert (
-        tool("--stage", "ppo", "recipe=instructgpt_6b", "cluster.memory_gib=40", "--layouts", "0", "--html", str(page))
-        == 3
-    )
-    text = page.read_text()
-    assert "does not fit" in text
-    assert "What would fit: <code>" in text
-    for name in ("policy", "value", "rollout", "ptx", "save", "checkpoint"):
-        assert f"<div>{name}</div>" in text, name
-    assert "http" not in text, "it opens without a network"
-    assert tool("--stage", "sft", "recipe=instructgpt_6b", "--html", str(tmp_path / "no" / "plan.html")) == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-def test_the_tool_plans_the_whole_recipe_and_sorts_overrides_by_stage(
-    tool: Tool, capsys: pytest.CaptureFixture
-) -> None:
-    # Only one stage knows sft.epochs, only the planner workload.*.
-    overrides = ["sft.epochs=1", "workload.demonstrations=32000", "ppo.iterations=10"]
-    assert tool("recipe=instructgpt_6b", "--layouts", "0", "--json", *overrides) == 0
-    sft, reward, ppo = json.loads(capsys.readouterr().out)["plans"]
-    assert (sft["steps"], ppo["steps"]) == (1000, 10)
-    assert reward["gpus"] == 8
-    assert ppo["gpus"] == 16
-
-
-def test_what_does_not_fit_is_refused_with_the_arithmetic(tool: Tool, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--stage", "sft", "--layouts", "0", "recipe=instructgpt_6b"]
-    assert tool(*arguments, "parallel.tensor=1", "parallel.distributed_optimizer=false", "cluster=a100_80gb") == 3
-    printed = capsys.readouterr()
-    assert "does not fit" in printed.out
-    assert "policy weights 12.4 + policy gradients 24.8 + policy optimizer 74.4" in printed.err
-    assert "is more than the 79.3 - 6 reserved = 73.3 GiB of a GPU (A100 80GB)" in printed.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["recipe=instructgpt_6b", "parallel.tensor=3"],
-            "tensor 3 x pipeline 1 x context 1 = 3 does not divide the 16 ranks",
-        ),
-        (["recipe=instructgpt_6b", "parallel.pipeline=5", "cluster.nodes=5"], "do not divide num_layers 32"),
-        (
-            ["recipe=instructgpt_6b", "critic_parallel.tensor=3", "cluster.nodes=6"],
-            "does not divide num_attention_heads 32",
-        ),
-        (["recipe=instructgpt_6b", "ppo.kl_koef=1"], "did you mean ppo.kl_coef"),
-        (["recipe=instructgpt_6b", "cluster=h300"], "cluster/h300"),
-        (["recipe=instructgpt_6b", "cluster.nodess=2"], "did you mean cluster.nodes"),
-        (["recipe=instructgpt_7b"], "recipes for this stage: first_try, instructgpt, "),
-        (["model=gpt3_1_3b"], "critic_model is not given"),
-        (["policy.init_from=/no/such/folder"], "policy.init_from=/no/such/folder"),
-    ],
-)
-def test_mistakes(tool: Tool, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
-    assert tool("--stage", "ppo", "--layouts", "0", *arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_presets_in_the_documentation_are_the_planners(tool: Tool, capsys: pytest.CaptureFixture) -> None:
-    """`python tools/plan.py --presets` prints the table."""
-    assert tool("--presets") == 0
-    table = capsys.readouterr().out
-    assert table.count("\n") == 2 + 3 * len(sized_recipes())
-    assert table in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_fp8_is_planned_for_what_trains() -> None:

@@ -76,7 +76,7 @@ def test_scaling_out_costs_what_was_published(clusters: dict[str, ClusterConfig]
 
 def test_the_table_of_the_documentation_is_the_planners(capsys: pytest.CaptureFixture) -> None:
     """`python tools/plan.py --published` prints it."""
-    from test_plan import load_tool
+    from plans import load_tool
 
     assert load_tool()("--published") == 0
     table = capsys.readouterr().out

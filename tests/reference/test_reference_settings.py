@@ -37,9 +37,10 @@ ELSEWHERE = {
     SFTConfig: ("sft.max_steps", "data.pretraining.held_out_samples"),
     # Columns of comparisons that come in several forms: tests/data.
     RewardModelConfig: ("data.validation", "data.stop", "data.columns", "reward_model.max_steps"),
-    # Which prompts remain: tests/data, tests/trainers/test_prompts_of_a_part.py.
+    # Which prompts remain: tests/data, tests/trainers/setup/test_prompts_of_a_part.py.
     PPOConfig: (
-        *("reward.function", "reward.processes", "reward.timeout_s", "rewards"),  # tests/trainers/test_ppo_rewards.py
+        # tests/trainers/episodes/test_ppo_rewards.py
+        *("reward.function", "reward.processes", "reward.timeout_s", "rewards"),
         "ppo.advantages",
         "ppo.samples_per_prompt",
         "data.deduplicate_prefix_tokens",

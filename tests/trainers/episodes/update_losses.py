@@ -1,16 +1,12 @@
-"""The accumulated gradient of an update, for every parameter, against formulas written out here and plain autograd."""
+"""The losses of an update on small batches: by plain autograd from formulas written out here, and by the trainers' code."""
 
-import dataclasses
-
-import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 from toys import GPT2_LIKE, LLAMA_LIKE, Block, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
 
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptDataConfig
-from megatron_rlhf.config.model import ParallelConfig, Recompute
+from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.stages import PPOConfig, RolloutConfig
 from megatron_rlhf.config.stages.ppo import PPOAlgorithmConfig
 from megatron_rlhf.config.training import RunConfig
@@ -34,15 +30,6 @@ LAYOUTS = {
     "dp2_pp2": (4, ParallelConfig(pipeline=2)),
 }
 MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
-PACKED_LAYOUTS = {
-    "llama": (1, "llama", ParallelConfig()),
-    "tp2_sp": (2, "llama", ParallelConfig(tensor=2, sequence=True)),
-    "pp2": (2, "llama", ParallelConfig(pipeline=2)),
-    "pp2_virtual2": (2, "gpt2", ParallelConfig(pipeline=2, virtual_stages=2, recompute=Recompute.full)),
-    "cp2": (2, "llama", ParallelConfig(context=2)),
-    "dp2": (2, "gpt2", ParallelConfig(recompute=Recompute.selective)),
-    "cp2_tp2_sp": (4, "gpt2", ParallelConfig(context=2, tensor=2, sequence=True)),
-}
 
 
 def generator(seed):
@@ -185,18 +172,6 @@ def plain_gradients(kind, rows, model="gpt2"):
     return float(loss), assemble([weight_blocks(role)], VOCAB)
 
 
-@pytest.fixture(scope="module")
-def plain(world):
-    cache = {}
-
-    def result(*case):
-        if case not in cache:
-            cache[case] = plain_gradients(*case)
-        return cache[case]
-
-    return result
-
-
 # --- by the trainers' microbatches -----------------------------------------------------------------------------------
 
 
@@ -243,123 +218,3 @@ def check(results, expected_loss, expected, absolute=1e-7):
         assert loss == pytest.approx(expected_loss, rel=1e-5, abs=absolute), "on every rank"
     # fp32: sums in another order, against the largest entry of each tensor.
     assert_close(assemble([blocks for _, blocks in results], VOCAB), expected, relative=1e-5)
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_each_loss_has_the_gradient_of_its_formula(kind, plain):
-    rows = len(BATCHES[kind]()) if kind != "text" else len(TEXTS)
-    check([trained_gradients(kind, ParallelConfig(), rows, 2)], *plain(kind, rows))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_loss_at_every_layout_with_uneven_batches(layout, kind, plain):
-    rows = 3
-    ranks, parallel = LAYOUTS[layout]
-    check(run_ranks(ranks, trained_gradients, kind, parallel, rows, 2), *plain(kind, rows))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_a_rank_with_nothing_to_do(kind, plain):
-    """One row for two data-parallel ranks: the other adds nothing, and no rank waits forever."""
-    check(run_ranks(2, trained_gradients, kind, ParallelConfig(), 1, 2, timeout=30), *plain(kind, 1))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 64])
-def test_the_micro_batch_size_changes_nothing(micro_batch_size, kind, plain):
-    rows = 3
-    check([trained_gradients(kind, ParallelConfig(), rows, micro_batch_size)], *plain(kind, rows))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("tokens", [14, 25, 999])
-def test_packed_sequences_have_the_gradient_of_the_formula(tokens, kind, plain):
-    rows = 3
-    check([trained_gradients(kind, ParallelConfig(), rows, Budget(tokens=tokens))], *plain(kind, rows))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
-def test_packed_sequences_at_every_layout(layout, kind, plain):
-    ranks, model, parallel = PACKED_LAYOUTS[layout]
-    results = run_ranks(ranks, trained_gradients, kind, parallel, 3, Budget(tokens=25), model)
-    # The policy's loss is a sum of terms of size 1 that nearly cancel.
-    check(results, *plain(kind, 3, model), absolute=1e-6 if kind == "policy" else 1e-7)
-
-
-def sum_of(plain, rows, text_rows):
-    _, ppo = plain("policy", rows)
-    _, text = plain("text", text_rows)
-    return {name: ppo[name] + GAMMA * text[name] for name in ppo}
-
-
-def test_the_sum_is_ppo_plus_gamma_times_pretraining(plain):
-    blocks = summed_gradients(ParallelConfig(), len(EPISODES), len(TEXTS))
-    assert_close(assemble([blocks], VOCAB), sum_of(plain, len(EPISODES), len(TEXTS)), relative=1e-5)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_sum_at_every_layout(layout, plain):
-    ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(ranks, summed_gradients, parallel, len(EPISODES), 3)
-    assert_close(assemble(results, VOCAB), sum_of(plain, len(EPISODES), 3), relative=1e-5)
-
-
-def test_neither_part_of_the_sum_is_lost_in_the_other(plain):
-    """If PPO's part were smaller than the tolerance, the tests above would not detect its loss."""
-    _, ppo = plain("policy", len(EPISODES))
-    _, text = plain("text", len(TEXTS))
-    for name in ppo:
-        assert abs(ppo[name]).max() > 1e-3 * GAMMA * abs(text[name]).max(), name
-
-
-def test_clipped_ratios_and_values_are_part_of_the_test(world):
-    for kind, name in (("policy", "policy/clip_fraction"), ("value", "value/clip_fraction")):
-        trained = train(make_role(GPT2_LIKE, scalar=is_scalar(kind)))
-        with trained.role.evaluating():
-            batches = microbatches(kind, trained, len(EPISODES), 2)
-            statistics = forward_backward(trained.role.chunks, batches, trained.role.layout, forward_only=True)
-        share = collectives.reduce_statistics(statistics, trained.role.layout)[name]
-        assert 0.1 < share < 0.9
-
-
-@pytest.mark.parametrize("part", [1, 2, 3])
-def test_a_prompt_passes_once_with_all_its_completions_and_is_not_split(part, world):
-    trained = train(make_role(GPT2_LIKE, scalar=True))
-    read = []
-    trained.role.modules[0].register_forward_hook(lambda module, args, output: read.append(args[0].flatten().tolist()))
-    gradient_blocks(trained, ranking_microbatches(comparisons(), trained, part, 4))
-    texts = [[*one.prompt_tokens, *np.concatenate(one.responses_tokens)] for one in comparisons()]
-    longest_first = sorted(texts, key=len, reverse=True)
-    parts = [longest_first[i : i + part] for i in range(0, len(texts), part)]
-    assert read == [[token for text in texts for token in text] for texts in parts]
-
-
-def test_a_prompt_with_many_completions_never_passes_whole(world):
-    """Of 2, 4 and 3 completions, those of the second and third prompt are scored first, then trained on in parts."""
-    trained = train(make_role(GPT2_LIKE, scalar=True))
-    passes = []
-    trained.role.modules[0].register_forward_hook(lambda module, args, output: passes.append(torch.is_grad_enabled()))
-    microbatches = ranking_microbatches(comparisons(), trained, 3, 2)
-    assert passes == [False] * 4, "scored: 2, 2, 2 and 1"
-    assert sorted(len(microbatch.sequences()) for microbatch in microbatches) == [1, 2, 2, 2, 2]
-
-
-def test_an_episode_counts_by_its_tokens_not_by_its_microbatch(world):
-    """Means of microbatch means would give every microbatch one vote."""
-    trained = train(make_role(GPT2_LIKE))
-    whole = experience()
-    parts = policy_microbatches(whole, trained, config(1))
-    assert len(parts) == len(EPISODES)
-    flat = dataclasses.replace(whole, advantages_bt=torch.where(whole.mask_bt, 1.0, 0.0))
-    with trained.role.evaluating():
-        old = trained.role.logprobs(whole.tokens_bs, 2, TEMPERATURE).gather(1, whole.positions_bt)
-        flat = dataclasses.replace(flat, logprobs_bt=torch.where(whole.mask_bt, old, 0.0))
-        statistics = forward_backward(
-            trained.role.chunks, policy_microbatches(flat, trained, config(1)), trained.role.layout, forward_only=True
-        )
-    tokens = [n for _, n in sorted(EPISODES, key=sum, reverse=True)]  # the longest passes first
-    shares = [float(s["policy/loss"]) for s in statistics]
-    assert shares == pytest.approx([-n / sum(tokens) for n in tokens], rel=1e-5)
-    assert sum(float(s["policy/ratio_mean"]) for s in statistics) == pytest.approx(1.0, rel=1e-5)

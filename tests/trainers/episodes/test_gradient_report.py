@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 from recipe import read_metrics, run_stage, whole_weights
-from test_update_gradients import EPISODES, GAMMA, config, experience, plain_gradients, texts
 from toys import GPT2_LIKE, assemble, assert_close, make_role, train, weight_blocks
+from update_losses import EPISODES, GAMMA, config, experience, plain_gradients, texts
 
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig

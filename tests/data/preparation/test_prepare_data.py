@@ -1,14 +1,14 @@
 """The command line of tools/prepare_data.py: what it writes, what it prints, and how it reports mistakes."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
+from commands import ROOT
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_rlhf.data.tokenizer import load_tokenizer
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
+TOOL = ROOT / "tools" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
