@@ -4,28 +4,18 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rlhf.data.chat.messages import (
-    ASSISTANT,
-    Conversation,
-    Messages,
-    as_turns,
-    holds_messages,
-    is_blank,
-    read_turns,
-)
+from megatron_rlhf.data.chat.messages import Conversation
 from megatron_rlhf.data.chat.template import Chat
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user, windows
+from megatron_rlhf.data.examples import Examples, length_limits, windows
 from megatron_rlhf.data.files.item_store import IN_MEMORY, Chosen, InMemory
-from megatron_rlhf.data.formats.dialogues import Dialogue
-from megatron_rlhf.data.formats.makers import CYCLE
+from megatron_rlhf.data.formats.ranked import RankedRecord, known_flaw, read_ranked
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
@@ -80,26 +70,6 @@ class Comparison:
     def num_tokens(self) -> int:
         """Tokens of the prompt, counted once, and of all responses."""
         return len(self.prompt_tokens) + sum(map(len, self.responses_tokens))
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A record before it is tokenised."""
-
-    prompt: str | Conversation
-    responses: tuple[str, ...] | tuple[Messages, ...]
-    """Of a conversation, messages."""
-    ranks: tuple[int, ...]
-    user: str | None
-    found: Record
-
-    @property
-    def has_empty(self) -> bool:
-        return any(not r.strip() if isinstance(r, str) else all(map(is_blank, r)) for r in self.responses)
-
-    @property
-    def all_equal(self) -> bool:
-        return all(response == self.responses[0] for response in self.responses)
 
 
 def load_comparisons(
@@ -217,12 +187,12 @@ def _alike(prompts: array) -> list[npt.NDArray[np.int64]]:
     return np.split(order, np.flatnonzero(np.diff(place[order])) + 1) if len(order) else []
 
 
-def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> _Record | None:
+def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> RankedRecord | None:
     """What a record holds; None, and counted, where nothing can be learned from it."""
-    if found.lenient and (reason := _flaw(found)):
+    if found.lenient and (reason := known_flaw(found)):
         dropped[reason] += 1
         return None
-    record = _read_record(found, tokenizer)
+    record = read_ranked(found, tokenizer)
     if record.has_empty:
         dropped["empty_response"] += 1
     elif record.all_equal:
@@ -234,7 +204,9 @@ def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> _Reco
     return None
 
 
-def _tokenized(records: Sequence[_Record], tokenizer: Tokenizer) -> Iterator[tuple[_Record, Tokens, list[Tokens]]]:
+def _tokenized(
+    records: Sequence[RankedRecord], tokenizer: Tokenizer
+) -> Iterator[tuple[RankedRecord, Tokens, list[Tokens]]]:
     """Each record with the tokens of its prompt and of its responses, ends included."""
     texts = [record for record in records if isinstance(record.prompt, str)]
     prompts = tokenizer.encode_stream((str(record.prompt) for record in texts), bos=True)
@@ -247,79 +219,3 @@ def _tokenized(records: Sequence[_Record], tokenizer: Tokenizer) -> Iterator[tup
         else:
             end = np.int32(tokenizer.end_id)
             yield record, next(prompts), [np.append(next(responses), end) for _ in record.responses]
-
-
-def _read_record(record: Record, tokenizer: Tokenizer) -> _Record:
-    listed = "responses" in record or not ("chosen" in record or "rejected" in record)
-    if "messages" in record or any(holds_messages(record, name) for name in ("prompt", "chosen", "rejected")):
-        return _ranked_messages(record) if listed else _pair_of_messages(record)
-    if listed:
-        return _ranked_list(record, tokenizer)
-    if "prompt" in record:
-        read = record.text if record.lenient else record.response
-        pair = read("chosen"), read("rejected")
-        return _Record(read_prompt(record, tokenizer), pair, (0, 1), read_user(record), record)
-    prompt, *answers = Dialogue().split_pair(record)
-    return _Record(prompt, tuple(answers), (0, 1), read_user(record), record)
-
-
-def _flaw(record: Record) -> str | None:
-    """What the files of published formats are known to hold."""
-    if record.fields.get("ranks") == CYCLE:
-        return CYCLE
-    responses = record.fields.get("responses")
-    return "too_few_responses" if isinstance(responses, list) and len(responses) < 2 else None
-
-
-def _ranked_messages(record: Record) -> _Record:
-    ranked, ranks = _responses_and_ranks(record)
-    responses = tuple(as_turns(record, "responses", response, ASSISTANT) for response in ranked)
-    return _Record(Conversation(record, _prompt_messages(record)), responses, ranks, read_user(record), record)
-
-
-def _pair_of_messages(record: Record) -> _Record:
-    """The prompt is a column of its own, or the turns that the two conversations begin with."""
-    pair = [read_turns(record, name, ASSISTANT) for name in ("chosen", "rejected")]
-    if all(answers[0]["role"] == ASSISTANT for answers in pair):
-        prompt = _prompt_messages(record)
-    else:
-        shared = 0
-        while shared < min(map(len, pair)) and pair[0][shared] == pair[1][shared]:
-            shared += 1
-        while shared and all(answers[shared - 1]["role"] == ASSISTANT for answers in pair):
-            shared -= 1  # the same answer twice
-        if not shared or any(turn[shared:][:1] and turn[shared]["role"] != ASSISTANT for turn in pair):
-            raise record.mistake(
-                "'chosen' and 'rejected' do not begin with the same messages up to an assistant's turn, so what the answers "
-                "answer is unknown; add a column 'prompt'"
-            )
-        prompt, pair = pair[0][:shared], [answers[shared:] for answers in pair]
-    return _Record(Conversation(record, prompt), tuple(pair), (0, 1), read_user(record), record)
-
-
-def _prompt_messages(record: Record) -> Messages:
-    """The prompt of a record with messages: `messages`, or `prompt`, where a text is the user's turn."""
-    column = "messages" if "messages" in record and not holds_messages(record, "prompt") else "prompt"
-    return Conversation(record, read_turns(record, column, "user")).prompt
-
-
-def _ranked_list(record: Record, tokenizer: Tokenizer) -> _Record:
-    responses, ranks = _responses_and_ranks(record)
-    if any(isinstance(response, Mapping | list) for response in responses):
-        return _ranked_messages(record)
-    read = record.as_text if record.lenient else record.as_response
-    texts = tuple(read("responses", response) for response in responses)
-    return _Record(read_prompt(record, tokenizer), texts, ranks, read_user(record), record)
-
-
-def _responses_and_ranks(record: Record) -> tuple[list[Any], tuple[int, ...]]:
-    responses, ranks = record.value("responses"), record.value("ranks")
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise record.mistake(f"column 'responses' must be a list of two texts or more, not {responses!r:.60}")
-    if not isinstance(ranks, list) or not all(type(rank) is int and rank >= 0 for rank in ranks):
-        raise record.mistake(f"column 'ranks' must be a list of whole numbers from 0 (the best) up, not {ranks!r:.60}")
-    if len(ranks) != len(responses):
-        raise record.mistake(
-            f"column 'ranks' has {len(ranks)} numbers for {len(responses)} responses; one each is needed"
-        )
-    return responses, tuple(ranks)

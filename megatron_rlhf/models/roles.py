@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
@@ -294,15 +293,6 @@ class Role:
             if mine:
                 forward_backward(self.chunks, [microbatch(rows) for rows in mine], self.layout, forward_only=True)
         return collectives.share_rows(result, self.layout)
-
-
-def padding_share(roles: Sequence[Role]) -> float:
-    """Of all tokens that these have read since the last call, not counting decoding. Collective over the world."""
-    counts = torch.tensor([role.tally.take() for role in roles], dtype=torch.float64).sum(dim=0)
-    world = dist.group.WORLD
-    assert world is not None
-    read, padding = collectives.sum_over(counts, world).tolist()
-    return padding / max(read, 1.0)
 
 
 def _set_sequence_parallel(modules: Sequence[GPTModel], value: bool) -> None:

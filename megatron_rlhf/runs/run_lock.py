@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -87,3 +88,18 @@ def _holder(file: IO[str]) -> str:
         return f"{job}process {who['pid']} on {who['host']}, since {who['since']}"
     except (ValueError, KeyError):  # it has the lock and has not written its name yet
         return "another job"
+
+
+def require_writable(folder: Path) -> None:
+    """One rank tries, all ranks get the result: thousands trying at once would overload a shared file system."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            problem = [error.strerror]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(f"run.dir={folder} cannot be written: {problem[0]}")

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.runs.interruption import Interruption
 from megatron_rlhf.runs.peak import peak_flops_per_s
 from megatron_rlhf.runs.profile import Profile, phase_range
-from megatron_rlhf.runs.run_lock import RunLock
+from megatron_rlhf.runs.run_lock import RunLock, require_writable
 from megatron_rlhf.runs.stage import EVALUATION, folder_for, write_stage
 from megatron_rlhf.runs.trained import Trained
 from megatron_rlhf.runs.watching.waiting import Waiting
@@ -81,10 +80,10 @@ class Session:
             or a key was changed that may not change.
         """
         config = whole.run
-        _require_writable(Path(config.dir))
+        require_writable(Path(config.dir))
         folder = folder_for(Path(config.dir), stage)
         first = dist.get_rank() == 0
-        _require_writable(folder)
+        require_writable(folder)
         lock = RunLock(folder)
         resume_from: Path | None = None
         damaged: dict[str, str] = {}
@@ -285,18 +284,3 @@ class Session:
 
 def _synchronize() -> None:
     torch.cuda.synchronize()
-
-
-def _require_writable(folder: Path) -> None:
-    """One rank tries, all ranks get the result: thousands trying at once would overload a shared file system."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            problem = [error.strerror]
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise UserError(f"run.dir={folder} cannot be written: {problem[0]}")

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from megatron_rlhf.callbacks import Callback
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.models.roles import Role, padding_share
+from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.progress import Progress
+from megatron_rlhf.parallel.packing import padding_share
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import export
@@ -103,7 +104,7 @@ class Trainer(ABC):
                     metrics = self.train_step() | checked
                 self.step += 1
                 metrics |= self.after_step()
-                metrics["throughput/padding_share"] = padding_share(self.readers)
+                metrics["throughput/padding_share"] = padding_share([role.tally for role in self.readers])
                 for callback in self.callbacks:
                     metrics |= callback.step(self, metrics) or {}
                 session.log(self.step, metrics)

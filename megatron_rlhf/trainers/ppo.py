@@ -32,7 +32,7 @@ from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
 from megatron_rlhf.trainers.episodes.held_out import Progress, evaluate
 from megatron_rlhf.trainers.episodes.metrics import (
-    iteration_cost,
+    cost_of_iteration,
     policy_metrics,
     rollout_metrics,
     sample_rows,
@@ -275,17 +275,7 @@ class PPOTrainer(Trainer):
                 samples = self.config.data.pretraining.held_out_samples
                 roles = self.policy.role, self.roles.reference
                 metrics |= pretraining_tax(*roles, self.pretraining, samples, cfg.ptx_micro_batch)
-        sequences = len(policy) * cfg.ptx_ratio * cfg.minibatch_size * cfg.mixes_text
-        cost = iteration_cost(
-            policy=self.policy.role.num_parameters,
-            value=self.value.role.num_parameters if self.value is not None else 0,
-            judges=sum(role.num_parameters for role in self.roles.reward.models.values()),
-            episode_tokens=int((rollout.responses.last_b + 1).sum()),
-            policy_reads=1 + (rollout.recomputed_logprobs_bt is not None),
-            policy_epochs=cfg.inner_epochs * bool(policy),
-            value_epochs=cfg.inner_epochs,
-            text_tokens=sequences * self.config.data.pretraining.sequence_length,
-        )
+        cost = cost_of_iteration(self.config, self.policy.role, self.value, self.roles, rollout, len(policy))
         self.tokens_seen += int(cost["step_tokens"])
         return metrics | cost | {"tokens": float(self.tokens_seen)}
 

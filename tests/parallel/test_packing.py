@@ -6,8 +6,7 @@ from torch.nn import functional as F
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.models.roles import padding_share
-from megatron_rlhf.parallel.packing import Block, Segments, Sequences, Tally, arrange, plan, share_out
+from megatron_rlhf.parallel.packing import Block, Segments, Sequences, Tally, arrange, padding_share, plan, share_out
 
 LENGTHS = [3, 9, 4, 9, 1, 6]
 
@@ -65,8 +64,8 @@ def test_the_share_of_padding_over_roles(world):
     asked = Sequences(torch.zeros(2, 9, dtype=torch.long), [4, 9])
     policy.logprobs(asked, 2)  # reads 3 and 8 tokens in rows of 8
     critic.values(asked, Budget(tokens=20))
-    assert padding_share([policy, critic]) == pytest.approx(5 / (16 + 13))
-    assert padding_share([policy, critic]) == 0
+    assert padding_share([policy.tally, critic.tally]) == pytest.approx(5 / (16 + 13))
+    assert padding_share([policy.tally, critic.tally]) == 0
 
 
 def test_equal_lengths_are_dealt_in_turn():

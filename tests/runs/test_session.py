@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.runs import session
+from megatron_rlhf.runs import run_lock
 
 
 def try_with_a_read_only_file_system_on(broken_rank, folder):
@@ -20,7 +20,7 @@ def try_with_a_read_only_file_system_on(broken_rank, folder):
     if dist.get_rank() == broken_rank:
         tempfile.TemporaryFile = refuse
     try:
-        session._require_writable(folder)
+        run_lock.require_writable(folder)
     except UserError as error:
         return str(error)
     return sorted(path.name for path in folder.iterdir())

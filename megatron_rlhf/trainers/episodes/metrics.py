@@ -8,9 +8,12 @@ from torch import Tensor
 from megatron_rlhf.algorithms.kl import token_kl
 from megatron_rlhf.algorithms.losses import explained_variance
 from megatron_rlhf.algorithms.masking import masked_sum
+from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.models.roles import Role
+from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.rollout.types import Rollout
-from megatron_rlhf.trainers.step import Update
+from megatron_rlhf.trainers.step import TrainedRole, Update
 
 LOGGED_SAMPLES = 8
 
@@ -106,6 +109,23 @@ def value_metrics(rollout: Rollout, returns_bt: Tensor, updates: Sequence[Update
 def mean_of(updates: Sequence[Update], name: str) -> float:
     """Mean over the updates of an iteration; each is already a global mean of its minibatch."""
     return sum(update.statistics[name] for update in updates) / len(updates)
+
+
+def cost_of_iteration(
+    config: PPOConfig, policy: Role, value: TrainedRole | None, roles: Roles, rollout: Rollout, updates: int
+) -> dict[str, float]:
+    """`iteration_cost` of a rollout and this many updates of the policy on it, whatever rank holds which role."""
+    sequences = updates * config.ppo.ptx_ratio * config.ppo.minibatch_size * config.ppo.mixes_text
+    return iteration_cost(
+        policy=policy.num_parameters,
+        value=value.role.num_parameters if value is not None else 0,
+        judges=sum(role.num_parameters for role in roles.reward.models.values()),
+        episode_tokens=int((rollout.responses.last_b + 1).sum()),
+        policy_reads=1 + (rollout.recomputed_logprobs_bt is not None),
+        policy_epochs=config.ppo.inner_epochs * bool(updates),
+        value_epochs=config.ppo.inner_epochs,
+        text_tokens=sequences * config.data.pretraining.sequence_length,
+    )
 
 
 def iteration_cost(
