@@ -16,7 +16,7 @@ class RewardConfig(RoleConfig):
     function: str | None = None
     """path/to/file.py:NAME or MODULE:NAME of `def NAME(prompts: list[str], responses: list[str], records: list[dict]) ->
     list[float]`: a score for each response. `records` have the other columns of the prompts' data. Ready to use are
-    megatron_rlhf.rewards.exact_answer:score and megatron_rlhf.rewards.format_rule:score (docs/rewards.md)."""
+    megatron_rlhf.rewards.exact_answer:score, format_rule:score and unit_tests:score there (docs/rewards.md)."""
     processes: int = 1
     """Processes that share each batch of the function's, beside the first rank that holds reward and value model. With 1, a
     call has the whole batch."""

@@ -1,6 +1,5 @@
 """A reward function in processes of its own, with a time limit."""
 
-import contextlib
 import json
 import os
 import signal
@@ -17,6 +16,9 @@ from megatron_rlhf.rewards.worker import START
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 """What tells a process that it is a rank: the function's must not take itself for one."""
+
+KEEPER_S = 15.0
+"""A keeper has this long to end what it keeps."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,13 @@ class RewardFunction:
     def close(self) -> None:
         """End the processes, and what they have started."""
         for process in self._processes:
-            process.pipe.close()
-            with contextlib.suppress(ProcessLookupError):  # it has ended, and so has everything in its session
-                os.killpg(process.popen.pid, signal.SIGKILL)
-            process.popen.wait()
+            process.pipe.close()  # which tells the keeper
+        for process in self._processes:
+            try:
+                process.popen.wait(KEEPER_S)
+            except subprocess.TimeoutExpired:
+                process.popen.kill()
+                process.popen.wait()
         self._processes = []
 
     def _started(self) -> None:
@@ -122,7 +127,7 @@ class RewardFunction:
 
 
 def _launch(spec: str) -> _Process:
-    """A new Python in a session of its own, so that all it starts can be ended with it."""
+    """A new Python, the keeper of the one in which the function runs (`worker.keep`)."""
     ours, theirs = socket.socketpair()
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     # The order of sets is the same in every run, and what the function prints is in the log at once.

@@ -1,8 +1,12 @@
-"""The process in which a reward function runs: it may print, fork, hang or crash without harm to the rank that asks."""
+"""The process in which a reward function runs: it may print, fork, hang or crash without harm to the rank that asks.
 
+Its parent is a keeper, which ends everything that the function has started, daemons too, when the function's process has ended
+or the rank is gone.
+"""
+
+import contextlib
 import os
 import queue
-import signal
 import threading
 import traceback
 from collections.abc import Sequence
@@ -11,14 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.rewards.functions import Function, Mistake, find, load, numbers_of
+from megatron_rlhf.rewards.keeper import adopt_orphans, end_as, end_descendants, end_with_parent, wait_for
 
 START = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
-from megatron_rlhf.rewards.worker import serve
-serve(sys.argv)
+from megatron_rlhf.rewards.worker import keep
+keep(sys.argv)
 """
 """What a new Python runs, with (number of the pipe, search path as JSON, the function's name) as arguments."""
+
+
+def keep(arguments: Sequence[str]) -> None:
+    """Serve in a child; when all is over, leave nothing behind and end as the child did."""
+    adopt_orphans()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        end_with_parent()
+        serve(arguments)
+        os._exit(0)
+    status = wait_for(child, line=int(arguments[1]))
+    end_descendants()
+    end_as(status)
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -66,9 +85,7 @@ def _raised(error: BaseException, spec: str) -> str:
 
 
 def _read(pipe: Connection, batches: "queue.SimpleQueue[Any]") -> None:
-    """Take in batches; when the rank is gone, end this process and all that the function has started."""
-    while True:
-        try:
+    """Take in batches, until the rank is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
             batches.put(pipe.recv())
-        except (EOFError, OSError):
-            os.killpg(0, signal.SIGKILL)

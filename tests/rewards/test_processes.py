@@ -145,17 +145,52 @@ def until_gone(pids):
 LEAVES_A_CHILD = "child = os.fork()\nif child == 0: time.sleep(300)\nreturn [os.getpid(), child, 0, 0, 0]"
 
 
-def test_what_a_function_starts_ends_with_it(launch):
-    function = launch(LEAVES_A_CHILD)
+LEAVES_A_DAEMON = """
+read, write = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if (daemon := os.fork()) == 0: time.sleep(300)
+    os.write(write, str(daemon).encode())
+    os._exit(0)
+os.wait()
+return [os.getpid(), int(os.read(read, 100)), 0, 0, 0]"""
+LEFT = pytest.mark.parametrize("body", [LEAVES_A_CHILD, LEAVES_A_DAEMON], ids=["child", "daemon"])
+
+
+@LEFT
+def test_what_a_function_starts_ends_with_it(launch, body):
+    function = launch(body)
     own, child = map(int, scored(function)[:2])
     assert alive(own) and alive(child)
     function.close()
-    assert until_gone([own, child])
+    assert not alive(own) and not alive(child)
 
 
-def test_all_ends_when_the_rank_is_killed(launch, tmp_path):
+HOW = {
+    "raises": ("raise ValueError('x')", "raised ValueError: x"),
+    "hangs": ("while True: pass", "did not return within"),
+    "crashes": ("os.kill(os.getpid(), 11)", "ended its process .SIGSEGV."),
+    "too_few": ("return [1.0]", "returned 1 numbers for 5 responses"),
+    "text": ("return ['1'] * 5", "returned str '1' for the response to prompt 0, not a number"),
+    "nan": ("return [float('nan')] * 5", "returned nan for the response to prompt 0"),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_whatever_it_does_after_leaving_a_daemon_nothing_is_left(launch, tmp_path, how):
+    body, message = HOW[how]
+    told = tmp_path / "daemon"
+    leave = LEAVES_A_DAEMON.replace("return [", f"open({str(told)!r}, 'w').write(os.read(read, 100).decode()) #")
+    function = launch(f"{leave}\n{body}", timeout_s=2.0)
+    with pytest.raises(FunctionFailed, match=message):
+        scored(function)
+    assert not alive(int(told.read_text()))
+
+
+@LEFT
+def test_all_ends_when_the_rank_is_killed(launch, body):
     """Nobody is there to call close."""
-    function = launch(LEAVES_A_CHILD)
+    function = launch(body)
     read, write = os.pipe()
     if os.fork() == 0:
         try:
