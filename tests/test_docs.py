@@ -14,7 +14,10 @@ from megatron_rlhf.config.keys import keys, unnamed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train_sft": "sft", "train_reward_model": "reward_model", "train_ppo": "ppo", "evaluate": "evaluate"}
+SCRIPTS = {
+    **{"train_sft": "sft", "train_reward_model": "reward_model", "train_ppo": "ppo", "evaluate": "evaluate"},
+    **{"sft": "sft", "reward-model": "reward_model", "ppo": "ppo"},
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -34,7 +37,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_in_commands_exist(page):
     for command in commands(page):
-        found = re.search(r"examples/(\w+)\.py (.*)", command)
+        found = re.search(r"(?:examples/|megatron[-_]rlhf )([\w-]+)(?:\.py)? (.*)", command)
         if found is None or found[1] not in SCRIPTS:
             continue
         schema = STAGES[SCRIPTS[found[1]]].schema

@@ -154,3 +154,26 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1] == "error: lr=1: there is no key lr; did you mean policy.optimizer.lr?"
     assert " torch\n" not in wrong.stderr
+
+
+def test_help_of_every_other_command_does_not_wait_for_torch() -> None:
+    code = (
+        "import contextlib, sys\n"
+        "from megatron_rlhf.__main__ import COMMANDS, main\n"
+        "inner = [['prepare', 'clean'], ['convert', 'megatron-to-hf'], ['label', 'create']]\n"
+        "for words in [*([name] for name in COMMANDS), *inner]:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([*words, '--help'])\n"
+        "    assert 'torch' not in sys.modules, words"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_the_roles_that_convert_offers_are_those_it_can_write() -> None:
+    from megatron_rlhf.commands import convert, converting
+    from megatron_rlhf.conversion import key_maps
+    from megatron_rlhf.conversion.convert import ROLES as KNOWN_ROLES
+
+    assert tuple(KNOWN_ROLES) == convert.ROLES
+    assert tuple(converting.DTYPES) == convert.DTYPES
+    assert key_maps.names() == convert.ARCHITECTURES

@@ -1,10 +1,10 @@
 """One page for evaluations: reward models, policies side by side, the frontier of reward against KL, samples.
 
-    python tools/compare.py --output report.html --reward-model rm=runs/eval_rm --policy sft=runs/eval_sft ppo=runs/eval_ppo \\
+    megatron-rlhf compare --output report.html --reward-model rm=runs/eval_rm --policy sft=runs/eval_sft ppo=runs/eval_ppo \\
         --people comparisons.jsonl --rule rules.py:score --training ppo=runs/ppo
 
-Runs are folders that examples/evaluate.py wrote (--policy: answers to prompts; --reward-model: `evaluate.comparisons`), or
-examples/train_ppo.py (--training). The page is one file that opens without a network; docs/evaluation.md reads it.
+Runs are folders that megatron-rlhf evaluate wrote (--policy: answers to prompts; --reward-model: `evaluate.comparisons`), or
+megatron-rlhf ppo (--training). The page is one file that opens without a network; docs/evaluation.md reads it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _runs(options.reward_model, "--reward-model"),
             _runs(options.training, "--training"),
             read_rankings(options.people) if options.people is not None else [],
-            shlex.join(sys.orig_argv if arguments is None else ["tools/compare.py", *arguments]),
+            shlex.join(sys.orig_argv if arguments is None else ["megatron-rlhf", "compare", *arguments]),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--training", nargs="+", default=[], metavar=runs, help="PPO runs: reward against KL over updates"
     )
-    parser.add_argument("--people", type=Path, metavar="FILE", help="rankings of tools/label.py: win rates by people")
+    parser.add_argument(
+        "--people", type=Path, metavar="FILE", help="rankings of megatron-rlhf label: win rates by people"
+    )
     parser.add_argument("--rule", metavar="FILE.py:NAME", help="a known reward: gold against proxy, win rates by it")
     return parser

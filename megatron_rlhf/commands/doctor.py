@@ -1,6 +1,6 @@
 """Is this machine fit to train on? Versions, GPUs, and a self-test of collectives and one training step (20 seconds).
 
-    python tools/doctor.py [--no-self-test]    or    megatron-rlhf doctor
+    megatron-rlhf doctor [--no-self-test]
     DOCTOR=1 sbatch slurm/ppo_175b.sh ...      on every node of a job, before it starts; nodes are compared
 
 Exit code 1, and what to do, if something is broken; what is merely absent is listed with its benefit.

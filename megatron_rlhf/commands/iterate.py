@@ -3,9 +3,9 @@
 The current policy answers, its answers are ranked, the reward model is trained on all rankings so far, PPO goes on from the
 policy.
 
-    torchrun --nproc-per-node 2 examples/iterate.py runs/loop --rounds 2 --policy runs/sft --prompts prompts.jsonl \\
+    torchrun --nproc-per-node 2 -m megatron_rlhf iterate runs/loop --rounds 2 --policy runs/sft --prompts prompts.jsonl \\
         --rule rules.py:score --comparisons first.jsonl ppo.iterations=50 sampling.max_response_tokens=64
-    python examples/iterate.py runs/loop --policy runs/sft --prompts prompts.jsonl --people ann --people bob
+    megatron-rlhf iterate runs/loop --policy runs/sft --prompts prompts.jsonl --people ann --people bob
 
 With --people the answers go into a labeling project, and the command ends and says how to label; called again, it goes on
 when every prompt has its rankings. In any case the same command goes on where it was stopped, between stages or inside
@@ -167,7 +167,7 @@ class Loop:
         if any(left.values()):
             waiting = ", ".join(f"{name}: {count}" for name, count in left.items())
             raise Waiting(
-                f"rankings are needed ({waiting} prompts left): python tools/label.py serve {path}; then this command again"
+                f"rankings are needed ({waiting} prompts left): megatron-rlhf label serve {path}; then this command again"
             )
         return [row for row in rows if len(set(row["ranks"])) > 1]
 

@@ -18,9 +18,9 @@ from megatron_rlhf.labeling.types import DEMONSTRATIONS, HELD_OUT, RANKINGS, TRA
 
 DESCRIPTION = """Labels by people: rankings of 2 to 9 outputs a prompt, or demonstrations.
 
-    python tools/label.py create labels.sqlite --tasks sft=a.jsonl ppo=b.jsonl --labelers ann bob --held-out cy
-    python tools/label.py serve labels.sqlite
-    python tools/label.py export labels.sqlite --output comparisons.jsonl --team training
+    megatron-rlhf label create labels.sqlite --tasks sft=a.jsonl ppo=b.jsonl --labelers ann bob --held-out cy
+    megatron-rlhf label serve labels.sqlite
+    megatron-rlhf label export labels.sqlite --output comparisons.jsonl --team training
 
 docs/labeling.md tells what labelers see, and how to let them in from other machines."""
 LOOPBACK = ("localhost", "127.0.0.1")
@@ -120,7 +120,7 @@ def serve(options: argparse.Namespace) -> None:
         raise UserError(f"--token of {len(token)} characters: at least 16, such as {secrets.token_hex(16)}")
     if not project.labelers():
         raise UserError(
-            f"{options.project} has no labelers; add some: label.py add {options.project} --labelers NAME ..."
+            f"{options.project} has no labelers; add some: megatron-rlhf label add {options.project} --labelers NAME ..."
         )
     listening = _listen(options.host, options.port)
     port = listening.getsockname()[1]
@@ -245,7 +245,7 @@ def _content_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="[NAME=]FILE",
-        help="records to label, NAME being who wrote the responses: what evaluate.py wrote, or {prompt, responses}",
+        help="records to label, NAME being who wrote the responses: what evaluate wrote, or {prompt, responses}",
     )
     command.add_argument("--labelers", nargs="+", default=[], metavar="NAME", help="labelers whose answers train")
     command.add_argument("--held-out", nargs="+", default=[], metavar="NAME", help="labelers kept for evaluation")

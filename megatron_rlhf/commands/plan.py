@@ -1,9 +1,9 @@
 """Memory, time and cost of a run, before a GPU is requested.
 
-    python tools/plan.py recipe=instructgpt_175b cluster=h100_80gb cluster.nodes=64
-    python tools/plan.py --stage ppo recipe=instructgpt_6b parallel.tensor=4 --json
-    python tools/plan.py --presets cluster=a100_80gb
-    python tools/plan.py --stage sft policy.init_from=llama3/ data.tokenizer=llama3/ cluster=a100_80gb cluster.nodes=2
+    megatron-rlhf plan recipe=instructgpt_175b cluster=h100_80gb cluster.nodes=64
+    megatron-rlhf plan --stage ppo recipe=instructgpt_6b parallel.tensor=4 --json
+    megatron-rlhf plan --presets cluster=a100_80gb
+    megatron-rlhf plan --stage sft policy.init_from=llama3/ data.tokenizer=llama3/ cluster=a100_80gb cluster.nodes=2
 
 Overrides are those of the stages; one that only some stages know goes to those. `cluster=NAME` is a file of
 conf/cluster/, `cluster.*` and `workload.*` are its rates and how much text there is (megatron_rlhf/config/cluster.py).

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_rlhf.config.data import written_out
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.formats.shape import Shape, known_formats
+from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.preparation.blending import Corpus, blend, parse_weights
 from megatron_rlhf.data.preparation.cleaning import REPORT, Cleaning, Rules
 from megatron_rlhf.data.preparation.rankings import RankingCounts, pairs_from_ranking, rankings_from_pairs
@@ -21,8 +21,6 @@ from megatron_rlhf.data.preparation.report import write_report
 from megatron_rlhf.data.pretraining import read_texts, write_documents
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.tokenizer import load_tokenizer
-
-KINDS = ("prompts", "demonstrations", "comparisons", "text")
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -182,81 +180,3 @@ def _shares(text: str | None) -> tuple[float, ...]:
     if len(shares) not in (2, 3) or not all(0 < share < float("inf") for share in shares):
         raise UserError(f"--split {text}: give two or three shares, such as 0.9,0.05,0.05")
     return shares
-
-
-def add_commands(commands: Any) -> None:
-    """The parsers of this file's commands."""
-    command = commands.add_parser("clean", help="filter, split by user, report; goes on where it was stopped")
-    command.add_argument("--kind", choices=KINDS, default="prompts", help="what the records are; default prompts")
-    _add_shape(command, many=True)
-    command.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
-    command.add_argument(
-        "--prefix",
-        type=int,
-        metavar="N",
-        help="equal first characters are a duplicate; default: 200 for prompts, else 0: off",
-    )
-    command.add_argument(
-        "--near-duplicates", type=_share, metavar="S", help="MinHash similarity that is one, such as 0.8"
-    )
-    command.add_argument("--max-per-user", type=int, metavar="N", help="default: 200 for prompts, else 0: no limit")
-    command.add_argument("--max-characters", type=int, metavar="N", help="longer prompts are dropped")
-    command.add_argument(
-        "--max-prompt-tokens", type=int, metavar="N", help="longer prompts are dropped; needs --tokenizer"
-    )
-    command.add_argument("--tokenizer", metavar="DIR", help="for --max-prompt-tokens")
-    command.add_argument(
-        "--personal", choices=("drop", "mask", "keep"), default="drop", help="records with personal data"
-    )
-    command.add_argument("--region", default="US", help="of phone numbers without a country code, or none")
-    command.add_argument("--split", metavar="SHARES", help="train, validation[, test] by user, such as 0.9,0.05,0.05")
-    command.add_argument("--seed", type=int, default=0, help="of the split")
-    command.set_defaults(run=clean)
-    for name, run, what in (
-        ("rankings", rankings, "pairwise votes (prompt, chosen, rejected) to rankings of K"),
-        ("pairs", pairs, "rankings of K to pairwise votes"),
-    ):
-        command = commands.add_parser(name, help=what)
-        _add_shape(command, many=True)
-        command.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
-        command.set_defaults(run=run)
-    command = commands.add_parser("blend", help="several corpora by weight into one .bin and .idx")
-    command.add_argument(
-        "--input", nargs="+", required=True, metavar="SOURCE=WEIGHT", help="text; shares are of tokens"
-    )
-    command.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    command.add_argument(
-        "--output", required=True, metavar="PREFIX", help="path of the files to write, less .bin, .idx"
-    )
-    command.add_argument(
-        "--tokens",
-        type=int,
-        metavar="N",
-        help="tokens to reach, repeating what ends; default: until the first corpus ends",
-    )
-    command.add_argument(
-        "--column", action="append", default=[], metavar="text=TEMPLATE", help="make the text of columns"
-    )
-    command.set_defaults(run=blend_corpora)
-
-
-def _add_shape(command: argparse.ArgumentParser, many: bool = False) -> None:
-    command.add_argument(
-        "--input",
-        nargs="+" if many else None,
-        required=True,
-        metavar="SOURCE",
-        help="records; for formats see prepare_data.py --help",
-    )
-    command.add_argument("--format", metavar="NAME", help=f"{', '.join(known_formats())}, or a YAML file")
-    command.add_argument("--chat", action="store_true", help="read texts as turns of a conversation")
-    command.add_argument(
-        "--column", action="append", default=[], metavar="NAME=TEMPLATE", help="make a column from others; repeatable"
-    )
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0, and at most 1")
-    return value

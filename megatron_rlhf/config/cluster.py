@@ -114,7 +114,7 @@ class WorkloadConfig:
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """`tools/plan.py`: the keys in addition to those of the planned stage."""
+    """`megatron-rlhf plan`: the keys in addition to those of the planned stage."""
 
     cluster: ClusterConfig
     """Machines and rates."""

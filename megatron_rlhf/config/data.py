@@ -33,7 +33,7 @@ class PretrainingDataConfig:
     """Text for the pretraining mix."""
 
     source: str | None = None
-    """A .bin/.idx prefix made by tools/prepare_data.py, or a .txt / .jsonl file or `datasets` name with a `text` column."""
+    """A .bin/.idx prefix made by megatron-rlhf prepare, or a .txt / .jsonl file or `datasets` name with a `text` column."""
     columns: TextColumns = field(default_factory=TextColumns)
     """Where records have other column names."""
     sequence_length: int = 512
@@ -102,7 +102,7 @@ class TokenizerConfig:
     """The tokenizer, and what ends a response."""
 
     tokenizer: str | None = None
-    """A Hugging Face tokenizer folder, or one made by `tools/prepare_data.py tokenizer`; not given: the one that came with
+    """A Hugging Face tokenizer folder, or one made by `megatron-rlhf prepare tokenizer`; not given: the one that came with
     the model that the run starts from."""
     chat_template: str | None = None
     """A Jinja file through which `messages` become text, or the template itself; not given: the one that came with the

@@ -64,7 +64,7 @@ def check_rewards(reward: RewardConfig, rewards: dict[str, WeightedRewardConfig]
         raise UserError(f"{given} beside rewards ({', '.join(rewards)}): make it one of them, as rewards.NAME")
     if not named_rewards(reward, rewards):
         raise UserError(
-            "reward.init_from is not given: PPO needs a reward model (examples/train_reward_model.py), or reward.function, or "
+            "reward.init_from is not given: PPO needs a reward model (megatron-rlhf reward-model), or reward.function, or "
             "several of them as rewards.NAME"
         )
     for name, part in rewards.items():

@@ -58,7 +58,7 @@ class RunConfig:
     """Also send config, metrics and samples to this experiment of MLflow, at MLFLOW_TRACKING_URI; needs the mlflow extra."""
     export_hf: ExportChoice | None = None
     """best or last: when the run is over, also write the trained model as a Hugging Face folder, `dir`/huggingface, checked as
-    tools/convert_checkpoint.py does. best needs what decides it: validation (SFT) or evaluation.every (PPO)."""
+    megatron-rlhf convert does. best needs what decides it: validation (SFT) or evaluation.every (PPO)."""
     max_skipped_steps: int = 5
     """Stop when this many updates in a row were skipped for a non-finite loss or gradient."""
     profile: str | None = None

@@ -250,7 +250,7 @@ def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path, col
 
 def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
     """Tokens of each document, after checking, as far as possible, that they are this tokenizer's."""
-    advice = "make it anew with tools/prepare_data.py pretraining and this run's tokenizer"
+    advice = "make it anew with megatron-rlhf prepare pretraining and this run's tokenizer"
     about = Path(f"{prefix}.meta.json")
     try:
         made_with = json.loads(about.read_text())["tokenizer"] if about.exists() else tokenizer.fingerprint

@@ -13,7 +13,7 @@ from megatron_rlhf.models.roles import Role
 AT_ONCE = 256
 """Responses in one pass: bounds the padding, does not affect the numbers."""
 GROUP_COLUMNS = ("team", "subset")
-"""Who ranked (tools/label.py), or the part of a benchmark (RewardBench)."""
+"""Who ranked (megatron-rlhf label), or the part of a benchmark (RewardBench)."""
 
 
 def judged(reward: Role, rankings: Sequence[tuple[Record, Ranking]], micro_batch_size: int) -> list[dict[str, Any]]:

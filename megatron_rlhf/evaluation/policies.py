@@ -38,7 +38,7 @@ def win_rates(policies: Mapping[str, Scores]) -> dict[tuple[str, str], WinRate]:
 
 
 def win_rates_by_people(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], WinRate]:
-    """The same from rankings by people: rows {"prompt", "ranks", "sources"}, as tools/label.py exports them."""
+    """The same from rankings by people: rows {"prompt", "ranks", "sources"}, as megatron-rlhf label exports them."""
     outcomes: dict[tuple[str, str], list[tuple[float, Hashable]]] = {}
     for row in rows:
         for i, j in combinations(range(len(row["ranks"])), 2):

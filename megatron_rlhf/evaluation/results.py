@@ -86,9 +86,9 @@ class Run:
 
 
 def read_rankings(path: Path) -> list[dict[str, Any]]:
-    """Rankings of people with `sources`, as tools/label.py exports them."""
+    """Rankings of people with `sources`, as megatron-rlhf label exports them."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected rankings that tools/label.py exported")
+        raise UserError(f"{path}: no such file; expected rankings that megatron-rlhf label exported")
     rows = list(_rows(path, ("prompt", "ranks", "sources")))
     if not rows:
         raise UserError(f"{path}: empty; at least one ranking is needed")

@@ -82,7 +82,7 @@ def connect(path: Path) -> sqlite3.Connection:
         UserError: `path` is no labeling project, or of a version that this one does not know.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such labeling project; make one with `tools/label.py create`")
+        raise UserError(f"{path}: no such labeling project; make one with `megatron-rlhf label create`")
     try:
         connection = _connect(path, "rw")
         (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -90,7 +90,7 @@ def connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise UserError(f"{path} is no labeling project: {error}") from error
     if application != APPLICATION_ID:
-        raise UserError(f"{path} is a database of something else, not a labeling project of tools/label.py")
+        raise UserError(f"{path} is a database of something else, not a labeling project of megatron-rlhf label")
     if version != VERSION:
         raise UserError(f"{path}: a labeling project of version {version}; this program reads version {VERSION}")
     return connection

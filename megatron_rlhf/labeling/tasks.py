@@ -1,4 +1,4 @@
-"""Prompts and outputs to label, from files: what `examples/evaluate.py` writes, or records of the comparison format."""
+"""Prompts and outputs to label, from files: what `megatron-rlhf evaluate` writes, or records of the comparison format."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_a_stopped_loop_ends_as_one_that_was_not(recipe, iterate, tmp_path):
 def test_people_are_waited_for(iterate, tmp_path):
     first = iterate("loop", "--rounds", "1", "--people", "ann")
     assert first.codes == [0], first.output
-    assert "tools/label.py serve" in first.output and "ann: " in first.output
+    assert "megatron-rlhf label serve" in first.output and "ann: " in first.output
     project = Project.open(tmp_path / "loop" / "round_1" / "labels.sqlite")
     while (task := project.current("ann")) is not None:
         size = len(project.task(task).outputs)

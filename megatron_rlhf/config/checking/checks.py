@@ -175,7 +175,7 @@ def check_ppo(config: PPOConfig) -> None:
     if learning := ppo.iterations - ppo.critic_warmup_iterations:  # zero: only the value model learns
         check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
-        raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (examples/train_sft.py)")
+        raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (megatron-rlhf sft)")
     check_rewards(config.reward, config.rewards)
     _check_held_out(config)
     if not ppo.has_critic and config.placement.kind is PlacementKind.disaggregated and not config.reward_models:

@@ -22,7 +22,7 @@ class ChatSettings:
 
 @dataclass(kw_only=True)
 class ChatConfig(BaseConfig):
-    """`examples/chat.py`: talk with a model. Commands: /model a|b|ab, /best N, /seed N, /undo, /reset, /save FILE, /quit."""
+    """`megatron-rlhf chat`: talk with a model. Commands: /model a|b|ab, /best N, /seed N, /undo, /reset, /save FILE, /quit."""
 
     data: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer, chat template, what ends an answer."""

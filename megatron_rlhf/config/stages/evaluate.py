@@ -21,10 +21,10 @@ class EvaluateAlgorithmConfig:
     name: str | None = None
     """What the policy is called in the output; not given: the last folder of policy.init_from."""
     labels: str | None = None
-    """A project of tools/label.py to which the answers are added, for people to rank; made if it is not there."""
+    """A project of megatron-rlhf label to which the answers are added, for people to rank; made if it is not there."""
     comparisons: str | None = None
     """Comparisons, as data.comparisons of a reward model, to measure reward.init_from on: accuracy by K, and by the columns
-    `team` (labelers of tools/label.py) or `subset` (RewardBench)."""
+    `team` (labelers of megatron-rlhf label) or `subset` (RewardBench)."""
     comparisons_format: str | None = None
     """Their shape, as data.format."""
     ema: bool = False
@@ -52,7 +52,7 @@ class EvaluateAlgorithmConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig(BaseConfig):
-    """`examples/evaluate.py`: sample responses, score them, measure the loss on held-out text."""
+    """`megatron-rlhf evaluate`: sample responses, score them, measure the loss on held-out text."""
 
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     """Prompts, tokenizer, pretraining text for the held-out loss."""

@@ -157,7 +157,7 @@ class RolloutConfig(SamplingConfig):
 
 @dataclass(kw_only=True)
 class PPOConfig(BaseConfig):
-    """`examples/train_ppo.py`."""
+    """`megatron-rlhf ppo`."""
 
     trained_roles = ("policy", "value")
 

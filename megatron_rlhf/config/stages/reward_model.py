@@ -40,7 +40,7 @@ class RewardAlgorithmConfig:
 
 @dataclass(kw_only=True)
 class RewardModelConfig(BaseConfig):
-    """`examples/train_reward_model.py`."""
+    """`megatron-rlhf reward-model`."""
 
     trained_roles = ("reward",)
 

@@ -45,7 +45,7 @@ class SFTAlgorithmConfig:
 
 @dataclass(kw_only=True)
 class SFTConfig(BaseConfig):
-    """`examples/train_sft.py`."""
+    """`megatron-rlhf sft`."""
 
     trained_roles = ("policy",)
 

@@ -13,7 +13,7 @@ from megatron_rlhf.trainers.setup.tokenizer_choice import find_tokenizer
 
 
 def build_chat(config: ChatConfig) -> ChatRoom:
-    """`examples/chat.py`."""
+    """`megatron-rlhf chat`."""
     named = {"a": (config.policy.init_from, "policy.init_from"), "b": (config.other.init_from, "other.init_from")}
     starts = {
         name: parts.find_start(path, key, POLICY, None, "model")

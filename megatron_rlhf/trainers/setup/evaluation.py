@@ -23,7 +23,7 @@ from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 
 
 def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
-    """`examples/evaluate.py`."""
+    """`megatron-rlhf evaluate`."""
     wanted = AVERAGE if config.evaluate.ema else POLICY
     output = output_file(Path(config.run.dir), config.evaluate.output)
     source, model, judge = None, None, None

@@ -40,7 +40,7 @@ class Start:
 
 
 def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
-    """`examples/train_ppo.py`."""
+    """`megatron-rlhf ppo`."""
     starts = _find_starts(config, session)
     policy_start = starts["policy"]
     sources = {start.key: start.source for start in starts.values()}

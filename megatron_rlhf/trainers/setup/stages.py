@@ -41,7 +41,7 @@ LIMITS = ("data.max_prompt_tokens", "data.max_response_tokens", "data.tokenizer"
 
 
 def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
-    """`examples/train_sft.py`."""
+    """`megatron-rlhf sft`."""
     data = config.data
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     parts.check_role("policy", model, config)
@@ -102,7 +102,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
 
 
 def build_reward_model(config: RewardModelConfig, session: Session) -> RewardModelTrainer:
-    """`examples/train_reward_model.py`."""
+    """`megatron-rlhf reward-model`."""
     data = config.data
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     parts.check_role("reward", model, config)

@@ -55,7 +55,7 @@ def test_mistake_is_one_message_and_exit_code_2(run, tokenizer, tmp_path, write_
     path = write_records({"prompt": "a", "response": ""})
     assert run("check", "demonstrations", "--input", path, "--tokenizer", tmp_path / "tok") == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"{path}, line 1: column 'response' has an empty response")
+    assert printed.err.startswith(f"error: {path}, line 1: column 'response' has an empty response")
     assert printed.err.count("\n") == 1
     assert run("check", "prompts", "--input", path, "--tokenizer", tmp_path / "tok", "--column", "x") == 2
     assert "--column 'x': write NAME=TEMPLATE" in capsys.readouterr().err
