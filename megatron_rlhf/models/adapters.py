@@ -167,7 +167,8 @@ def reset(chunk: GPTModel, seed: int) -> None:
 
 @torch.no_grad()
 def merge(chunk: GPTModel) -> None:
-    """Add the adapters to the weights beside them, in fp32, and remove them."""
+    """Add the adapters to the weights beside them, in fp32, and remove them: everything trains again (see `attach`)."""
+    chunk.requires_grad_(True)
     for layer in chunk.decoder.layers:
         for parent in (layer.self_attention, layer.mlp):
             for name in [n for n, child in parent.named_children() if isinstance(child, LinearAdapter)]:
