@@ -139,8 +139,10 @@ begin() { # OVERRIDES...
     fi
 }
 
-newest_checkpoint() {
-    cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || true
+newest_checkpoint() { # anything else in that file is no number, and bash runs what it finds in one: first[$(...)]
+    local name
+    name=$(head -n 1 "$RUN_DIR/checkpoints/latest" 2>/dev/null) || true
+    [[ ! $name =~ ^step_[0-9]+$ ]] || echo "$name"
 }
 
 state_of_metrics() {
@@ -149,6 +151,7 @@ state_of_metrics() {
 
 steps_done() { # by this start, after the checkpoint that it began from
     local first=${FROM#step_} last=0
+    first=$((10#${first:-0}))
     if [[ $(state_of_metrics) != "$FILE" ]]; then
         last=$(tail -n 1 "$RUN_DIR/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\).*/\1/p')
     fi

@@ -17,25 +17,15 @@ from torch import Tensor
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lora import Adapter, projections
 from megatron_rlhf.conversion.adapted import LAYERS, factor, factor_shapes, rows_of_projections
-from megatron_rlhf.conversion.hf.folder import CONFIG, TensorFiles, read_json
+from megatron_rlhf.conversion.hf.folder import CONFIG, TensorFiles
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.hf.weights import Described
+from megatron_rlhf.conversion.peft_settings import SETTINGS, read_settings
 from megatron_rlhf.conversion.whole_tensors import Place, TensorSource
 from megatron_rlhf.models.roles import Role
 
-SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-# Settings that change the function, or the base's weights, in ways that these adapters do not have.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False, None)),
-    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters"), (None, [])),
-    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "arrow_config"), (None, [])),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}
 
 
 @dataclass(frozen=True)
@@ -87,12 +77,7 @@ class PeftFolder:
         Raises:
             UserError: for a base that is not there, and for an adapter that is not one of the same rank in every layer.
         """
-        settings, where = read_json(folder / SETTINGS), folder / SETTINGS
-        for name, allowed in _ONLY.items():
-            if name in settings and settings[name] not in allowed:
-                raise UserError(
-                    f"{where}: {name}={settings[name]} is not supported, only {allowed[0]}; merge the adapter in peft"
-                )
+        settings, where = read_settings(folder), folder / SETTINGS
         base = _find_base(folder, settings, key)
         described = Described.read(base)
         if not (folder / WEIGHTS).is_file():
@@ -155,6 +140,9 @@ class _Stored:
         if len(found) == 1:
             raise UserError(f"{self.folder / WEIGHTS}: {found[0]} has no counterpart {(set(names) - set(found)).pop()}")
         self.unread -= set(names)
+        for name in names:
+            if not self.files.dtypes[name].is_floating_point:
+                raise UserError(f"{self.folder / WEIGHTS}: {name} holds {self.files.dtypes[name]}, and not fractions")
         (rank, columns), (rows, inner) = (self._matrix(name) for name in names)
         fits = rows >= int(module.rows.max()) + 1 if module.of > 1 else rows == shape[0]
         if columns != shape[1] or inner != rank or not fits:
@@ -166,7 +154,7 @@ class _Stored:
         scale = self._setting(module.name, "alpha_pattern", "lora_alpha") / (
             rank**0.5 if self.settings.get("use_rslora") else rank
         )
-        own = _own_block(a, b, module, int(self.settings["r"]))
+        own = _own_block(a, b, module, self.settings["r"])
         return own and (own, scale)
 
     def require_all_read(self) -> None:

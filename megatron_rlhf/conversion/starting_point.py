@@ -13,7 +13,8 @@ from megatron_rlhf.config.model import ModelConfig, model_differences
 from megatron_rlhf.conversion.hf import load as hf_load
 from megatron_rlhf.conversion.hf.extra_files import KEPT, holds_tokenizer
 from megatron_rlhf.conversion.hf.folder import CONFIG
-from megatron_rlhf.conversion.peft import SETTINGS, PeftFolder, is_peft_folder
+from megatron_rlhf.conversion.peft import PeftFolder, is_peft_folder
+from megatron_rlhf.conversion.peft_settings import SETTINGS
 from megatron_rlhf.data.files import hub
 from megatron_rlhf.models.roles import Role
 

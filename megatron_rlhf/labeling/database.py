@@ -1,9 +1,11 @@
 """The SQLite file of a labeling project: its tables, and whether a file is one."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_rlhf.config.errors import UserError
 
@@ -96,12 +98,26 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def settings(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
+    """What was chosen when the project was made. Raises UserError if the file is damaged."""
+    found: dict[str, Any] = {}
+    name = "its tables"
+    try:
+        for row in connection.execute("SELECT name, value FROM settings"):
+            name = f"the setting {row['name']}"
+            found[row["name"]] = json.loads(row["value"])
+    except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {name}: {error}") from error
+    return found
+
+
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     # The page's requests are served one after the other, but not always by the thread that opened the project.
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None, check_same_thread=False
     )
     connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA trusted_schema = OFF")  # triggers and views of a file from elsewhere call nothing
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")  # a click that was answered survives a power cut
     return connection

@@ -33,7 +33,7 @@ class Project:
     def __init__(self, path: Path, connection: sqlite3.Connection):
         self.path = path
         self._db = connection
-        stored = {row["name"]: json.loads(row["value"]) for row in self._db.execute("SELECT name, value FROM settings")}
+        stored = database.settings(connection, path)
         self.settings = Settings(**{name: value for name, value in stored.items() if name in _SETTING_NAMES})
 
     @classmethod

@@ -83,7 +83,7 @@ class StoredItems(Sequence[Item]):
     """Items of one dataclass, each made when it is asked for."""
 
     def __init__(self, folder: Path, kind: type[Item]):
-        self._kind = kind
+        self._folder, self._kind = folder, kind
         self._ends = np.memmap(folder / IDX, dtype=np.int64, mode="r")
         self._bytes = np.memmap(folder / BIN, dtype=np.uint8, mode="r")
 
@@ -99,7 +99,10 @@ class StoredItems(Sequence[Item]):
             return Chosen(self, range(len(self))[index])
         index = range(len(self))[index]
         content = self._bytes[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])].tobytes()
-        return unpack(content, self._kind)
+        try:
+            return unpack(content, self._kind)
+        except (ValueError, TypeError, AttributeError, LookupError, struct.error, RecursionError) as error:
+            raise damaged(self._folder, f"item {index}: {error}") from error
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
@@ -171,6 +174,11 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return about if isinstance(about, dict) else None
+
+
+def damaged(folder: Path, problem: str) -> UserError:
+    """What is said of a store that is not as it was written."""
+    return UserError(f"{folder}: not the tokenised records that were written there ({problem}); delete the folder")
 
 
 def pack(item: Any) -> bytes:

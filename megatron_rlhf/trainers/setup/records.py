@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_rlhf.config.data import RecordsConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.examples import Examples
-from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, read_about
+from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, damaged, read_about
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.parallel.collectives import first_message
 
@@ -63,7 +63,10 @@ def load_once(
     if (first := first_message(problem)) is not None:
         raise UserError(first[1])
     assert about is not None
-    return Examples(items=StoredItems(folder, kind), **about)
+    try:
+        return Examples(items=StoredItems(folder, kind), **about)
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(folder, str(error)) from error
 
 
 def on_first_rank(compute: Callable[[], Result]) -> Result:
