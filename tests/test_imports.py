@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"config", "parallel", "models", "runs", "trainers"},
     "commands": {
         *("config", "data", "monitoring", "parallel", "models", "planning", "planned", "conversion", "checkpoint"),
-        *("rewards", "evaluation", "labeling", "compose", "doctor", "nodes", "cli"),
+        *("rewards", "evaluation", "labeling", "compose", "doctor", "nodes", "cli", "runs"),
     },
     "library": {"config", "compose", "cli", "rewards"},
     "__main__": {"__version__", "config", "commands", "cli"},

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rlhf.commands.outputs import require_page
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.evaluation.page import write_evaluation
 from megatron_rlhf.evaluation.results import Run, read_rankings
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page and returns the exit code: 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     try:
+        require_page(options.output)
         policies = _runs(options.policy, "--policy")
         if options.rule is not None:
             for run in policies:
@@ -43,15 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def load_rule(spec: str) -> functions.Function:
+    """The function of the user's. Raises UserError: it cannot be found, or its file cannot be imported."""
+    try:
+        return functions.load(spec)
+    except functions.Mistake as mistake:
+        raise UserError(f"--rule {spec} {mistake}") from mistake
+    except Exception as error:  # the user's own code
+        raise UserError(f"--rule {spec} cannot be imported: {type(error).__name__}: {error}") from error
+
+
 def judge_by_rule(run: Run, spec: str) -> None:
     """Add the values of a function of the user's to the answers, as `gold`.
 
     Raises:
         UserError: It cannot be found, raises, or returns anything but a number for each answer.
     """
+    function = load_rule(spec)
     prompts, responses = ([row[name] for row in run.answers] for name in ("prompt", "response"))
     try:
-        values = functions.load(spec)(prompts, responses, run.answers)
+        values = function(prompts, responses, run.answers)
         names = [f"answer {i} in {run.folder}" for i in range(1, len(responses) + 1)]
         golds = functions.numbers_of(values, names)
     except functions.Mistake as mistake:

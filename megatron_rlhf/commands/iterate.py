@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
-from megatron_rlhf.commands.compare import judge_by_rule
+from megatron_rlhf.commands.compare import judge_by_rule, load_rule
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.files.text_files import iterate_text_file
+from megatron_rlhf.data.records import read_records
 from megatron_rlhf.evaluation.page import write_evaluation
 from megatron_rlhf.evaluation.results import Run
 from megatron_rlhf.labeling import collecting
@@ -33,6 +34,7 @@ from megatron_rlhf.labeling.export import exported
 from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import TRAINING, Settings
 from megatron_rlhf.monitoring.files import replacing, write_lines
+from megatron_rlhf.runs.stage import RUNS, stage_of
 
 STAGES = ("evaluate", "reward_model", "ppo")
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Loop:
     def __init__(self, options: argparse.Namespace, overrides: Sequence[str]) -> None:
         self.options, self.output = options, Path(options.output)
         self.overrides = share_out_overrides(overrides, STAGES)
+        self._check()
         self.state = self.output / "state.json"
         self.setup = {
             "policy": options.policy,
@@ -77,9 +80,8 @@ class Loop:
             "samples": options.samples,
             "judge": options.rule or "people",
         }
-        found: dict[str, Any] = (
-            json.loads(self.state.read_text()) if self.state.exists() else {"setup": self.setup, "done": []}
-        )
+        begun: dict[str, Any] = {"setup": self.setup, "done": []}
+        found = self._read_state() if self.state.exists() else begun
         changed = [name for name, value in self.setup.items() if found["setup"][name] != value]
         if changed:
             raise UserError(
@@ -87,6 +89,25 @@ class Loop:
                 f"{self.setup[changed[0]]}: go on with the same, or name another folder"
             )
         self.done: list[str] = found["done"]
+
+    def _check(self) -> None:
+        """What is used only after hours, and what must not be in the way."""
+        if (stage := stage_of(self.output)) is not None:
+            raise UserError(f"{self.output} holds {RUNS[stage]}: name a folder of its own for the loop")
+        for path in (self.options.comparisons, self.options.prompts):
+            if path is not None:
+                next(read_records(path), None)
+        if self.options.rule is not None:
+            load_rule(self.options.rule)
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.state.read_text())
+            if set(found["setup"]) == set(self.setup) and isinstance(found["done"], list):
+                return dict(found)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
+        raise UserError(f"{self.state} is not the state of a loop: name another folder, or delete this one")
 
     def run(self) -> None:
         policy = Path(self.options.policy)

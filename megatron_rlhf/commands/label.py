@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf.commands.outputs import require_lines
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.evaluation.agreement import Agreement, Judgement, agreement
 from megatron_rlhf.labeling.answers import dense
@@ -98,6 +99,7 @@ def export(options: argparse.Namespace) -> None:
     from megatron_rlhf.labeling.export import export as write
 
     project = Project.open(options.project)
+    require_lines(options.output, ("prompt", "labeler", "team", "task"))
     teams = [TRAINING, HELD_OUT] if options.team == "all" else [options.team]
     count = write(project, options.output, teams, options.blank)
     print(f"{options.output}: {count} {project.settings.kind}")

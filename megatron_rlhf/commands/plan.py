@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rlhf.commands.outputs import require_page
 from megatron_rlhf.compose import compose_config, recipes
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
 from megatron_rlhf.config.errors import UserError
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, print, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if options.html:
+            require_page(options.html, "--html")
         if options.published:
             print(report.published([(run, run.planned(_cluster(run.cluster))) for run in RUNS]))
             return 0

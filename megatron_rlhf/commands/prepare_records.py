@@ -1,7 +1,6 @@
 """`prepare` clean, rankings, pairs and blend: raw records and corpora to what training reads."""
 
 import argparse
-import json
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_rlhf.commands.outputs import require_new
 from megatron_rlhf.config.data import written_out
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.shape import Shape
@@ -21,6 +21,7 @@ from megatron_rlhf.data.preparation.report import write_report
 from megatron_rlhf.data.pretraining import read_texts, write_documents
 from megatron_rlhf.data.records import read_records
 from megatron_rlhf.data.tokenizer import load_tokenizer
+from megatron_rlhf.monitoring.files import write_lines
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -62,6 +63,7 @@ def clean(options: argparse.Namespace) -> None:
 
 def rankings(options: argparse.Namespace) -> None:
     """Pairwise votes to rankings."""
+    require_new(options.output)
     counts = RankingCounts()
     with tempfile.TemporaryDirectory(dir=_folder_of(options.output)) as folder, bar(options.input) as progress:
         database = sqlite3.connect(Path(folder) / "votes.sqlite", isolation_level=None)
@@ -79,6 +81,8 @@ def rankings(options: argparse.Namespace) -> None:
 
 def pairs(options: argparse.Namespace) -> None:
     """Rankings to pairwise votes."""
+    require_new(options.output)
+    _folder_of(options.output)
     counts = RankingCounts()
     with bar(options.input) as progress:
         made = (pair for record in _records(options, progress) for pair in pairs_from_ranking(record, counts))
@@ -88,6 +92,8 @@ def pairs(options: argparse.Namespace) -> None:
 
 def blend_corpora(options: argparse.Namespace) -> None:
     """Several corpora to one, tokenised."""
+    for suffix in (".bin", ".idx"):
+        require_new(f"{options.output}{suffix}")
     tokenizer = load_tokenizer(options.tokenizer)
     sources = parse_weights(options.input)
     columns = columns_of(options.column)
@@ -153,14 +159,10 @@ def _records(options: argparse.Namespace, progress: Callable[[int], Any]) -> Ite
 
 def _write(path: str, rows: Iterable[dict[str, Any]]) -> None:
     """JSON lines; the file appears under its name only when it is whole."""
-    unfinished = Path(f"{path}.unfinished")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        write_lines(Path(path), rows)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
 def _folder_of(path: str) -> Path:

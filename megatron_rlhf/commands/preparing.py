@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rlhf.commands.outputs import require_new
 from megatron_rlhf.commands.prepare_records import bar, columns_of, shape_of
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.chat.files import read_chat_template
@@ -20,12 +21,15 @@ from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokeni
 
 
 def prepare_pretraining(options: argparse.Namespace) -> None:
+    for suffix in (".bin", ".idx"):
+        require_new(f"{options.output}{suffix}")
     tokenizer = load_tokenizer(options.tokenizer)
     size = build_indexed_dataset(_texts(options.input, columns_of(options.column)), tokenizer, options.output)
     print(f"{options.output}.bin, .idx: {size.documents:,} documents, {size.tokens:,} tokens")
 
 
 def prepare_tokenizer(options: argparse.Namespace) -> None:
+    require_new(options.output)
     tokenizer = train_tokenizer(_texts(options.input, columns_of(options.column)), options.vocab_size, options.output)
     print(
         f"{options.output}: {tokenizer.vocab_size:,} tokens, end of text {tokenizer.eos_id}, padding {tokenizer.pad_id}"

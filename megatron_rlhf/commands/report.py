@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rlhf.commands.outputs import require_page
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.monitoring.report import write_last_figures, write_report
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in options.folders:
             if not (folder / "metrics.jsonl").is_file():
                 raise UserError(f"{folder} holds no metrics.jsonl: give the folder of a run (run.dir)")
+        if options.output is not None:
+            require_page(options.output)
         print(_write(options), flush=True)
         while options.watch:
             time.sleep(options.watch)

@@ -98,6 +98,17 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def in_memory(source: sqlite3.Connection | None) -> sqlite3.Connection:
+    """A copy to try something on; without a source, an empty project."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    if source is not None:
+        source.backup(connection)
+    else:
+        connection.executescript(SCHEMA)
+    return connection
+
+
 def settings(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
     """What was chosen when the project was made. Raises UserError if the file is damaged."""
     found: dict[str, Any] = {}

@@ -181,8 +181,14 @@ def test_answers_of_several_policies_meet_in_one_project(tmp_path):
         project.merge_tasks([Task("q", tuple("abcdefghi"), ("new",) * 9)])
     project.add_labelers(["ann"], TRAINING)
     assert project.current("ann") == 1 and project.left("ann") == 2, "one output is not enough"
-    with pytest.raises(UserError, match="is being labeled"):
-        collect(path, [Task("r", ("x",), ("late",)), Task("p", ("i",), ("late",))])
+    late = [Task("r", ("x",), ("late",)), Task("p", ("i",), ("late",))]
+    for refuses in (collect, check):  # before anything is sampled, and after it
+        with pytest.raises(UserError, match="is being labeled"):
+            refuses(path, late)
+    with pytest.raises(UserError, match="would have 10 outputs; 9 at most"):
+        check(tmp_path / "new.sqlite", [Task("q", ("",) * 10, ("new",) * 10)])
+    check(path, late[:1])
+    assert not (tmp_path / "new.sqlite").exists()
     assert project.task(3).sources == ("ppo", "ppo"), "all or nothing"
     Project.create(tmp_path / "d.sqlite", Settings(kind=DEMONSTRATIONS))
     with pytest.raises(UserError, match="collects demonstrations"):

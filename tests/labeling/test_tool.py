@@ -165,9 +165,10 @@ def test_wrong_options(tmp_path, capsys):
         port = taken.getsockname()[1]
         assert label("serve", tmp_path / "q.sqlite", "--port", port) == 2
         assert f"--port {port}: [Errno 98] Address already in use" in capsys.readouterr().err
-    (tmp_path / "out.jsonl").write_text("kept")
+    kept = json.dumps({"prompt": "p", "response": "r", "labeler": "ann", "team": "training", "task": 1})
+    (tmp_path / "out.jsonl").write_text(kept)
     assert label("export", tmp_path / "q.sqlite", "--output", tmp_path / "out.jsonl") == 2
-    assert "no answers" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_text() == "kept"
+    assert "no answers" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_text() == kept
     assert label("add", tmp_path / "q.sqlite", "--held-out", "ann") == 2
     assert "in the team 'training'" in capsys.readouterr().err
     assert project.size() == 3

@@ -90,7 +90,7 @@ class Cleaning:
         folder.mkdir(parents=True, exist_ok=True)
         names = [*rules.parts, Path(DROPPED).stem]
         if not (folder / STATE).exists():
-            for path in (folder / f"{name}.jsonl" for name in names):
+            for path in (*(folder / f"{name}.jsonl" for name in names), folder / "report.html"):
                 if path.exists():
                     raise UserError(f"{path}: is there already, from elsewhere; name another folder")
         self.state = sqlite3.connect(folder / STATE, isolation_level=None)

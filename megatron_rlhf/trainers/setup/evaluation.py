@@ -1,5 +1,6 @@
 """From a configuration to an evaluator, as in setup.py: data and starting points first, then models."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
 from megatron_rlhf.data.comparisons import Ranking, load_rankings
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.shape import Shape
+from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks, load_scorer
 from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
+from megatron_rlhf.evaluation.results import GREEDY
 from megatron_rlhf.labeling import collecting
+from megatron_rlhf.labeling.types import Task
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers.setup import parts
@@ -86,8 +90,6 @@ def _questions(
     """The prompts to answer, whose answers fit all models."""
     if config.data.prompts is None:
         return None
-    if config.evaluate.labels is not None:
-        collecting.check(Path(config.evaluate.labels))
     prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, str(session.folder))
     chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
     inputs = [prompt.tokens.tolist() for prompt in chosen]
@@ -106,4 +108,14 @@ def _questions(
         checks.check_response_fits(longest, which, config.sampling.longest_response, shape, whose)
     assert config.policy.init_from is not None
     name = config.evaluate.name or Path(config.policy.init_from).resolve().name
+    if config.evaluate.labels is not None:
+        collecting.check(Path(config.evaluate.labels), _answers_to_come(config, chosen, name))
     return Questions(chosen, inputs, name)
+
+
+def _answers_to_come(config: EvaluateConfig, prompts: Sequence[Prompt], policy: str) -> list[Task]:
+    """What the evaluation will add to a labeling project, but for the texts."""
+    asked = config.evaluate
+    of_each = [policy] * asked.samples_per_prompt + [policy + GREEDY] * asked.greedy
+    times = Counter(prompt.text for prompt in prompts)
+    return [Task(text, ("",) * len(of_each) * n, tuple(of_each * n)) for text, n in times.items()]
