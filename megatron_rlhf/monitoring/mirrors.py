@@ -5,7 +5,7 @@ import importlib.util
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,12 +90,27 @@ class Services:
                 )
 
     def connect(self, run_dir: Path) -> list[Mirror]:
-        """A mirror for each that is named. On one rank."""
+        """A mirror for each that is named. On one rank.
+
+        Raises:
+            UserError: a service refuses, or does not answer.
+        """
         mirrors: list[Mirror] = []
-        if self.wandb_project is not None:
-            mirrors.append(WeightsAndBiases(self, run_dir))
-        if self.mlflow_experiment is not None:
-            mirrors.append(MLflow(self.mlflow_experiment, self.config, run_dir))
+        wanted: list[tuple[str, str | None, Callable[[], Mirror]]] = [
+            ("wandb_project", self.wandb_project, lambda: WeightsAndBiases(self, run_dir)),
+            (
+                "mlflow_experiment",
+                self.mlflow_experiment,
+                lambda: MLflow(str(self.mlflow_experiment), self.config, run_dir),
+            ),
+        ]
+        for key, name, connected in wanted:
+            if name is not None:
+                try:
+                    mirrors.append(connected())
+                except Exception as error:  # whatever the service's library raises: no key, no network, no such project
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise UserError(f"run.{key}={name}: the service cannot be used: {reason}") from error
         return mirrors
 
 

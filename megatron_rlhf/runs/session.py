@@ -27,7 +27,7 @@ from megatron_rlhf.monitoring.mirrors import Services
 from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
 from megatron_rlhf.monitoring.report import write_report
 from megatron_rlhf.parallel.accelerators import describe_accelerators
-from megatron_rlhf.parallel.collectives import Largest
+from megatron_rlhf.parallel.collectives import Largest, first_message
 from megatron_rlhf.runs import candidates, resume_table
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
@@ -109,7 +109,11 @@ class Session:
             mlflow_experiment=config.mlflow_experiment,
             config=yaml.safe_load(resolved_config) or {},
         )
-        metrics = MetricsLogger(folder, enabled=first, services=services)
+        try:
+            metrics = _connect(folder, first, services)
+        except UserError:
+            lock.release()
+            raise
         session = cls(
             config=config,
             stage=stage,
@@ -280,6 +284,20 @@ class Session:
             log.info("report: %s", write_report(self.folder))
         dist.barrier()
         self.lock.release()
+
+
+def _connect(folder: Path, first: bool, services: Services) -> MetricsLogger:
+    """The logger; what one rank is told by a service ends all of them."""
+    services.require()
+    problem, metrics = None, None
+    try:
+        metrics = MetricsLogger(folder, enabled=first, services=services)
+    except UserError as error:
+        problem = str(error)
+    if (found := first_message(problem)) is not None:
+        raise UserError(found[1])
+    assert metrics is not None
+    return metrics
 
 
 def _synchronize() -> None:

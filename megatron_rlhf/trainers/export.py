@@ -26,12 +26,21 @@ FOLDER = "huggingface"
 
 
 def require_exportable(run: RunConfig, model: ModelConfig) -> None:
-    """Raise UserError, before a run begins, where its end has no place in transformers."""
-    if run.export_hf is not None:
-        try:
-            choose_architecture(model, None)
-        except UserError as error:
-            raise UserError(f"run.export_hf={run.export_hf.value}: {error}") from error
+    """Raise UserError, before a run begins, where its end has no place in transformers, or would replace what is no export
+    of this run."""
+    if run.export_hf is None:
+        return
+    try:
+        choose_architecture(model, None)
+    except UserError as error:
+        raise UserError(f"run.export_hf={run.export_hf.value}: {error}") from error
+    output = Path(run.dir) / FOLDER
+    own = naming.latest(Path(run.dir) / "checkpoints") is not None
+    if output.exists() and not own:
+        raise UserError(
+            f"run.export_hf={run.export_hf.value}: {output} is there already, and not from this run; move it away, or "
+            "choose another run.dir"
+        )
 
 
 def export(run: RunConfig, role: str, tokenizer: Tokenizer) -> None:
@@ -46,12 +55,19 @@ def export(run: RunConfig, role: str, tokenizer: Tokenizer) -> None:
     checkpoint = best or naming.latest(root)
     assert checkpoint is not None, "the last step of a run is always saved"
     dist.barrier()  # all ranks have found it
-    collectives.on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
+    aside = output.with_name(f".{FOLDER}.new")
+    collectives.on_first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
     companions = ExtraFiles.find(checkpoint, None)
     companions.special_tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     options = CheckOptions(tokenizer.encode(SAMPLE_TEXT, bos=True))
     try:
-        report = convert.export_huggingface(checkpoint, output, role, None, None, companions, options)
+        report = convert.export_huggingface(checkpoint, aside, role, None, None, companions, options)
     except CheckFailed as error:
         raise RunFailed(f"run.export_hf={run.export_hf.value}: the run is saved, its export is not: {error}") from error
+    collectives.on_first_rank(lambda: _replace(output, aside))
     log.info("%s of %s as a Hugging Face folder: %s: %s", role, checkpoint.name, output, report)
+
+
+def _replace(output: Path, by: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    by.rename(output)

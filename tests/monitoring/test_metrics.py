@@ -182,6 +182,21 @@ def test_wandb_continues_the_same_run_at_resume(tmp_path: Path, monkeypatch: pyt
     assert wandb.finished
 
 
+def test_a_service_that_refuses_is_a_mistake_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoKey(Exception):
+        pass
+
+    def refuses(**arguments: object) -> None:
+        raise NoKey("api_key not configured (no-tty). call\nwandb.login(key=[your_api_key])")
+
+    wandb = FakeWandb()
+    wandb.init = refuses  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match=r"run\.wandb_project=p: the service cannot be used: api_key not configured"):
+        MetricsLogger(tmp_path, enabled=True, services=Services(wandb_project="p"))
+    MetricsLogger(tmp_path, enabled=False, services=Services(wandb_project="p"))
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_missing_wandb_says_how_to_install_it_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool

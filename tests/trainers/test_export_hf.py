@@ -1,6 +1,7 @@
 """`run.export_hf`: the folder that a run leaves is the model that its figures are of, for transformers too."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,6 +27,30 @@ def test_the_best_epoch_has_the_validation_loss_that_chose_it(recipe):
         total -= sum(float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
         count += len(response)
     assert total / count == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_what_was_there_before_the_run_is_not_replaced(recipe):
+    """Such as the model that the run is to start from."""
+    folder = recipe.root / "export_over" / "huggingface"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    message = refusal(recipe.sft("export_over", "run.export_hf=last"))
+    assert re.fullmatch(r"run\.export_hf=last: .*huggingface is there already, .* choose another run\.dir", message)
+    assert (folder / "config.json").read_text() == "{}"
+
+
+def refusal(overrides):
+    """What a run of fine-tuning on one rank is refused with."""
+    return run_ranks(1, _refusal, overrides)[0]
+
+
+def _refusal(overrides):
+    from megatron_rlhf import cli
+    from megatron_rlhf.config.errors import UserError
+
+    with pytest.raises(UserError) as refused:
+        cli.run_stage("sft", overrides)
+    return str(refused.value)
 
 
 def test_the_last_reward_model_is_a_classifier(recipe):

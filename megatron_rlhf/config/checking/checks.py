@@ -188,7 +188,13 @@ def check_ppo(config: PPOConfig) -> None:
             f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages, and "
             "resharding moves weights from plain stages; use 1 for PPO"
         )
+    check_profile(config.run, ppo.iterations, "iterations")
     check_sampling(config.rollout, "rollout")
+    if config.rollout.repetition_penalty != 1:
+        raise UserError(
+            f"rollout.repetition_penalty={config.rollout.repetition_penalty}: text would be sampled from another distribution "
+            "than the one that trains; use 1 (sampling.repetition_penalty is for evaluation and chat)"
+        )
     if config.rollout.temperature <= 0:
         raise UserError(
             f"rollout.temperature={config.rollout.temperature} must be positive: greedy text has no gradient"
@@ -239,6 +245,12 @@ def check_warmup(warmup: int, length: int, key: str, unit: str = "steps") -> Non
         raise UserError(
             f"{key}={warmup} is longer than the run's {length} {unit}: the learning rate would not reach its peak"
         )
+
+
+def check_profile(run: RunConfig, length: int, unit: str = "steps") -> None:
+    """The steps to trace must be steps of the run."""
+    if (traced := run.profiled_steps()) and traced[0] > length:
+        raise UserError(f"run.profile={run.profile} begins after the run's {length} {unit}: nothing would be traced")
 
 
 def check_fits_context(prompt_tokens: int, response_tokens: int, model: ModelConfig, keys: tuple[str, str]) -> None:

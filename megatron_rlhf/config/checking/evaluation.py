@@ -25,6 +25,9 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError("evaluate.comparisons measure a reward model: give reward.init_from")
     if config.run.resume:
         raise UserError("run.resume=true: an evaluation is not resumed; leave it out, and it is made anew")
+    for key, value in (("export_hf", config.run.export_hf), ("profile", config.run.profile)):
+        if value is not None:
+            raise UserError(f"run.{key}={getattr(value, 'value', value)} is for training: an evaluation has no steps")
     if config.data.pretraining.source is not None and config.data.pretraining.held_out == 0:
         raise UserError("data.pretraining.held_out=0 leaves no text of data.pretraining.source to measure the loss on")
     if config.reward.init_from is not None and not (answers or asked.comparisons):

@@ -69,6 +69,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     mix = Mix(config.sft.batch_size, data.pretraining_mix)
     steps = config.sft.max_steps or mix.steps(len(demonstrations or []), config.sft.epochs)
     checks.check_warmup(config.sft.warmup_steps, steps, "sft.warmup_steps")
+    checks.check_profile(config.run, steps)
     pretraining = None
     if data.pretraining_mix > 0:
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
@@ -134,6 +135,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     algorithm = config.reward_model
     steps = algorithm.max_steps or algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
+    checks.check_profile(config.run, steps)
     parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
     parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
     if data.demonstrations is not None:

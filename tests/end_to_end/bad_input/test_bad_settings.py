@@ -181,6 +181,45 @@ CASES: dict[str, Case] = {
         ["data.pretraining.source={recipe}/text.txt", "data.pretraining.held_out=0"],
         [r"data\.pretraining\.held_out=0 leaves no text"],
     ),
+    "penalty_for_repetition_while_learning": Case(
+        "ppo",
+        ["rollout.repetition_penalty=1.2"],
+        [r"rollout\.repetition_penalty=1\.2", "another distribution", "use 1"],
+    ),
+    "trace_after_the_end": Case("sft", ["run.profile=4:5"], [r"run\.profile=4:5 begins after the run's 3 steps"]),
+    "trace_after_the_end_of_the_reward_model": Case(
+        "reward_model", ["run.profile=9"], [r"run\.profile=9 begins after the run's 4 steps"]
+    ),
+    "trace_after_the_end_of_ppo": Case(
+        "ppo", ["run.profile=4"], [r"run\.profile=4 begins after the run's 3 iterations"]
+    ),
+    "trace_of_an_evaluation": Case("evaluate", ["run.profile=1"], [r"run\.profile=1 is for training"]),
+    "export_of_an_evaluation": Case("evaluate", ["run.export_hf=last"], [r"run\.export_hf=last is for training"]),
+    "export_of_nothing_best": Case(
+        "sft",
+        ["run.export_hf=best"],
+        [r"run\.export_hf=best: nothing decides", r"data\.validation"],
+        without=["data.validation"],
+    ),
+    "export_of_the_best_reward_model": Case(
+        "reward_model", ["run.export_hf=best"], [r"run\.export_hf=best: a reward model", r"run\.export_hf=last"]
+    ),
+    "export_of_the_best_policy_that_nothing_measures": Case(
+        "ppo", ["run.export_hf=best"], [r"run\.export_hf=best: give evaluation\.every"]
+    ),
+    "export_of_neither": Case("sft", ["run.export_hf=newest"], [r"run\.export_hf=newest", "best, last"]),
+    "export_of_a_shape_that_has_no_class": Case(
+        "sft",
+        ["run.export_hf=last", "model.positions=rope", "model.norm=rmsnorm", "model.rope_fraction=0.5"],
+        [r"run\.export_hf=last: no Hugging Face architecture has this model's shape"],
+    ),
+    "wandb_entity_of_no_project": Case("sft", ["run.wandb_entity=us"], [r"run\.wandb_entity=us is for W&B"]),
+    "wandb_tags_of_no_project": Case("ppo", ["run.wandb_tags=[a]"], [r"run\.wandb_tags is for W&B"]),
+    "labels_that_are_too_many": Case(
+        "evaluate",
+        ["evaluate.labels={folder}/labels.sqlite", "evaluate.samples_per_prompt=9", "evaluate.greedy=true"],
+        ["would have 10 outputs; 9 at most"],
+    ),
     "select_without_reward_model": Case("sft", ["sft.select_by=reward_model"], [r"needs reward\.init_from"]),
 }
 
