@@ -23,6 +23,10 @@ class PlacementConfig:
     critic_ranks: int = 0
     """disaggregated: how many ranks, the last of the job, hold reward and value model; the others hold policy and reference."""
 
+    portions: int = 8
+    """disaggregated: in about how many portions finished responses go to reward and value model, which score them while
+    others are still sampled; 1: all of them at the end."""
+
     def ranks(self, world_size: int) -> tuple[range, range]:
         """Ranks of the policy's side, and of the critic's."""
         if self.kind is PlacementKind.colocated:

@@ -1,5 +1,6 @@
 """The few collectives that the algorithms need, on tensors and on plain Python objects."""
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 T = TypeVar("T")
+_POSTED = 1201
+"""Tag of messages between two ranks; all other traffic between them has torch's, 0."""
 
 
 def device() -> torch.device:
@@ -146,3 +149,38 @@ def gather_over_data(value: T, layout: ParallelLayout) -> list[T]:
     parts: list[Any] = [None] * layout.dp_size
     dist.all_gather_object(parts, value, group=layout.groups.dp)
     return parts
+
+
+def post(value: object, rank: int) -> Callable[[], None]:
+    """Begin to send a Python object to a rank, which takes it by `receive`; returns what waits until it has.
+
+    It goes from host to host (gloo), on GPUs too: no kernel waits on a device for a rank that is not ready to receive.
+    """
+    body = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    parts = [torch.tensor([len(body)]), body]
+    sent = [(part, dist.isend(part, dst=rank, tag=_POSTED)) for part in parts]
+
+    def wait() -> None:
+        for _, work in sent:
+            if work is not None:
+                work.wait()
+
+    return wait
+
+
+def receive(rank: int) -> Any:
+    """The next object that a rank has posted for this one."""
+    size = torch.zeros(1, dtype=torch.long)
+    dist.recv(size, src=rank, tag=_POSTED)
+    body = torch.zeros(int(size), dtype=torch.uint8)
+    dist.recv(body, src=rank, tag=_POSTED)
+    return pickle.loads(body.numpy().tobytes())
+
+
+def share_object(value: T, layout: ParallelLayout) -> T:
+    """What the first rank of a layout holds, on all ranks of the layout, which alone call it."""
+    if len(layout.ranks) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=layout.every_group["intra_dist_opt"])
+    return box[0]

@@ -129,6 +129,10 @@ class ParallelLayout:
     def dp_size(self) -> int:
         return len(self.ranks) // self.config.model_ranks
 
+    def first_rank_of(self, dp_rank: int) -> int:
+        """The rank, of the world, that holds the first part of a replica."""
+        return self.ranks.start + dp_rank * self.config.tensor * self.config.context
+
     @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0

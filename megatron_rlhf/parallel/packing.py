@@ -45,6 +45,16 @@ class Sequences:
             self, tokens_ns=self.tokens_ns[:, :stop], lengths=[n + stop for n in self.lengths], wanted_ns=wanted
         )
 
+    def rows(self, rows: Sequence[int]) -> "Sequences":
+        """Some of them."""
+        lengths, prompt_lengths, prompt_index = (
+            None if numbers is None else [numbers[row] for row in rows]
+            for numbers in (self.lengths, self.prompt_lengths, self.prompt_index)
+        )
+        wanted = None if self.wanted_ns is None else self.wanted_ns[list(rows)]
+        assert lengths is not None
+        return Sequences(self.tokens_ns[list(rows)], lengths, wanted, prompt_lengths, prompt_index)
+
     def wanted(self, rows: Sequence[int]) -> Tensor:
         """`wanted_ns` of some rows, without padding: [rows, longest of them]."""
         lengths = torch.tensor([self.lengths[row] for row in rows])

@@ -1,7 +1,7 @@
 """One rollout: the policy answers, and all roles evaluate."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,12 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.rewards.processes import Answers
 from megatron_rlhf.rewards.reward import Reward
+from megatron_rlhf.rollout.delivery import Delivery, Sender
 from megatron_rlhf.rollout.generate import generate
+from megatron_rlhf.rollout.judging import Judge, Timer
 from megatron_rlhf.rollout.sampling import row_keys
 from megatron_rlhf.rollout.sequences import StopWatch
 from megatron_rlhf.rollout.types import Completion, Responses, Rollout
-
-Timer = Callable[[str], AbstractContextManager]
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Roles:
     reward: Reward
     value: Role | None
     """None where advantages come from several samples of a prompt."""
+    delivery: Delivery | None = None
+    """Of responses to the ranks of reward and value model, where they are others than the sampler's."""
 
 
 def sample_responses(
@@ -43,23 +45,25 @@ def sample_responses(
     seed: tuple[int, int],
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
     listen: Callable[[int, int], object] | None = None,
+    sender: Sender | None = None,
 ) -> list[Completion]:
-    """One response to each prompt of the whole batch, on every rank; data-parallel ranks share the work.
+    """One response to each prompt of the whole batch, on every rank of the policy; data-parallel ranks share the work.
 
     `seed` is (run seed, iteration). A prompt that occurs twice in a batch gets two different samples. `listen` hears this rank's
-    share, as in `generate`.
+    share, as in `generate`; `sender` takes this replica's responses as they end.
     """
     occurrences = _occurrences(prompt_ids)
     keys = row_keys(*seed, torch.tensor(prompt_ids), torch.tensor(occurrences))
-    if not policy.layout.is_member:
-        return collectives.publish_object([], policy.layout)
     shares = deal_by_length(list(map(len, prompts)), policy.layout.dp_size)
     mine = shares[policy.layout.dp_rank]
     texts = [prompts[i] for i in mine]
-    sampled = generate(policy, texts, keys[mine], config, stop_ids, stop_watch, listen=listen) if mine else []
+    ended = sender.take if sender is not None else None
+    sampled = (
+        generate(policy, texts, keys[mine], config, stop_ids, stop_watch, listen=listen, ended=ended) if mine else []
+    )
     parts = collectives.gather_over_data(sampled, policy.layout)
     completions = {i: c for share, part in zip(shares, parts, strict=True) for i, c in zip(share, part, strict=True)}
-    return collectives.publish_object([completions[i] for i in range(len(prompts))], policy.layout)
+    return [completions[i] for i in range(len(prompts))]
 
 
 def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -96,24 +100,19 @@ def collect_rollout(
         meanwhile: what a rank does when its own roles are done, before it waits for the results of other ranks.
         answers: the responses as reward functions read them.
     """
-    with timer("rollout"):
-        completions = sample_responses(roles.sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch)
-        responses = Responses.pack([list(p) for p in prompts], completions, pad_id, collectives.device())
+    judge = Judge(roles.reward, roles.value, prompts, pad_id, Budget.of(micro_batch_size), answers)
+    completions, responses = sample_and_judge(roles, judge, prompt_ids, config, stop_ids, seed, stop_watch, timer)
     tokens_bs, temperature = responses.tokens_bs, config.temperature
-    asked = responses.sequences
     with timer("scoring"):
-        roles.reward.ask_functions(lambda: answers(responses))
-        read = roles.reward.read(asked, responses.last_b, micro_batch_size)
-        if roles.value is not None:
-            values_bs = roles.value.values(asked, micro_batch_size)
-        else:
-            values_bs = torch.zeros(tokens_bs.shape, device=tokens_bs.device)
         readers = [roles.reference, *([roles.policy] if recompute else [])]
-        logprobs_bs = [role.logprobs(asked, micro_batch_size, temperature, as_response=True) for role in readers]
+        logprobs_bs = [
+            role.logprobs(responses.sequences, micro_batch_size, temperature, as_response=True) for role in readers
+        ]
     meanwhile()
     with timer("exchange"):
-        scores = roles.reward.scores(read)
-        collectives.publish(values_bs, roles.reward.layout)
+        scores = roles.reward.scores(judge.scores())
+        values_bs = collectives.publish(judge.values(tokens_bs.shape[1]), roles.reward.layout)
+        portions_b = collectives.publish(judge.portions(), roles.reward.layout)
         for judged in logprobs_bs:
             collectives.publish(judged, roles.policy.layout)
         sampled = torch.zeros(responses.mask_bt.shape, device=tokens_bs.device)
@@ -131,7 +130,32 @@ def collect_rollout(
             scores_b=scores.total_b,
             parts=scores.parts,
             recomputed_logprobs_bt=recomputed[0] if recomputed else None,
+            portions_b=portions_b,
         )
+
+
+def sample_and_judge(
+    roles: Roles,
+    judge: Judge,
+    prompt_ids: Sequence[int],
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+    seed: tuple[int, int],
+    stop_watch: Callable[[], StopWatch | None],
+    timer: Timer = lambda phase: nullcontext(),
+) -> tuple[list[Completion], Responses]:
+    """A response to each of the judge's prompts, which it has read. It reads them as they end, where it has ranks of its own."""
+    sampler, prompts, delivery = roles.sampler, judge.prompts, roles.delivery
+    sender = None
+    if delivery is not None:
+        shares = deal_by_length(list(map(len, prompts)), sampler.layout.dp_size)
+        if not sampler.layout.is_member:
+            return judge.as_they_come(delivery.receive(shares), timer)
+        sender = delivery.sender(shares, prompts, judge.budget)
+    with timer("rollout"):
+        completions = sample_responses(sampler, prompts, prompt_ids, config, stop_ids, seed, stop_watch, sender=sender)
+    with timer("scoring"):
+        return completions, judge.all_at_once(completions)
 
 
 def _occurrences(ids: Sequence[int]) -> list[int]:

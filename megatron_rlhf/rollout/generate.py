@@ -25,6 +25,7 @@ def generate(
     stop_watch: Callable[[], StopWatch | None] = lambda: None,
     static_shapes: bool | None = None,
     listen: Callable[[int, int], object] | None = None,
+    ended: Callable[[SampledSequence], object] | None = None,
 ) -> list[Completion]:
     """Sample one response per prompt, on all ranks of this data-parallel replica together.
 
@@ -38,6 +39,7 @@ def generate(
         stop_watch: makes what else ends a response; called once for each response.
         static_shapes: decode all slots in every pass; on GPUs by default.
         listen: called with each token as it is sampled, and the number of its prompt.
+        ended: called with each response as it ends.
     """
     assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
     sequences = [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
@@ -74,5 +76,7 @@ def generate(
                     sequence.append(token, logprob, stops, config.min_response_tokens, limit)
                     if listen is not None:
                         listen(sequence.index, token)
+                    if ended is not None and sequence.is_finished:
+                        ended(sequence)
                 runner.move(*scheduler.drop_finished())
             tell()

@@ -109,6 +109,8 @@ class Rollout:
     """What the score is the weighted sum of, by name, [b]."""
     recomputed_logprobs_bt: Tensor | None = None
     """The policy's in one pass, where one was made."""
+    portions_b: Tensor | None = None
+    """Which rows reward and value model read together: the number of a portion; None: all."""
 
     @property
     def mask_bt(self) -> Tensor:

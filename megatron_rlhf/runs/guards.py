@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.errors import RunFailed
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel.packing import plan
+from megatron_rlhf.parallel.packing import Sequences, plan
 from megatron_rlhf.parallel.pipeline import Microbatch, Statistics
 from megatron_rlhf.rollout.types import Rollout
 
@@ -128,14 +128,12 @@ class Guard:
         for (role, what), rows in found.items():
             if not rows:
                 continue
-            asked = rollout.responses.sequences
-            asked = asked.until(-1) if role in ("policy", "reference") else asked
-            places = {
-                row: f"microbatch {i} of data-parallel rank {rank}"
-                for rank, microbatches in enumerate(plan(asked, micro_batch, dp_sizes[role]))
-                for i, microbatch in enumerate(microbatches)
-                for row in microbatch
-            }
+            asked, portions_b = rollout.responses.sequences, None
+            if role in ("policy", "reference"):
+                asked = asked.until(-1)
+            else:
+                portions_b = rollout.portions_b
+            places = _places(asked, micro_batch, dp_sizes[role], portions_b)
             samples = [f"prompt {prompt_ids[row]} ({places[row]})" for row in rows]
             parts.append(f"{role}: {what} of {_few(samples)}")
             for row in rows:
@@ -161,6 +159,19 @@ class Guard:
         path = self._folder / f"step_{self._step}_{name}.json"
         path.write_text(json.dumps({"step": self._step, "role": role, "not_finite": what, "microbatches": entries}))
         return path
+
+
+def _places(asked: Sequences, micro_batch: Budget | int, dp_size: int, portions_b: Tensor | None) -> dict[int, str]:
+    """Which microbatch of which rank each row was in; where they came in portions, of which one."""
+    numbers = [0] * len(asked.lengths) if portions_b is None else portions_b.int().tolist()
+    places: dict[int, str] = {}
+    for number in sorted(set(numbers)):
+        rows = [row for row, of in enumerate(numbers) if of == number]
+        portion = f" of portion {number}" if len(set(numbers)) > 1 else ""
+        for rank, microbatches in enumerate(plan(asked.rows(rows), micro_batch, dp_size)):
+            for i, microbatch in enumerate(microbatches):
+                places |= {rows[n]: f"microbatch {i}{portion} of data-parallel rank {rank}" for n in microbatch}
+    return places
 
 
 def _bad_rows(values: Tensor) -> list[int]:

@@ -129,7 +129,7 @@ TABLE: dict[str, dict[str, Change]] = {
         **_keys(Change.taken, "evaluation.", "every patience max_kl"),
         **_parallel("critic_parallel."),
         "critic_model": Change.content,
-        **_keys(Change.free, "placement.", "kind critic_ranks"),
+        **_keys(Change.free, "placement.", "kind critic_ranks portions"),
         **_keys(Change.free, "offload.", "reference reward optimizer"),
         **_keys(Change.free, "rollout.parallel.", "tensor pipeline last_stage_layers"),
         "rollout.batch_size": Change.free,

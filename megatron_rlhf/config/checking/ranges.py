@@ -51,6 +51,7 @@ SOME_SHARE = Range(above=0, most=1)
 RANGES: Mapping[type, Mapping[str, Range]] = {
     training.RunConfig: {"stop_at_step": COUNT, "max_skipped_steps": COUNT, "rendezvous_timeout_s": POSITIVE},
     training.OptimizerConfig: {"lr": POSITIVE, "betas": PROPER_SHARE, "epsilon": POSITIVE},
+    placement.PlacementConfig: {"portions": COUNT},
     lora.LoraConfig: {"rank": COUNT, "alpha": POSITIVE, "dropout": PROPER_SHARE},
     training.Fp8Config: {"gate_max_gap": POSITIVE, "gate_samples": COUNT},
     training.SamplingConfig: {

@@ -8,9 +8,8 @@ from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.stages.held_out import HeldOutConfig
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
-from megatron_rlhf.parallel import collectives
-from megatron_rlhf.rollout.collect import Roles, sample_responses
-from megatron_rlhf.rollout.types import Responses
+from megatron_rlhf.rollout.collect import Roles, sample_and_judge
+from megatron_rlhf.rollout.judging import Judge
 from megatron_rlhf.trainers.episodes.metrics import LOGGED_SAMPLES, several
 from megatron_rlhf.trainers.episodes.texts import texts_of
 
@@ -55,10 +54,18 @@ def evaluate(
         replace(config.rollout, temperature=config.evaluation.temperature),
     )
     seed = (config.run.seed, 0)
-    completions = sample_responses(roles.sampler, texts, ids, sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch)
-    responses = Responses.pack(texts, completions, tokenizer.pad_id, collectives.device())
-    roles.reward.ask_functions(lambda: texts_of(prompts, responses, tokenizer))
-    scores = roles.reward.scores(roles.reward.read(responses.sequences, responses.last_b, config.ppo.micro_batch))
+    judge = Judge(
+        roles.reward,
+        None,
+        texts,
+        tokenizer.pad_id,
+        config.ppo.micro_batch,
+        lambda responses: texts_of(prompts, responses, tokenizer),
+    )
+    completions, responses = sample_and_judge(
+        roles, judge, ids, sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch
+    )
+    scores = roles.reward.scores(judge.scores())
     parts = several(scores.parts)
     metrics = {
         "evaluation/score_mean": float(scores.total_b.mean()),

@@ -19,6 +19,7 @@ from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.rollout.collect import Roles
+from megatron_rlhf.rollout.delivery import Delivery
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
 from megatron_rlhf.trainers.episodes.functions import find_functions
@@ -69,13 +70,18 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
     away += reward.models.values() if config.offload.reward else []
     for role in away:
         role.offload()
-    roles = Roles(policy, parts.make_sampler(policy, config), reference, reward, value)
+    sampler = parts.make_sampler(policy, config)
+    roles = Roles(policy, sampler, reference, reward, value, _delivery(config, sampler.layout, critic_layout))
     for role in (policy, roles.sampler, reference):
         role.know_only(tokenizer.known_ids)
     skips = config.run.max_skipped_steps
     trained = TrainedRole.create(policy, config.policy.optimizer, config.precision, skips, config.ppo.ema_decay)
     trained_value = TrainedRole.create(value, config.value.optimizer, config.precision, skips) if value else None
     return PPOTrainer(config, session, tokenizer, prompts, pretraining, trained, trained_value, roles, held_out)
+
+
+def _delivery(config: PPOConfig, sampler: ParallelLayout, critic: ParallelLayout) -> Delivery | None:
+    return None if sampler.spans_world else Delivery(sampler, critic, config.placement.portions)
 
 
 def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
