@@ -143,6 +143,12 @@ GROUPS = (
     Group(
         "Cost",
         (
+            Panel(
+                "Scoring while others sample",
+                "seconds of a step",
+                {"time/scoring_while_sampling_s": "scored meanwhile", "time/waiting_s": "waited for responses"},
+                from_zero=True,
+            ),
             Panel("Throughput", "tokens per second", {"throughput/tokens_per_s": ""}, from_zero=True),
             Panel("Padding", "fraction of tokens read", {"throughput/padding_share": ""}, from_zero=True),
             Panel("Model FLOPs", "FLOP per second", {"throughput/model_flops_per_s": ""}, from_zero=True),
@@ -163,6 +169,8 @@ GROUPS = (
 
 TIME_TOTAL = "time/step_s"
 TIME_PHASES = "time/*_s"
+BESIDE = ("time/waiting_s", "time/scoring_while_sampling_s")
+"""Seconds that other ranks spend in phases of their own."""
 COUNTERS = ("step", "samples", "tokens")
 
 HEADLINES = (
@@ -197,7 +205,7 @@ def panel_of(metric: str) -> Panel:
 
 def phases(names: Collection[str]) -> list[str]:
     """The metrics that hold the seconds of one phase of a step."""
-    return [name for name in names if fnmatch.fnmatch(name, TIME_PHASES) and name != TIME_TOTAL]
+    return [name for name in names if fnmatch.fnmatch(name, TIME_PHASES) and name not in (TIME_TOTAL, *BESIDE)]
 
 
 def groups_for(names: Collection[str]) -> list[Group]:

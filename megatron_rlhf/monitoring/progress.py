@@ -145,6 +145,12 @@ class Phases:
         return separator.join(parts)
 
 
+Span = tuple[str, float, float]
+"""A phase, and the seconds from the beginning of its step to its own, and to its end."""
+STEP = "step"
+"""The phase around the others."""
+
+
 class PhaseTimer:
     """Adds up the seconds of a step by phase, and its peak memory: `with timer("rollout"): ...`, `timer.take()`.
 
@@ -164,6 +170,8 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         self._open: list[str] = []
+        self._began: list[float] = []
+        self._spans: list[Span] = []
         self._failed: str | None = None
 
     @property
@@ -177,6 +185,7 @@ class PhaseTimer:
         began = self._now()
         self._note_peak()
         self._open.append(phase)
+        self._began.append(began)
         try:
             with self._mark(phase):
                 yield
@@ -186,7 +195,11 @@ class PhaseTimer:
         finally:
             self._note_peak()
             self._open.pop()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+            self._began.pop()
+            ended = self._now()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + ended - began
+            if self._open == [STEP]:
+                self._spans.append((phase, began - self._began[0], ended - self._began[0]))
 
     def _note_peak(self) -> None:
         """What was held since the last boundary counts for every phase that was open in between."""
@@ -198,6 +211,11 @@ class PhaseTimer:
     def _now(self) -> float:
         self._synchronize()
         return time.perf_counter()
+
+    def take_spans(self) -> "list[Span]":
+        """The phases of a step, in the order of their ends, since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
 
     def take(self) -> dict[str, float]:
         """The metrics `time/<phase>_s` and `memory/<phase>_peak_bytes` since the last call."""

@@ -16,6 +16,7 @@ from megatron_rlhf.monitoring.curves import curve, format_measured, format_value
 from megatron_rlhf.monitoring.files import read_records, replacing
 from megatron_rlhf.monitoring.panels import HEADLINES, TIME_TOTAL, groups_for, panel_of
 from megatron_rlhf.monitoring.samples import SampleColumn, last_samples, samples_by_step
+from megatron_rlhf.monitoring.timeline import Timeline, last_timeline
 
 Records = list[dict[str, Any]]
 KINDS = {"policy/": "PPO", "rm/": "Reward model", "sft/": "Supervised fine-tuning"}
@@ -37,6 +38,7 @@ class Section:
 
     title: str
     charts: list[Chart] = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
     tables: list["Table"] = field(default_factory=list)
     text: str = ""
 
@@ -93,7 +95,7 @@ def write_report(run_dir: Path, path: Path | None = None, refresh: int | None = 
         kind=_kind(_names(records)),
         facts=_facts(records),
         tiles=_tiles(records),
-        sections=_sections(records),
+        sections=_sections(records, last_timeline(run_dir)),
         samples=samples_by_step(run_dir / "samples.jsonl"),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         refresh=refresh,
@@ -199,7 +201,7 @@ def _tiles(records: Records) -> list[Tile]:
     return tiles
 
 
-def _sections(records: Records) -> list[Section]:
+def _sections(records: Records, timeline: Timeline | None) -> list[Section]:
     if not records:
         return []
     x = step_axis(records)
@@ -208,11 +210,12 @@ def _sections(records: Records) -> list[Section]:
         for group in groups_for(_names(records))
     ]
     time = time_chart(x, records)
-    if time:
+    if time or timeline:
         cost = next((section for section in sections if section.title == "Cost"), None)
         if cost is None:
             sections.append(cost := Section("Cost", []))
-        cost.charts.insert(0, time)
+        cost.charts[:0] = [time] if time else []
+        cost.timelines.extend([timeline] if timeline else [])
     return sections
 
 

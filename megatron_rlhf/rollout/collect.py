@@ -35,6 +35,14 @@ class Roles:
     delivery: Delivery | None = None
     """Of responses to the ranks of reward and value model, where they are others than the sampler's."""
 
+    @property
+    def sides(self) -> dict[str, int]:
+        """Roles that share ranks, and the first of these."""
+        if self.delivery is None:
+            return {"all ranks": 0}
+        critics = [*["reward"] * bool(self.reward.models), *["value"] * (self.value is not None)]
+        return {"policy, reference": 0, ", ".join(critics): self.delivery.critic.ranks.start}
+
 
 def sample_responses(
     policy: Role,

@@ -29,6 +29,7 @@ from megatron_rlhf.rollout.types import Experience, Rollout
 from megatron_rlhf.runs.agreement import require_same_batch
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.runs.sides import Sides
 from megatron_rlhf.trainers.episodes.advantages import estimate_advantages
 from megatron_rlhf.trainers.episodes.held_out import Progress, evaluate
 from megatron_rlhf.trainers.episodes.metrics import (
@@ -81,6 +82,7 @@ class PPOTrainer(Trainer):
         )
         self.dominance = DominanceWatch()
         self.progress = Progress()
+        self.sides = Sides(self.session.folder, self.roles.sides)
         self.pretraining_cursor = 0
         self.tokens_seen = 0
         self.pretrained_ahead: Accumulated | None = None
@@ -149,16 +151,16 @@ class PPOTrainer(Trainer):
 
     def after_step(self) -> dict[str, float]:
         """Evaluate on held-out prompts if it is time, and offer the policy's weights as the best."""
-        every = self.config.evaluation.every
+        together, every = self.sides.write(self.step, self.session.timer), self.config.evaluation.every
         if not self.held_out or (self.step % every and self.step < self.total_steps):
-            return {}
+            return together
         with self.session.timer("evaluation"), self._optimizer_resting():
             metrics, rows = evaluate(self.config, self.roles, self.held_out, self.tokenizer, self._refresh_sampler)
         score = self.progress.add(metrics["evaluation/score_mean"])
         self.session.samples.log(self.step, rows)
         state = {"step": self.step, "figure": -score, "metrics": metrics}
         self.session.offer(f"evaluation_{self.step}", [self.policy], state)
-        return metrics
+        return metrics | together
 
     def ends_early(self) -> str | None:
         return self.progress.reason_to_stop(self.config.evaluation)
@@ -281,6 +283,7 @@ class PPOTrainer(Trainer):
 
     def close(self) -> None:
         self.roles.reward.close()
+        self.sides.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {
