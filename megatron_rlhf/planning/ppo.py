@@ -6,6 +6,7 @@ from dataclasses import replace
 from megatron_rlhf.config.checking.layout_checks import check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.lengths import share_context
+from megatron_rlhf.config.placement import PlacementKind
 from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.stages.ppo import OldLogprobs
@@ -31,6 +32,8 @@ from megatron_rlhf.planning.speed.timing import (
 )
 
 POLICY_SCORING, CRITIC_SCORING = "scoring by policy and reference", "scoring by reward and value"
+SCORING_MEANWHILE = "scoring by reward and value, meanwhile"
+"""Of responses that have ended, while others are sampled."""
 
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
@@ -62,7 +65,7 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     phases = [
         _rollout_phase(config, sampling, layout is not None, cluster, workload),
         _scoring_phase(POLICY_SCORING, [*[policy] * recomputes, reference], config, cluster, workload),
-        *([_scoring_phase(CRITIC_SCORING, critics, config, cluster, workload)] if critics else []),
+        *_critic_phases(critics, config, cluster, workload),
         *_policy_phases(config, policy, cluster, workload),
         *([_value_phase(config, value, cluster, workload)] if config.ppo.has_critic else []),
         *_copy_phases(roles, cluster),
@@ -88,7 +91,7 @@ def _ppo_roles(
 ) -> list[PlannedRole]:
     """Policy, reference, reward models and, where advantages need one, value model; when parts of them are in host memory."""
     updates = ("policy", "ptx", "value")
-    judging = ("rollout", POLICY_SCORING, CRITIC_SCORING)
+    judging = ("rollout", POLICY_SCORING, CRITIC_SCORING, SCORING_MEANWHILE)
     optimizer = dict.fromkeys(("optimizer", "ema"), judging) if config.offload.optimizer else {}
     away = {"reference": CRITIC_SCORING, "reward": POLICY_SCORING}
     rests = {
@@ -173,6 +176,24 @@ def _scoring_phase(
     peak = scoring_peak(readers[0], shape)
     idle = bubble(readers[0], batch.microbatches)
     return PlannedPhase(name, seconds, flops, readers[0], lambda stage: peak, idle, part="scoring")
+
+
+def _critic_phases(
+    critics: list[PlacedModel], config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
+) -> list[PlannedPhase]:
+    """On ranks of their own, they read all portions but the last while the policy's still sample."""
+    if not critics:
+        return []
+    phase = _scoring_phase(CRITIC_SCORING, critics, config, cluster, workload)
+    last = 1 / config.placement.portions
+    if config.placement.kind is PlacementKind.colocated or last == 1:
+        return [phase]
+    rest = 1 - last
+    meanwhile = replace(phase, seconds=rest * phase.seconds, flops=rest * phase.flops, part="rollout")
+    return [
+        replace(meanwhile, name=SCORING_MEANWHILE),
+        replace(phase, seconds=last * phase.seconds, flops=last * phase.flops),
+    ]
 
 
 def _policy_phases(

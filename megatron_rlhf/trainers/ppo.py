@@ -7,13 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_rlhf.algorithms.kl import AdaptiveKLController, FixedKLController, token_kl
+from megatron_rlhf.algorithms.kl import token_kl
 from megatron_rlhf.algorithms.masking import whiten
-from megatron_rlhf.algorithms.mixing import BalancedTextWeight, FixedTextWeight, TextWeight
 from megatron_rlhf.algorithms.rewards import token_rewards
 from megatron_rlhf.algorithms.schedules import constant_lr
 from megatron_rlhf.config.stages import PPOConfig
-from megatron_rlhf.config.training import KLControl
 from megatron_rlhf.data.batches import ShuffledBatches
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.pretraining import PretrainingData
@@ -42,6 +40,7 @@ from megatron_rlhf.trainers.episodes.metrics import (
 from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
 from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
 from megatron_rlhf.trainers.episodes.phases import phase_parts
+from megatron_rlhf.trainers.episodes.steering import kl_control, text_weight
 from megatron_rlhf.trainers.episodes.tax import pretraining_tax
 from megatron_rlhf.trainers.episodes.texts import texts_of
 from megatron_rlhf.trainers.gradients import DominanceWatch
@@ -75,11 +74,7 @@ class PPOTrainer(Trainer):
         self.estimate_advantages, self.policy_microbatches = estimate_advantages, policy_microbatches
         ppo, seed = self.config.ppo, self.config.run.seed
         self.batches = ShuffledBatches(len(self.prompts), ppo.batch_size // ppo.samples_per_prompt, seed, whole=True)
-        adaptive = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-        self.kl_control = FixedKLController(ppo.kl_coef) if ppo.kl_control is KLControl.fixed else adaptive
-        self.text_weight: TextWeight = (
-            BalancedTextWeight(ppo.ptx_gradient_ratio) if ppo.steers_text else FixedTextWeight(float(ppo.ptx_coef))
-        )
+        self.kl_control, self.text_weight = kl_control(ppo), text_weight(ppo)
         self.dominance = DominanceWatch()
         self.progress = Progress()
         self.sides = Sides(self.session.folder, self.roles.sides)
@@ -88,9 +83,7 @@ class PPOTrainer(Trainer):
         self.pretrained_ahead: Accumulated | None = None
         policy, sampler = self.policy.role, self.roles.sampler
         self.refresh_sampler = None if sampler is policy else WeightCopy(policy.modules, sampler.chunks)
-        self.optimizer_memory = HostMemory(
-            lambda: [tensor for each in self.trained for tensor in each.optimizer_tensors()]
-        )
+        self.optimizer_memory = HostMemory(lambda: [t for each in self.trained for t in each.optimizer_tensors()])
         guarded = [self.prompts[i].tokens.tolist() for i in range(min(len(self.prompts), self.config.fp8.gate_samples))]
         temperature = self.config.rollout.temperature
         self.gate = Fp8Gate.over(self.config.fp8, self.policy.role, guarded, ppo.micro_batch, temperature)

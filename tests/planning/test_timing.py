@@ -144,8 +144,14 @@ def test_an_update_sums_gradients_and_gathers_weights() -> None:
     exchanged = 7 / 8 * count * (4 + 2) / 100e9
     touched = count * (4 * 4 + 2 + 24 / 8) / 500e9
     assert update_seconds(one, CLUSTER) == pytest.approx(exchanged + touched)
-    hiding = replace(one, execution=Execution(hides_data=True))
-    assert update_seconds(hiding, CLUSTER, beside=Batch(1, 8192, 512)) == pytest.approx(touched)
+    hidden = {"overlap_grad_reduce": 4, "overlap_param_gather": 2}
+    for off, size in [(None, 0), *hidden.items()]:
+        parallel = replace(one.parallel, **({} if off is None else {off: False}))
+        as_configured = replace(one, parallel=parallel, execution=Execution.of(parallel))
+        seconds = update_seconds(as_configured, CLUSTER, beside=Batch(1, 8192, 512))
+        assert seconds == pytest.approx(7 / 8 * count * size / 100e9 + touched)
+    plain = replace(one.parallel, distributed_optimizer=False)
+    assert not (Execution.of(plain).hides_gradients or Execution.of(plain).hides_weights)
 
 
 def test_decoding_reads_weights_and_cache_for_every_token() -> None:

@@ -46,7 +46,9 @@ def intervals(stage, overrides):
 
 
 def test_both_sides_work_at_the_same_time(recipe):
-    policy_side, critic_side = run_ranks(2, intervals, "ppo", arguments(recipe, "overlap", *DISAGGREGATED), timeout=200)
+    policy_side, critic_side = run_ranks(
+        2, intervals, "ppo", arguments(recipe, "overlap", *DISAGGREGATED, "placement.portions=1"), timeout=200
+    )
 
     def work(side, method, role):
         return [entry[3:] for entry in side if entry[:3] == (method, role, True)]

@@ -69,7 +69,8 @@ _a100 = partial(
 )
 _korthikanti = partial(_a100, source="Korthikanti 2022", unit=Unit.seconds)
 _narayanan = partial(_a100, source="Narayanan 2021", unit=Unit.tflops_recomputed)
-_NEMO = Execution(hides_tensor=True, hides_pipeline=True, hides_data=True, gradient_bytes=2, weight_bytes=1)
+_hides_data = partial(Execution, hides_gradients=True, hides_weights=True)
+_NEMO = _hides_data(hides_tensor=True, hides_pipeline=True, gradient_bytes=2, weight_bytes=1)
 _fp8 = partial(PublishedRun, cluster="h100_80gb", precision=Precision.fp8_hybrid)
 _nemo = partial(_fp8, source="NeMo 24.07", unit=Unit.tflops, execution=_NEMO)
 _bridge = partial(_fp8, source="Megatron-Bridge 25.11", unit=Unit.causal_tflops, length=8192, batch_size=128)
@@ -83,7 +84,7 @@ _readme = partial(
     micro_batch_size=1,
     length=4096,
     unit=Unit.mfu,
-    execution=Execution(hides_tensor=True, hides_pipeline=True, hides_data=True),
+    execution=_hides_data(hides_tensor=True, hides_pipeline=True),
 )
 _selective = partial(_layout, recompute=Recompute.selective)
 
@@ -112,7 +113,7 @@ RUNS = [
     _nemo("GPT-3 20B", gpus=64, model=_GPT_20B, parallel=_layout(2, 1), batch_size=256, micro_batch_size=2,
           length=2048, value=750),
     _bridge("Llama 3 8B", gpus=8, model=_LLAMA3_8B, parallel=_layout(1, 1, recompute=Recompute.full), micro_batch_size=1,
-            value=744, execution=Execution(hides_data=True, gradient_bytes=2, weight_bytes=1, recomputed_share=5 / 32)),
+            value=744, execution=_hides_data(gradient_bytes=2, weight_bytes=1, recomputed_share=5 / 32)),
     _bridge("Llama 3 70B", gpus=64, model=_llama_70b(vocab_size=128256), parallel=_layout(4, 8, 5), micro_batch_size=1,
             value=719, execution=_NEMO),
     _readme("GPT-3 175B", gpus=96, value=47),

@@ -16,8 +16,10 @@ class Execution:
     """Tensor parallelism's exchanges run in pieces beside the matrix products: all but the first piece is hidden."""
     hides_pipeline: bool = False
     """Messages between stages are sent while the next chunk computes."""
-    hides_data: bool = False
-    """Gradients are reduced during the last backward pass, weights gathered during the first forward pass."""
+    hides_gradients: bool = False
+    """They are reduced over data parallelism during the last backward pass."""
+    hides_weights: bool = False
+    """Updated ones are gathered during the next forward pass."""
     scatters_messages: bool = False
     """Tensor-parallel ranks send a part each to the next stage even without sequence parallelism."""
     gradient_bytes: int = 4
@@ -29,5 +31,10 @@ class Execution:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "Execution":
-        """How this project executes a layout: the interleaved schedule sends beside its work."""
-        return cls(hides_pipeline=parallel.virtual_stages > 1)
+        """How this project executes a layout: the interleaved schedule sends beside its work, the distributed optimizer as it
+        is configured."""
+        return cls(
+            hides_pipeline=parallel.virtual_stages > 1,
+            hides_gradients=parallel.distributed_optimizer and parallel.overlap_grad_reduce,
+            hides_weights=parallel.distributed_optimizer and parallel.overlap_param_gather,
+        )

@@ -88,9 +88,10 @@ def update_seconds(
     spread = scatter
     if placed.parallel.distributed_optimizer:
         spread = links.gather(count * (placed.execution.weight_bytes or placed.element), group, cluster)
-    if placed.execution.hides_data and beside is not None:
+    if beside is not None:
         hidden = _layer(placed, cluster, beside) * placed.most_layers
-        scatter, spread = max(scatter - hidden.backward, 0.0), max(spread - hidden.forward, 0.0)
+        scatter -= min(scatter, hidden.backward) if placed.execution.hides_gradients else 0.0
+        spread -= min(spread, hidden.forward) if placed.execution.hides_weights else 0.0
     touched = count * (4 * FP32 + placed.element) + 6 * FP32 * count / shards
     touched += 2 * FP32 * count / shards if average else 0
     return scatter + spread + touched / cluster.memory_rate
