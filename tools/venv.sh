@@ -8,21 +8,24 @@ cd "$root" || exit 1
 
 minor() { "$1" -c 'import sys; print("3.%d" % sys.version_info[1])' 2>/dev/null; }
 
+require_supported() { # PYTHON, before anything is removed or made for it
+    case "$(minor "$1")" in
+    3.10 | 3.11 | 3.12 | 3.13) return ;;
+    esac
+    echo "error: Python 3.10 to 3.13 is needed, $1 is $("$1" --version 2>/dev/null || echo not to be found);" \
+        "PYTHON=python3.12 in front of the command names another" >&2
+    exit 2
+}
+
 venv="${VENV:-.venv}"
 if [ -x "$venv/bin/python" ] && [ -n "${PYTHON:-}" ] && [ "$(minor "$venv/bin/python")" != "$(minor "$PYTHON")" ]; then
+    require_supported "$PYTHON"
     echo "making $venv anew: its Python is $(minor "$venv/bin/python"), PYTHON=$PYTHON is $(minor "$PYTHON")"
     rm -rf "$venv"
 fi
 if [ ! -x "$venv/bin/python" ]; then
     python="${PYTHON:-python3}"
-    case "$(minor "$python")" in
-    3.10 | 3.11 | 3.12 | 3.13) ;;
-    *)
-        echo "error: Python 3.10 to 3.13 is needed, $python is $("$python" --version 2>&1);" \
-            "PYTHON=python3.12 in front of the command names another" >&2
-        exit 2
-        ;;
-    esac
+    require_supported "$python"
     if ! "$python" -m venv "$venv"; then
         echo "error: $python -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
         rm -rf "$venv"

@@ -1,0 +1,36 @@
+"""tools/venv.sh: which Python it takes, and what it leaves alone."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("chosen, found", [("nowhere/python3.12", "not to be found"), ("./python3.8", "Python 3.8.18")])
+def test_a_wrong_python_does_not_cost_the_environment(tmp_path, chosen, found):
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "venv.sh", tmp_path / "tools")
+    kept = _says(tmp_path / ".venv" / "bin" / "python", "3.11")
+    _says(tmp_path / "python3.8", "Python 3.8.18")
+    ended = subprocess.run(
+        ["bash", "-c", "source tools/venv.sh requirements.lock"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": chosen},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"error: Python 3.10 to 3.13 is needed, {chosen} is {found};")
+    assert kept.exists()
+
+
+def _says(path: Path, answer: str) -> Path:
+    """A program that always prints the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {answer}\n")
+    path.chmod(0o755)
+    return path
