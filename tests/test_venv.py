@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("chosen, found", [("nowhere/python3.12", "not to be found"), ("./python3.8", "Python 3.8.18")])
+@pytest.mark.parametrize(
+    ("chosen", "found"), [("nowhere/python3.12", "not to be found"), ("./python3.8", "Python 3.8.18")]
+)
 def test_a_wrong_python_does_not_cost_the_environment(tmp_path, chosen, found):
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "venv.sh", tmp_path / "tools")
