@@ -5,6 +5,7 @@ Only `examples/`, `tools/` and `cli` import this module; below them, configurati
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,6 +179,10 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
         if not equals and not name.startswith("~"):
             raise UserError(f"{override}: a setting is key=value, as in {name}=... (no blanks around =)")
         path = name.lstrip("+~")
+        group = known.get(path.rpartition(".")[0])
+        if group is not None and group.named_schema is not None and not override.partition("=")[2].startswith("{"):
+            below = ", ".join(f"{path}.{field.name}" for field in fields(group.named_schema))
+            raise UserError(f"{override}: {path} is a group of keys: {below}")
         if name.startswith("~") and path in known and not known[path].optional:
             raise UserError(f"{override}: {path} cannot be taken away; leave this out, and it has its default")
         if not knows(known, path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import Key, knows, nearest
@@ -53,7 +54,8 @@ def take(overrides: Sequence[str], known: Mapping[str, Key]) -> OwnFiles:
         else:
             left.append(override)
     if folders:
-        told.append(f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]")
+        quoted = ",".join(QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders)
+        told.append(f"hydra.searchpath=[{quoted}]")
     return OwnFiles(left, told, folders)
 
 

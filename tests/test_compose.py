@@ -66,6 +66,15 @@ def test_a_path_arrives_as_it_was_written(text):
     assert composed(f"run.dir={text}").run.dir == text
 
 
+def test_a_name_of_the_users_is_a_group_of_keys():
+    with pytest.raises(UserError, match=r"rewards\.a=runs/rm: rewards\.a is a group of keys: rewards\.a\.init_from, "):
+        composed("run.dir=x", "rewards.a=runs/rm", stage="ppo")
+    assert (
+        composed("run.dir=x", "data.prompts=p", "rewards={a: {init_from: r}}", stage="ppo").rewards["a"].init_from
+        == "r"
+    )
+
+
 def test_hydras_own_quotes_null_and_references_still_mean_what_they_do_there():
     assert composed("run.dir='a,b'").run.dir == "a,b"
     assert composed('run.dir="a b"').run.dir == "a b"
@@ -92,6 +101,7 @@ def test_a_written_newline_is_one():
         (["sft.epochs", "=", "3"], "sft.epochs: a setting is key=value"),
         (["model.num_layers=3"], "model.num_layers=3: a key inside a group that is not chosen"),
         (["data.columns.promt=x"], "did you mean data.columns.prompt?"),
+        (["rewards.a=rm"], "rewards.a=rm: there is no key rewards.a"),
         (["placement=disaggregated"], "placement=disaggregated: there is no key placement"),
     ],
 )

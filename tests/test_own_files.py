@@ -70,6 +70,18 @@ def test_a_folder_of_groups_beside_ours(tmp_path: Path) -> None:
     assert config.model.hidden_size == 8
 
 
+def test_a_folder_of_groups_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a & b, #1 (c)=[d] 'e' {g} ü"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "small.yaml").write_text(
+        "defaults: [schema]\nnum_layers: 2\nhidden_size: 8\nnum_attention_heads: 2\nvocab_size: 11\n"
+    )
+    (folder / "a = (b) & #c.yaml").write_text("sft: {epochs: 3}\n")
+    config = sft(f"--config-dir={folder}", "model=small", f"config={folder / 'a = (b) & #c.yaml'}")
+    assert config.model is not None
+    assert (config.model.hidden_size, config.sft.epochs) == (8, 3)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -25,7 +25,6 @@ from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrid
 from megatron_rlhf.commands.compare import judge_by_rule, load_rule
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.files.text_files import iterate_text_file
-from megatron_rlhf.data.records import read_records
 from megatron_rlhf.evaluation.page import write_evaluation
 from megatron_rlhf.evaluation.results import Run
 from megatron_rlhf.labeling import collecting
@@ -34,7 +33,6 @@ from megatron_rlhf.labeling.export import exported
 from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import TRAINING, Settings
 from megatron_rlhf.monitoring.files import replacing, write_lines
-from megatron_rlhf.runs.stage import RUNS, stage_of
 
 STAGES = ("evaluate", "reward_model", "ppo")
 log = logging.getLogger(__name__)
@@ -92,6 +90,10 @@ class Loop:
 
     def _check(self) -> None:
         """What is used only after hours, and what must not be in the way."""
+        # They take torch, for which --help need not wait.
+        from megatron_rlhf.data.records import read_records
+        from megatron_rlhf.runs.stage import RUNS, stage_of
+
         if (stage := stage_of(self.output)) is not None:
             raise UserError(f"{self.output} holds {RUNS[stage]}: name a folder of its own for the loop")
         for path in (self.options.comparisons, self.options.prompts):

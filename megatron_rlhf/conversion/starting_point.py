@@ -70,7 +70,7 @@ class StartingPoint:
         Raises:
             UserError: if the path holds nothing to start from, or something that does not fit the role.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if not folder.exists():
             folder = hub.fetch(path, key, hub.MODEL_FILES) or folder
         peft = PeftFolder.open(folder, key) if is_peft_folder(folder) else None

@@ -23,6 +23,8 @@ def check_run(run: RunConfig) -> None:
     """A folder; a number of steps between checkpoints, or the word for the planner's."""
     if run.dir == NOT_GIVEN:
         raise UserError("run.dir is not given: name the folder that gets the run's files")
+    if run.dir.startswith("~/"):
+        raise UserError(f"run.dir={run.dir}: a shell replaces ~ only where a word begins; write $HOME{run.dir[1:]}")
     if isinstance(run.save_every, str) and run.save_every != AUTO:
         raise UserError(
             f"run.save_every={run.save_every} must be a number of steps (0: a checkpoint only at the end), or {AUTO}"

@@ -186,6 +186,7 @@ CASES: dict[str, Case] = {
         ["rollout.repetition_penalty=1.2"],
         [r"rollout\.repetition_penalty=1\.2", "another distribution", "use 1"],
     ),
+    "home_that_no_shell_finds": Case("sft", ["run.dir=~/runs/a"], [r"run\.dir=~/runs/a: ", r"write \$HOME/runs/a"]),
     "trace_after_the_end": Case("sft", ["run.profile=4:5"], [r"run\.profile=4:5 begins after the run's 3 steps"]),
     "trace_after_the_end_of_the_reward_model": Case(
         "reward_model", ["run.profile=9"], [r"run\.profile=9 begins after the run's 4 steps"]
