@@ -47,6 +47,7 @@ def examine() -> list[Finding]:
         _transformer_engine,
         _apex,
         _flash_attention,
+        _dynamic_engine,
         _slurm,
     ]
     return [check() for check in checks]
@@ -60,7 +61,7 @@ def self_test() -> Finding:
     # A job step has Slurm's and torchrun's variables; the test is a separate world.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["--module", "megatron_rlhf.doctor"]
+    command += ["--module", "megatron_rlhf.self_test"]
     try:
         done = subprocess.run(
             command,
@@ -191,6 +192,17 @@ def _flash_attention() -> Finding:
     return _optional("flash-attn", "flash-attn", "flash_attn", "faster attention in Transformer Engine", fix)
 
 
+def _dynamic_engine() -> Finding:
+    buys = "rollout.engine=megatron: paged cache, captured graphs"
+    try:
+        from megatron_rlhf.parallel.accelerators import dynamic_engine_lacks
+
+        missing = dynamic_engine_lacks()
+    except Exception as error:  # Megatron-Core cannot be imported: a finding of its own
+        missing = _first_line(error)
+    return Finding("sampling engine", OK if missing is None else ABSENT, missing or "Megatron-Core's", buys)
+
+
 def _slurm() -> Finding:
     buys = "slurm/*.sh: many nodes, requeueing"
     if shutil.which("srun") is None:
@@ -251,48 +263,3 @@ def first_exception(printed: str) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".strip()
-
-
-def _test_rank() -> None:
-    """What each rank of the self-test does."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
-    from megatron_rlhf.config.training import OptimizerConfig
-    from megatron_rlhf.models.roles import Role
-    from megatron_rlhf.parallel import collectives, runtime
-    from megatron_rlhf.parallel.layout import ParallelLayout
-    from megatron_rlhf.parallel.pipeline import Microbatch
-    from megatron_rlhf.trainers.step import TrainedRole
-
-    rank, size = runtime.initialize().rank, dist.get_world_size()
-    total = torch.full((1024,), float(rank + 1), device=collectives.device())
-    dist.all_reduce(total)
-    if not bool((total == size * (size + 1) / 2).all()):
-        raise RuntimeError(f"Error: the sum over {size} ranks is {float(total[0])}")
-    parts = [torch.empty_like(total) for _ in range(size)]
-    dist.all_gather(parts, torch.full_like(total, float(rank)))
-    if [int(part[0]) for part in parts] != list(range(size)):
-        raise RuntimeError("Error: all_gather mixed up the ranks")
-    model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=8, vocab_size=128, max_sequence_length=32)
-    layout = ParallelLayout.create(ParallelConfig(tensor=2 if size % 2 == 0 else 1))
-    layout.seed(1234)
-    role = Role.build("policy", model, layout, Precision.bf16 if torch.cuda.is_available() else Precision.fp32)
-    trained = TrainedRole.create(
-        role, OptimizerConfig(), Precision.bf16 if torch.cuda.is_available() else Precision.fp32
-    )
-    tokens = torch.arange(64, device=collectives.device()).reshape(2, 32)
-
-    def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = logits.float().square().mean()
-        return loss, {"loss": loss.detach()}
-
-    update = trained.update([Microbatch(tokens, loss_of)], 1e-4)
-    if update.skipped:
-        raise RuntimeError(f"Error: gradient norm {update.grad_norm}")
-    runtime.shutdown()
-
-
-if __name__ == "__main__":
-    _test_rank()

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rlhf import doctor
 from megatron_rlhf.doctor import ABSENT, BROKEN, OK, Finding
+from megatron_rlhf.parallel import accelerators
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "doctor.py"
 
@@ -40,7 +41,7 @@ def test_a_failing_self_test_is_broken(monkeypatch):
     finding = doctor.self_test()
     assert finding.state == BROKEN
     assert "nosuch0" in finding.detail, "the reason, not just that there is one"
-    assert "--module megatron_rlhf.doctor" in finding.fix
+    assert "--module megatron_rlhf.self_test" in finding.fix
 
 
 def test_the_reason_is_the_first_ranks_exception():
@@ -111,6 +112,15 @@ def test_accelerators_that_cannot_be_imported_are_broken(monkeypatch):
     assert "Found empty `transformer-engine`" in engine.detail
     assert "more" not in engine.detail
     assert "unrelated package" in apex.fix
+
+
+def test_the_sampling_engine_says_what_it_lacks(monkeypatch):
+    lacks = "it needs a GPU, and torch sees none"
+    monkeypatch.setattr(accelerators, "dynamic_engine_lacks", lambda: lacks)
+    finding = doctor._dynamic_engine()
+    assert (finding.state, finding.detail) == (ABSENT, lacks)
+    monkeypatch.setattr(accelerators, "dynamic_engine_lacks", lambda: None)
+    assert doctor._dynamic_engine().state == OK
 
 
 def test_what_is_missing_is_no_fault(monkeypatch):

@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "own_files": {"config"},
     "compose": {"config", "own_files"},
     "help": {"config", "compose"},
-    "doctor": {"config", "parallel", "models", "runs", "trainers"},
+    "doctor": {"parallel", "models"},
+    "self_test": {"config", "parallel", "models", "trainers"},
     "commands": {
         *("config", "data", "monitoring", "parallel", "models", "planning", "planned", "conversion", "checkpoint"),
         *("rewards", "evaluation", "labeling", "compose", "doctor", "nodes", "cli", "runs"),

@@ -105,6 +105,10 @@ class CachedSelfAttention(SelfAttention):
     def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
         if inference_context is None:
             return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        if not inference_context.is_static_batching():  # Megatron-Core's engine keeps keys and values itself
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
         if rotary_pos_emb is not None:
             cos, sin = inference_context.rotation(rotary_pos_emb[0], query.dtype)
             heads = [query.shape[2], key.shape[2]]

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_rlhf.models.cache import KeyValueCache
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
@@ -65,7 +66,9 @@ class LanguageModel(PackedModel):
 
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         inference_context = kwargs.get("inference_context")
-        if self.post_process and inference_context is not None:  # decoding needs only the next token's logits
+        if self.post_process and isinstance(
+            inference_context, KeyValueCache
+        ):  # only the next token's logits are needed
             hidden_states = inference_context.last_hidden(hidden_states)
         output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or loss_mask is not None:

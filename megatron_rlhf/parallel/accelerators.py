@@ -27,6 +27,8 @@ _ABOUT_ITSELF = (
     r"The \.grad attribute of a Tensor that is not a leaf",
     r"`torch\.distributed\.\w+` is deprecated",
 )
+FLASH_ATTENTION = "2.7.3"
+"""Oldest version that Megatron-Core's dynamic inference engine takes."""
 _broken: dict[str, str] = {}
 
 
@@ -84,6 +86,26 @@ def describe_accelerators() -> str:
 def transformer_engine_serves() -> bool:
     """Transformer Engine can be imported and there is a GPU for it."""
     return torch.cuda.is_available() and _is_importable(_OPTIONAL["Transformer Engine"])
+
+
+def dynamic_engine_lacks() -> str | None:
+    """Why Megatron-Core's dynamic inference engine cannot sample here; None if it can."""
+    from megatron.core import package_info, utils
+    from megatron.core.transformer import attention
+
+    from megatron_rlhf.parallel import compat
+
+    if not compat.DYNAMIC_ENGINE:
+        return f"it needs Megatron-Core 0.19 (Python 3.12), and this is {package_info.__version__}"
+    if not torch.cuda.is_available():
+        return "it needs a GPU, and torch sees none"
+    if attention.HAVE_FA4 or attention.HAVE_FA3:
+        return None
+    if attention.flash_attn_varlen_func is None:
+        return f"it needs flash-attn {FLASH_ATTENTION} or newer, and none can be imported"
+    if not utils.is_fa_min_version(FLASH_ATTENTION):
+        return f"it needs flash-attn {FLASH_ATTENTION} or newer, and this is {utils.get_fa_version()}"
+    return None
 
 
 def _state(name: str, module: str) -> str:

@@ -5,6 +5,7 @@ directly, never by version number.
 """
 
 import dataclasses
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,10 @@ GLOBAL_RANKS = _of_parallel_state(_GLOBAL_RANKS)
 
 OVERLAPS_GRADIENTS = not hasattr(parallel_state, "_GTP_WEIGHT_REMAT_GROUP")
 """Whether sums of gradients may begin during the backward pass: 0.19's hooks demand gradients of weights that have none yet."""
+
+
+DYNAMIC_ENGINE = importlib.util.find_spec("megatron.core.inference.sampling") is not None
+"""Whether its dynamic inference engine lets the caller sample, since 0.19."""
 
 
 def dense_mlp(submodules: MLPSubmodules) -> Any:

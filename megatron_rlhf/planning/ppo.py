@@ -8,6 +8,7 @@ from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.lengths import share_context
 from megatron_rlhf.config.placement import PlacementKind
 from megatron_rlhf.config.rewards import named_rewards
+from megatron_rlhf.config.rollout import BLOCK, SamplingEngine, blocks_of
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.stages.ppo import OldLogprobs
 from megatron_rlhf.planning.activations import Shape, cache_bytes, forward_working, scoring_peak, training_peak
@@ -140,20 +141,24 @@ def _rollout_phase(
     episodes, sampling = config.ppo.batch_size, config.rollout
     rows = math.ceil(episodes / policy.data)
     together = min(sampling.batch_size, rows)
-    in_flight = min(rows, together * policy.parallel.pipeline)
+    paged = sampling.engine is SamplingEngine.megatron
+    batches = 1 if paged else policy.parallel.pipeline
+    in_flight = min(rows, together * batches)
     length = config.data.longest_prompt + sampling.longest_response
     mean = workload.prompt_tokens + workload.response_tokens
+    held = blocks_of(length) * BLOCK if paged else length  # tokens of each slot
 
     def memory(stage: int) -> dict[str, float]:
+        whole = cache_bytes(policy, stage, in_flight, held)
         return {
-            "kv cache": cache_bytes(policy, stage, in_flight, length),
+            "kv cache": whole if sampling.cache_gb is None else sampling.cache_gb * 2**30,
             "buffers": forward_working(policy, Shape(together, config.data.longest_prompt)),
         }
 
     limit = sampling.longest_response
     passes = decode_passes(rows, in_flight, min(workload.response_tokens, limit), limit)
     prompt = min(workload.prompt_tokens, config.data.longest_prompt) / config.ppo.samples_per_prompt  # read once
-    seconds = decode_seconds(policy, cluster, rows, together, prompt, passes, cached=length)
+    seconds = decode_seconds(policy, cluster, rows, together, prompt, passes, mean if paged else length, batches)
     if is_copy:
         seconds += links.message(max(map(policy.parameters, policy.ends)) * policy.element, policy, cluster)
     return PlannedPhase(

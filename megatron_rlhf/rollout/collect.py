@@ -1,5 +1,6 @@
 """One rollout: the policy answers, and all roles evaluate."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlhf.config.budgets import Budget
+from megatron_rlhf.config.rollout import RolloutConfig, SamplingEngine
 from megatron_rlhf.config.stages.ppo import OldLogprobs
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
@@ -66,12 +68,22 @@ def sample_responses(
     mine = shares[policy.layout.dp_rank]
     texts = [prompts[i] for i in mine]
     ended = sender.take if sender is not None else None
+    sampler = engine_of(config)
     sampled = (
-        generate(policy, texts, keys[mine], config, stop_ids, stop_watch, listen=listen, ended=ended) if mine else []
+        sampler(policy, texts, keys[mine], config, stop_ids, stop_watch, listen=listen, ended=ended) if mine else []
     )
     parts = collectives.gather_over_data(sampled, policy.layout)
     completions = {i: c for share, part in zip(shares, parts, strict=True) for i, c in zip(share, part, strict=True)}
     return [completions[i] for i in range(len(prompts))]
+
+
+def engine_of(config: SamplingConfig) -> Callable[..., list[Completion]]:
+    """What samples: our own `generate`, or its counterpart by Megatron-Core's engine, which only some machines can import."""
+    if not isinstance(config, RolloutConfig) or config.engine is SamplingEngine.native:
+        return generate
+    from megatron_rlhf.rollout import megatron_engine
+
+    return functools.partial(megatron_engine.generate, cache_gb=config.cache_gb)
 
 
 def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.runner import ModelRunner
 from megatron_rlhf.rollout.scheduler import Scheduler
-from megatron_rlhf.rollout.sequences import SampledSequence, StopWatch
+from megatron_rlhf.rollout.sequences import SampledSequence, StopWatch, in_reading_order, sequences_of, tokens_done
 from megatron_rlhf.rollout.types import Completion
 
 
@@ -42,9 +42,8 @@ def generate(
         ended: called with each response as it ends.
     """
     assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
-    sequences = [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
-    # Prompts of similar length are read together, so there is little padding, and equal ones are neighbours.
-    waiting = deque(sorted(sequences, key=lambda sequence: (len(sequence.prompt), tuple(sequence.prompt))))
+    sequences = sequences_of(prompts, keys, stop_watch)
+    waiting = deque(in_reading_order(sequences))
     batches, limit = role.layout.config.pipeline, config.longest_response
     slots = min(config.batch_size, len(sequences))
     capacity = max(map(len, prompts)) + limit
@@ -54,10 +53,8 @@ def generate(
     stops = frozenset(stop_ids)
 
     def tell() -> None:
-        """Of the tokens that there may be: those of a finished sequence count as all."""
         if role.layout.watch is not None:
-            sampled = sum(limit if each.is_finished else len(each.tokens) for each in sequences)
-            role.layout.watch(sampled, limit * len(sequences))
+            role.layout.watch(*tokens_done(sequences, limit))
 
     tell()
     with role.decoding(in_fp8=config.precision is Precision.fp8_hybrid):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from megatron_rlhf.rollout.types import Completion
 
 StopWatch = Callable[[int], bool]
@@ -41,3 +43,21 @@ class SampledSequence:
 
     def completion(self) -> Completion:
         return Completion(self.tokens, self.logprobs, self.stopped)
+
+
+def sequences_of(
+    prompts: Sequence[Sequence[int]], keys: Tensor, stop_watch: Callable[[], StopWatch | None]
+) -> list[SampledSequence]:
+    """One for each prompt, of which nothing is sampled yet."""
+    return [SampledSequence(i, prompts[i], key, stop_watch()) for i, key in enumerate(keys.tolist())]
+
+
+def in_reading_order(sequences: Sequence[SampledSequence]) -> list[SampledSequence]:
+    """Prompts of similar length are read together, so there is little padding, and equal ones are neighbours."""
+    return sorted(sequences, key=lambda sequence: (len(sequence.prompt), tuple(sequence.prompt)))
+
+
+def tokens_done(sequences: Sequence[SampledSequence], limit: int) -> tuple[int, int]:
+    """How many tokens are sampled, of those that there may be: the ones of a finished sequence count as all."""
+    sampled = sum(limit if each.is_finished else len(each.tokens) for each in sequences)
+    return sampled, limit * len(sequences)

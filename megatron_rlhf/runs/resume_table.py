@@ -132,8 +132,8 @@ TABLE: dict[str, dict[str, Change]] = {
         **_keys(Change.free, "placement.", "kind critic_ranks portions"),
         **_keys(Change.free, "offload.", "reference reward optimizer"),
         **_keys(Change.free, "rollout.parallel.", "tensor pipeline last_stage_layers"),
-        "rollout.batch_size": Change.free,
-        **_keys(Change.taken, "rollout.", f"{_SAMPLING} precision"),
+        **_keys(Change.free, "rollout.", "batch_size cache_gb"),
+        **_keys(Change.taken, "rollout.", f"{_SAMPLING} precision engine"),
         **_keys(
             Change.taken,
             "ppo.",

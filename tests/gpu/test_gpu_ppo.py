@@ -41,6 +41,19 @@ def test_an_iteration(started: Recipe, precision: str, gap: float) -> None:
         assert row["skipped_updates"] == 0
 
 
+def test_an_iteration_sampled_by_megatron_cores_engine(started: Recipe) -> None:
+    from megatron_rlhf.parallel.accelerators import dynamic_engine_lacks
+
+    if (missing := dynamic_engine_lacks()) is not None:
+        pytest.skip(missing)
+    own = iteration(started, "engine_native", "precision=bf16")
+    row = iteration(started, "engine_megatron", "precision=bf16", "rollout.engine=megatron")
+    assert row["rollout/logprob_gap_max"] < 0.2
+    # The same random numbers: texts differ where rounding decides between two tokens.
+    assert row["rollout/response_length_mean"] == pytest.approx(own["rollout/response_length_mean"], rel=0.5)
+    assert row["skipped_updates"] == 0
+
+
 @pytest.mark.parametrize("recipe_name", ["tensorwise", "delayed"])
 def test_an_iteration_in_fp8(started: Recipe, fp8_gpu: None, recipe_name: str) -> None:
     fp8 = ["precision=fp8_hybrid", f"fp8.recipe={recipe_name}", "fp8.gate_max_gap=1"]

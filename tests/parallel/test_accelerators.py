@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core import utils
+from megatron.core.package_info import __version__ as MEGATRON_CORE
+from megatron.core.transformer import attention
+from packaging.version import Version as PkgVersion
 
-from megatron_rlhf.parallel import accelerators
+from megatron_rlhf.parallel import accelerators, compat
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_A_GPU = """
-from megatron_rlhf.doctor import _test_rank
-_test_rank()
+from megatron_rlhf import self_test
+self_test.main()
 """
 # As on a machine with a GPU and nothing else; nothing is computed on it.
 ON_A_GPU = """
@@ -74,3 +79,20 @@ def test_an_accelerator_that_fails_in_its_own_code_is_as_good_as_missing(tmp_pat
             __import__(name)
     expected = f"accelerators: Engine broken ({error}: libcuda.so.1: no such file), Apex no"
     assert accelerators.describe_accelerators() == expected
+
+
+def test_what_the_sampling_engine_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(compat, "DYNAMIC_ENGINE", False)
+    assert (
+        accelerators.dynamic_engine_lacks() == f"it needs Megatron-Core 0.19 (Python 3.12), and this is {MEGATRON_CORE}"
+    )
+    monkeypatch.setattr(compat, "DYNAMIC_ENGINE", True)
+    assert accelerators.dynamic_engine_lacks() == "it needs a GPU, and torch sees none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, found in (("HAVE_FA4", False), ("HAVE_FA3", False), ("flash_attn_varlen_func", None)):
+        monkeypatch.setattr(attention, name, found, raising=False)
+    assert accelerators.dynamic_engine_lacks() == "it needs flash-attn 2.7.3 or newer, and none can be imported"
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", print)
+    for version, lacks in (("2.6.0", "it needs flash-attn 2.7.3 or newer, and this is 2.6.0"), ("2.8.1", None)):
+        monkeypatch.setattr(utils, "_fa_version", PkgVersion(version))
+        assert accelerators.dynamic_engine_lacks() == lacks

@@ -8,6 +8,7 @@ from plans import ROOT, plan, sized_recipes
 from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.cluster import PlanConfig
 from megatron_rlhf.planning.placement import GIB
+from megatron_rlhf.planning.plan import PlannedPhase
 from megatron_rlhf.planning.ppo import POLICY_SCORING
 from megatron_rlhf.planning.stages import STAGES
 
@@ -129,6 +130,27 @@ def test_a_copy_to_sample_from_takes_memory() -> None:
     assert sampler.bytes_on(0, "rollout")["weights"] == pytest.approx(
         2 * copied.roles[1].bytes_on(0, "rollout")["weights"], rel=0.05
     )
+
+
+def test_a_paged_cache_has_whole_blocks_and_is_read_as_far_as_it_is_filled() -> None:
+    ours = ("recipe=instructgpt_175b",)
+
+    def rollout(*overrides: str) -> PlannedPhase:
+        made = plan(
+            "ppo", *ours, "data.max_prompt_tokens=500", "rollout.max_response_tokens=300", *overrides, ours=ours
+        )
+        return next(phase for phase in made.phases if phase.name == "rollout")
+
+    copy = "rollout.parallel.pipeline=1"  # where neither engine has several batches in flight
+    own, paged = rollout(copy), rollout(copy, "rollout.engine=megatron")
+    limited = rollout(copy, "rollout.engine=megatron", "rollout.cache_gb=3")
+    held = [phase.bytes_on(0)["kv cache"] for phase in (own, paged, limited)]
+    assert held[1] / held[0] == pytest.approx(1024 / 800)
+    assert held[2] == 3 * 2**30
+    assert paged.seconds < own.seconds
+    one_batch, four = (rollout("rollout.batch_size=16", *engine) for engine in (["rollout.engine=megatron"], []))
+    assert one_batch.bytes_on(0)["kv cache"] / four.bytes_on(0)["kv cache"] == pytest.approx(1024 / 800 / 4)
+    assert one_batch.seconds > four.seconds, "stages wait for each other"
 
 
 def test_memory_of_hosts_counts_what_rests_there_and_checkpoints() -> None:

@@ -155,7 +155,7 @@ def test_an_update_sums_gradients_and_gathers_weights() -> None:
 
 
 def test_decoding_reads_weights_and_cache_for_every_token() -> None:
-    seconds = decode_seconds(placed(), CLUSTER, rows=1, slots=64, prompt=0, passes=100, cached=50)
+    seconds = decode_seconds(placed(), CLUSTER, rows=1, slots=64, prompt=0, passes=100, cached=50, batches=1)
     weights = 2 * (8 * LAYER + HEAD)
     cache = 50 * 2 * 1024 * 8 * 2  # keys and values, 8 layers of 1024, 2 bytes
     products = 2 * (8 * LAYER + HEAD) / 50e12

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from megatron_rlhf.config import cluster, data, lora, model, placement, rewards, training
+from megatron_rlhf.config import cluster, data, lora, model, placement, rewards, rollout, training
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import evaluate, held_out, ppo, reward_model, sft
 
@@ -61,6 +61,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "min_response_tokens": COUNT,
         "batch_size": COUNT,
     },
+    rollout.RolloutConfig: {"cache_gb": POSITIVE},
     model.ModelConfig: {
         **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size"), COUNT),
         **dict.fromkeys(("max_sequence_length", "num_query_groups", "head_dim", "ffn_hidden_size"), COUNT),

@@ -6,8 +6,9 @@ from enum import Enum
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import PromptDataConfig
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
-from megatron_rlhf.config.placement import GenerationLayoutConfig, PlacementConfig
+from megatron_rlhf.config.placement import PlacementConfig
 from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
+from megatron_rlhf.config.rollout import RolloutConfig
 from megatron_rlhf.config.stages.common import BaseConfig
 from megatron_rlhf.config.stages.held_out import HeldOutConfig
 from megatron_rlhf.config.training import (
@@ -15,7 +16,6 @@ from megatron_rlhf.config.training import (
     KLControl,
     OffloadConfig,
     OptimizerConfig,
-    SamplingConfig,
     TrainedRoleConfig,
 )
 
@@ -144,15 +144,6 @@ class PPOAlgorithmConfig:
         if self.whiten_advantages is not None:
             return self.whiten_advantages
         return self.advantages in (AdvantageEstimator.gae, AdvantageEstimator.reinforce_baseline)
-
-
-@dataclass(kw_only=True)
-class RolloutConfig(SamplingConfig):
-    """How responses are sampled, and at what layout."""
-
-    parallel: GenerationLayoutConfig = field(default_factory=GenerationLayoutConfig)
-    """If given, the policy's weights are copied every iteration to a second copy at this layout, by Megatron-Core's
-    resharding."""
 
 
 @dataclass(kw_only=True)

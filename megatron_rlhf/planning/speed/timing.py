@@ -114,18 +114,20 @@ def decode_seconds(
     prompt: float,
     passes: float,
     cached: float,
+    batches: int,
 ) -> float:
-    """Sampling `rows` sequences on each copy, as many batches of slots in flight as there are stages.
+    """Sampling `rows` sequences on each copy.
 
     Args:
         slots: of one batch; all of them take part in every pass.
         prompt: mean tokens of a prompt; prompts are read when slots are free.
         passes: that yield a token (`decode_passes`).
         cached: tokens that attention reads of each slot.
+        batches: of slots, that are in flight at once if there are prompts for them.
     """
     stages = placed.parallel.pipeline
     slots = min(slots, rows)
-    in_flight = min(stages, math.ceil(rows / slots))
+    in_flight = min(batches, math.ceil(rows / slots))
     one = layers.decoding_layer(placed, cluster, slots, cached)
     head = layers.head(placed, cluster, slots, loss=False).forward + cluster.layer_launch_s  # and sampling
     first, last = (one * placed.stage_layers(stage) for stage in placed.ends)

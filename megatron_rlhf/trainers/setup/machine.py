@@ -5,9 +5,11 @@ import os
 import torch
 
 from megatron_rlhf.config.checking import checks, layout_checks
+from megatron_rlhf.config.checking import engine as engine_checks
 from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.rollout import SamplingEngine
 from megatron_rlhf.config.stages import BaseConfig, ChatConfig, EvaluateConfig, PPOConfig
-from megatron_rlhf.parallel.accelerators import transformer_engine_serves
+from megatron_rlhf.parallel.accelerators import dynamic_engine_lacks, transformer_engine_serves
 from megatron_rlhf.runs.peak import cluster_of
 
 
@@ -25,6 +27,9 @@ def check_machine(config: BaseConfig, world_size: int) -> None:
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)
     checks.check_precision(config.precision, config.fp8.recipe, engine, gpu, capability)
     checks.check_fp8(config)
+    if isinstance(config, PPOConfig):
+        chosen = config.rollout.engine is SamplingEngine.megatron
+        engine_checks.check_engine(config, dynamic_engine_lacks() if chosen else None)
     for key, (parallel, ranks) in layouts.items():
         whose = "of this job" if ranks == world_size else "that placement=disaggregated gives it"
         layout_checks.check_layout(parallel, ranks, key, whose)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.checking import checks, layout_checks
+from megatron_rlhf.config.checking import engine as engine_checks
 from megatron_rlhf.config.data import PromptPart
 from megatron_rlhf.config.lengths import share_context
 from megatron_rlhf.config.model import ModelConfig
@@ -128,6 +129,7 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
     for start in starts.values():
         limits = config.data.longest_prompt, config.rollout.longest_response
         checks.check_fits_context(*limits, start.model, ("data.max_prompt_tokens", "rollout.max_response_tokens"))
+    engine_checks.check_engine_model(config, model)
     return starts
 
 
@@ -139,7 +141,9 @@ def _read_data(
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
     parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
     ppo, pretraining = config.ppo, None
-    longest = on_first_rank(lambda: max(len(prompt.tokens) for prompt in prompts)) + config.rollout.longest_response
+    lengths = on_first_rank(lambda: sorted({len(prompt.tokens) for prompt in prompts}))
+    engine_checks.check_engine_prompts(config, lengths[0], f"data.prompts={config.data.prompts}")
+    longest = lengths[-1] + config.rollout.longest_response
     require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
     if config.data.pretraining.source is not None:
         text = config.data.pretraining.sequence_length
@@ -158,6 +162,9 @@ def _read_held_out(config: PPOConfig, tokenizer: Tokenizer, session: Session) ->
     source = evaluation.prompts or config.data.prompts
     prompts = parts.make_prompts(source, replace(config.data, part=part), tokenizer)
     chosen = [prompts[i] for i in range(min(evaluation.samples, len(prompts)))]
+    engine_checks.check_engine_prompts(
+        config, min(len(prompt.tokens) for prompt in chosen), f"evaluation.prompts={source}"
+    )
     keys = ("evaluation.prompts", "data.prompts", "data.part_shares")
     parts.keep_data(session, "held-out prompts", keys, (np.append(prompt.tokens, prompt.id) for prompt in chosen))
     return chosen

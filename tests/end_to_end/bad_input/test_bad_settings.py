@@ -95,6 +95,15 @@ CASES: dict[str, Case] = {
         ["ppo.advantages=rloo", "ppo.samples_per_prompt=2", "ppo.critic_warmup_iterations=1"],
         [r"critic_warmup_iterations=1: ppo\.advantages=rloo has no value model"],
     ),
+    "engine_without_its_machine": Case(
+        "ppo",
+        ["rollout.engine=megatron"],
+        [r"rollout\.engine=megatron: it needs (a GPU|Megatron-Core 0\.19)", r"rollout\.engine=native"],
+    ),
+    "cache_of_another_engine": Case(
+        "ppo", ["rollout.cache_gb=4"], [r"rollout\.cache_gb=4 is for rollout\.engine=megatron"]
+    ),
+    "no_cache": Case("ppo", ["rollout.cache_gb=0"], [r"rollout\.cache_gb=0\.0 must be more than 0"]),
     "greedy_ppo": Case("ppo", ["rollout.temperature=0"], [r"rollout\.temperature=0", "positive"]),
     "virtual_ppo": Case(
         "ppo", ["parallel.pipeline=2", "parallel.virtual_stages=2"], [r"parallel\.virtual_stages=2"], ranks=2
