@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from megatron_rlhf.config.checking.ranges import check_ranges
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling, without_implied
 from megatron_rlhf.conversion import key_maps
@@ -69,9 +70,18 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
         known = [name for names in architecture.activations.values() for name in names]
         raise UserError(f"{where}: {architecture.activation_key}={name} is not supported, only {' or '.join(known)}")
     if values["positions"] is Positions.rope:
-        values |= _read_rope(full, architecture, where)
+        try:
+            values |= _read_rope(full, architecture, where)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{where}: rotary positions that cannot be read: {error!r}") from error
     model = without_implied(ModelConfig(**values))
-    _require_possible(model, architecture, where)
+    try:
+        _require_possible(model, architecture, where)
+        check_ranges(model)
+    except TypeError as error:
+        raise UserError(f"{where}: holds something else than a number where one is needed: {error}") from error
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     return model
 
 
@@ -97,7 +107,7 @@ def _with_defaults(content: Mapping[str, Any], architecture: Architecture, where
     # The configuration class fills in the defaults, which config.json leaves out.
     try:
         return CONFIG_MAPPING[architecture.model_type].from_dict(without_nulls(content, architecture)).to_dict()
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 

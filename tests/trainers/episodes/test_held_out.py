@@ -6,6 +6,9 @@ import pytest
 from ranks import run_ranks
 from recipe import file_checksums, read_metrics, run_stage, write_lines
 
+from megatron_rlhf.config.stages.held_out import HeldOutConfig
+from megatron_rlhf.trainers.episodes.held_out import Progress
+
 FUNCTION = "def score(prompts, responses, records):\n    return [len(response) / 7 for response in responses]\n"
 
 
@@ -129,3 +132,13 @@ def test_too_much_kl_ends_the_run(arguments, recipe):
     assert len(kl) < 8
     assert kl[-1] > 0.05
     assert max(kl[:-1]) <= 0.05
+
+
+def test_an_equal_score_is_no_better():
+    """As where a policy has stopped learning: patience would never end."""
+    progress, config = Progress(), HeldOutConfig(every=1, patience=2)
+    for score, since in ((0.5, 0), (0.5, 1), (0.4, 2), (0.6, 0), (0.6, 1)):
+        assert progress.add(score) == score
+        assert progress.since_best == since
+        assert (progress.reason_to_stop(config) is not None) == (since == 2)
+    assert progress.best == 0.6

@@ -119,3 +119,24 @@ def warm_sampler(stage, arguments):
 def test_a_sampler_that_disagrees_stops_the_run(seen_by, settings, iteration, recipe):
     with pytest.raises(RankFailed, match=rf"RolloutMismatch(?s:.*)at iteration {iteration}, more than"):
         run(recipe, f"old_warm_{iteration}", "ppo.old_logprobs=sampled", *settings, function=warm_sampler)
+
+
+def sampler_with_an_offset(stage, arguments):
+    """A sampler whose log-probabilities are all off by a hundredth, as rounding might have it: less than stops a run."""
+    from megatron_rlhf import cli
+    from megatron_rlhf.rollout import runner
+
+    class Offset(runner.Sampler):
+        def __call__(self, *args, **kwargs):
+            tokens, logprobs = super().__call__(*args, **kwargs)
+            return tokens, logprobs + 0.01
+
+    runner.Sampler = Offset
+    cli.run_stage(stage, arguments)
+
+
+def test_ratios_start_from_what_was_sampled_where_it_is_rechecked_too(recipe):
+    _, rows, _ = run(recipe, "old_offset", *SAMPLED, function=sampler_with_an_offset)
+    assert ["rollout/logprob_gap_max" in row for row in rows] == [False, True, False]
+    for row in rows:
+        assert row["policy/first_ratio_max_gap"] == pytest.approx(0.01, rel=0.1)

@@ -40,9 +40,9 @@ def function(recipe, name="score"):
 
 def weighted(recipe):
     return [
-        f"rewards.helpful.init_from={recipe.root / 'reward_model'}",
-        f"rewards.short.function={function(recipe)}",
+        f"rewards.short.function={function(recipe)}",  # before a model: parts keep the order in which they are given
         "rewards.short.weight=-0.3",
+        f"rewards.helpful.init_from={recipe.root / 'reward_model'}",
         f"rewards.right.function={function(recipe, 'wanted')}",
         "rewards.right.weight=2",
         "rewards.right.processes=3",
