@@ -1,10 +1,13 @@
 """Hugging Face folders as a source of weights for any role at any layout."""
 
+import heapq
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -35,9 +38,10 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, bool]:
 
 
 def load_into(role: Role, folder: str | Path) -> None:
-    """Load a role's weights, at its layout, from a Hugging Face folder; each rank reads only what it holds.
+    """Load a role's weights, at its layout, from a Hugging Face folder. Collective over the layout.
 
-    A scalar role loaded from a language model keeps the head that it was built with.
+    Each rank reads a share of what it holds, and receives the rest from the data-parallel ranks that hold the same. A
+    scalar role loaded from a language model keeps the head that it was built with.
 
     Raises:
         UserError: when a tensor is missing, unknown, of another shape, or the model does not fit the role.
@@ -48,13 +52,41 @@ def load_into(role: Role, folder: str | Path) -> None:
     weights = Weights.open(Path(folder), described, with_head=described.scalar or not role.scalar)
     if role.scalar and not described.scalar:
         log.info("%s: the scalar head is new, the rest comes from the language model in %s", role.name, folder)
+    if not role.layout.is_member:
+        return
+    blocks = [tensor for tensor in sharded_tensors(role.modules, role.layout) if tensor.key in weights.shapes]
+    group = role.layout.groups.dp_cp
     with torch.no_grad():
-        for tensor in sharded_tensors(role.modules, role.layout):
-            if tensor.key in weights.shapes:
+        pieces = _pieces(blocks, group.size())
+        for tensor, first, last, reader in pieces:
+            if reader == group.rank():
                 layers = tensor.prepend_axis_num
                 layer = tensor.global_offset[0] if layers else None
-                offset, shape = tensor.global_offset[layers:], tuple(tensor.data.shape)
-                tensor.data.copy_(weights.block(tensor.key, layer, offset, shape))
+                row, *rest = tensor.global_offset[layers:]
+                shape = (last - first, *tensor.data.shape[1:])
+                tensor.data[first:last].copy_(weights.block(tensor.key, layer, (row + first, *rest), shape))
+        for tensor, first, last, reader in pieces if group.size() > 1 else ():
+            dist.broadcast(tensor.data[first:last], group_src=reader, group=group)
+
+
+def _pieces(blocks: Sequence[ShardedTensor], ranks: int) -> list[tuple[ShardedTensor, int, int, int]]:
+    """(tensor, first row, row after the last, which of `ranks` equal ranks reads it): each reads about as many numbers.
+
+    A tensor stays whole where it is no more than a rank's share.
+    """
+    share = sum(block.data.numel() for block in blocks) / ranks
+    pieces = []
+    for block in blocks:
+        rows = len(block.data)
+        count = min(math.ceil(block.data.numel() / share), rows)
+        pieces += [(block, rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    loads = [(0.0, rank) for rank in range(ranks)]
+    found = []
+    for block, first, last in sorted(pieces, key=lambda piece: -piece[0].data[piece[1] : piece[2]].numel()):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + block.data[first:last].numel(), rank))
+        found.append((block, first, last, rank))
+    return found
 
 
 def sharded_tensors(chunks: Sequence[GPTModel], layout: ParallelLayout) -> list[ShardedTensor]:
