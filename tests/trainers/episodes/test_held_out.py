@@ -97,15 +97,18 @@ def test_resumed_bit_for_bit(stop, straight, arguments, recipe):
 
 def test_other_ranks_answer_alike(straight, arguments, recipe):
     layout = ["parallel.tensor=2", "placement=disaggregated", "placement.critic_ranks=1", "rollout.parallel.tensor=1"]
-    model = [f"reward.init_from={recipe.root / 'reward_model'}", "ppo.iterations=2"]
+    model = [f"reward.init_from={recipe.root / 'reward_model'}", "ppo.iterations=2", "evaluation.every=1"]
+    model.append("policy.optimizer.lr=0.1")
     for name, ranks, more in (("held_out_one", 1, []), ("held_out_three", 3, layout)):
         run_ranks(ranks, run_stage, "ppo", arguments(name, *model, *more), timeout=300)
     one, three = (read_metrics(recipe.root / name)[-1] for name in ("held_out_one", "held_out_three"))
     for name in ("score", "model", "function", "response_length"):
         assert three[f"evaluation/{name}_mean"] == pytest.approx(one[f"evaluation/{name}_mean"], rel=1e-5), name
-    assert [row["response"] for row in rows(recipe, "held_out_three")] == [
-        row["response"] for row in rows(recipe, "held_out_one")
-    ]
+    first, second = (
+        [row["response"] for row in rows(recipe, "held_out_one") if row["step"] == step] for step in (1, 2)
+    )
+    assert first != second, "answers show which update they are from"
+    assert [row["response"] for row in rows(recipe, "held_out_three")] == first + second
 
 
 def test_patience_ends_the_run_and_a_resume_does_not_go_on_unless_it_is_longer(arguments, recipe):
