@@ -24,8 +24,8 @@ def run(stage: str, config: BaseConfig, reward: Callable | None = None, callback
     Args:
         stage: sft, reward_model, ppo or evaluate.
         config: the stage's dataclass. It is not changed.
-        reward: for PPO, a score for each response: `function(prompts, responses, records) -> list of numbers`. It runs on one
-            rank, in its process. Beside config.reward.init_from the two scores are added.
+        reward: for PPO and evaluations, a score for each response: `function(prompts, responses, records) -> list of numbers`.
+            It runs on one rank, in its process. Beside config.reward.init_from the two scores are added.
         callbacks: `Callback`s, or functions `f(trainer, metrics) -> more metrics or None` that are called after every step.
 
     Raises:
@@ -40,8 +40,8 @@ def run(stage: str, config: BaseConfig, reward: Callable | None = None, callback
         raise UserError(f"run({stage!r}, callbacks=...): an evaluation has no steps; leave them out")
     config = copy.deepcopy(config)
     if reward is not None:
-        if not isinstance(config, PPOConfig):
-            raise UserError(f"run({stage!r}, reward=...): only ppo scores responses by a function; leave it out")
+        if not isinstance(config, PPOConfig | EvaluateConfig):
+            raise UserError(f"run({stage!r}, reward=...): only ppo and evaluate score responses; leave it out")
         if not callable(reward):
             raise UserError(f"run({stage!r}, reward={reward!r}): not a function of (prompts, responses, records)")
         if config.reward.function is not None or config.rewards:

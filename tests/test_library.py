@@ -53,7 +53,7 @@ def test_configurations_are_the_command_lines() -> None:
     [
         ("pppo", {}, "there is no stage pppo; did you mean ppo"),
         ("ppo", {}, "takes a PPOConfig, and this is a SFTConfig"),
-        ("sft", {"reward": len}, "only ppo scores responses"),
+        ("sft", {"reward": len}, "only ppo and evaluate score responses"),
     ],
 )
 def test_mistakes_are_named(stage: str, arguments: dict, says: str) -> None:

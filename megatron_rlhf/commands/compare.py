@@ -64,7 +64,8 @@ def judge_by_rule(run: Run, spec: str) -> None:
     function = load_rule(spec)
     prompts, responses = ([row[name] for row in run.answers] for name in ("prompt", "response"))
     try:
-        values = function(prompts, responses, run.answers)
+        records = [{**row, **row.get("record", {})} for row in run.answers]
+        values = function(prompts, responses, records)
         names = [f"answer {i} in {run.folder}" for i in range(1, len(responses) + 1)]
         golds = functions.numbers_of(values, names)
     except functions.Mistake as mistake:

@@ -42,6 +42,19 @@ def check_sampling(sampling: SamplingConfig, key: str) -> None:
         raise UserError(
             f"{key}.min_response_tokens={sampling.min_response_tokens} must be at most {key}.max_response_tokens={longest}"
         )
+    if sampling.beams > 1:
+        _check_beams(sampling, key)
+
+
+def _check_beams(sampling: SamplingConfig, key: str) -> None:
+    """Beam search does not sample."""
+    given = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    for name, plain in {"temperature": (0.0, 1.0), "top_k": (0,), "top_p": (1.0,)}.items():
+        if given[name] not in plain:
+            raise UserError(
+                f"{key}.{name}={given[name]:g} with {key}.beams={sampling.beams}: beam search takes the best continuations and "
+                f"samples none; leave one of them out"
+            )
 
 
 def _rest(key: str, given: int, what: str, context: int) -> int:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.training import RoleConfig
 
-RESERVED = ("score", "total")
-"""Metrics `reward/score_mean` and `reward/total_mean` are of the sum."""
+RESERVED = (
+    *("score", "total", "response_length"),
+    *("step", "prompt", "prompt_id", "response", "kl", "held_out", "stopped", "source", "record", "gold"),
+)
+"""Of the sum: `reward/score_mean`, `reward/total_mean`; another metric of evaluations; other columns of samples."""
 
 
 @dataclass(kw_only=True)
@@ -22,6 +25,9 @@ class RewardConfig(RoleConfig):
     call has the whole batch."""
     timeout_s: float = 60.0
     """Seconds within which the function must be imported, and must return the scores of a batch; else the run ends."""
+    timeout_score: float | None = None
+    """What a response scores for which the function does not return within timeout_s. The function is then called with one
+    response at a time, and starts anew after each that it did not return for. Not given: the run ends."""
 
 
 @dataclass(kw_only=True)
@@ -58,15 +64,13 @@ def named_rewards(reward: RewardConfig, rewards: dict[str, WeightedRewardConfig]
 
 
 def check_rewards(reward: RewardConfig, rewards: dict[str, WeightedRewardConfig]) -> None:
-    """There is a reward, and each of several is one thing with a name."""
+    """Each part of a reward is one thing with a name."""
     if rewards and (reward.init_from or reward.function):
         given = f"reward.init_from={reward.init_from}" if reward.init_from else f"reward.function={reward.function}"
         raise UserError(f"{given} beside rewards ({', '.join(rewards)}): make it one of them, as rewards.NAME")
-    if not named_rewards(reward, rewards):
-        raise UserError(
-            "reward.init_from is not given: PPO needs a reward model (megatron-rlhf reward-model), or reward.function, or "
-            "several of them as rewards.NAME"
-        )
+    for key, one in {"reward": reward, **{f"rewards.{name}": part for name, part in rewards.items()}}.items():
+        if one.timeout_score is not None and one.function is None:
+            raise UserError(f"{key}.timeout_score={one.timeout_score:g} is for a function: give {key}.function too")
     for name, part in rewards.items():
         if not name.isidentifier() or name in RESERVED:
             raise UserError(f"rewards.{name}: a name has letters, digits and _, and is none of {', '.join(RESERVED)}")

@@ -142,6 +142,8 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     """Logits of tokens that the prompt or the response holds already are divided by this where they are positive, multiplied
     where negative (Keskar et al. 2019); log-probabilities are those without it. For evaluation and chat."""
+    beams: int = 1
+    """Beam search with this many beams instead of sampling (as `transformers`' num_beams). For evaluation and chat."""
     max_response_tokens: int | None = None
     """Longest response. Not given: what the longest prompt leaves of the model's context, half of it where none is given
     either, and at most InstructGPT's 1k tokens (in chat: 256)."""

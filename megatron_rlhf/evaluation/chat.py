@@ -73,7 +73,11 @@ class ChatRoom:
         self.messages.append({"role": "assistant", "content": answers[0]})
 
     def _answer(self, name: str, prompt: list[int]) -> str:
-        policy, tokenizer, streams = self.policies[name], self.tokenizer, self.best_of == 1
+        policy, tokenizer, streams = (
+            self.policies[name],
+            self.tokenizer,
+            self.best_of == self.config.sampling.beams == 1,
+        )
         if len(prompt) + self.config.sampling.longest_response > policy.model.max_sequence_length:
             raise UserError(
                 f"the conversation ({len(prompt)} tokens) and sampling.max_response_tokens="
@@ -136,6 +140,8 @@ class ChatRoom:
                 while self.messages and self.messages.pop()["role"] != "user":
                     pass
             case "seed" | "best" if value.isdecimal():
+                if name == "best" and int(value) > 1 and self.config.sampling.beams > 1:
+                    raise UserError(f"/best {value}: sampling.beams={self.config.sampling.beams} has one best answer")
                 if name == "best" and int(value) != 1 and (self.reward is None or int(value) < 1):
                     raise UserError("/best N needs reward.init_from, the model that chooses, and N from 1 on")
                 setattr(self, {"seed": "seed", "best": "best_of"}[name], int(value))

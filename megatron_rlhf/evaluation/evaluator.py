@@ -28,6 +28,8 @@ from megatron_rlhf.models.microbatches import TokenBatch, language_model_nll
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.files import write_lines
 from megatron_rlhf.parallel import collectives
+from megatron_rlhf.rewards.processes import Answers
+from megatron_rlhf.rewards.reward import Reward, Scores, several
 from megatron_rlhf.rollout.collect import sample_responses
 from megatron_rlhf.rollout.types import Completion, Responses
 from megatron_rlhf.runs.session import Session
@@ -63,7 +65,8 @@ class Evaluator:
     """Of people, to measure the reward model on."""
     policy: Role | None
     """None if only the reward model is measured."""
-    reward: Role | None
+    reward: Reward | None
+    """What scores answers; comparisons measure its model."""
 
     def run(self) -> dict[str, float]:
         """Write `evaluate.output` in the run folder, one response per line, and log the means."""
@@ -81,12 +84,14 @@ class Evaluator:
         for name, value in metrics.items():
             log.info("%s %.4f", name, value)
         self.session.close()
+        if self.reward is not None:
+            self.reward.close()
         return metrics
 
     def _answers(self, questions: Questions) -> dict[str, float]:
         asked = self.config.evaluate
         completions, places, sources = [], [], []
-        greedy = dataclasses.replace(self.config.sampling, temperature=0.0)
+        greedy = dataclasses.replace(self.config.sampling, temperature=0.0, beams=1)
         ways = ((asked.samples_per_prompt, self.config.sampling, ""), (int(asked.greedy), greedy, GREEDY))
         for times, sampling, way in ways:
             repeated = [i for i in range(len(questions.prompts)) for _ in range(times)]
@@ -100,22 +105,25 @@ class Evaluator:
             "rollout/response_length_mean": float(lengths.mean()),
             "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
         }
-        scores = None
-        if self.reward is not None:
-            values_bs = self.reward.values(responses.sequences, MICRO_BATCH_SIZE)
-            scores_b = values_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
-            metrics["reward/score_mean"] = float(scores_b.mean())
-            scores = scores_b.tolist()
+        prompts = [questions.prompts[place] for place in places]
+        texts = [self.tokenizer.decode(completion.tokens, continuation=True) for completion in completions]
+        scores = None if self.reward is None else self._scores(self.reward, prompts, texts, responses)
+        if scores is not None:
+            metrics |= scores.means
         rows: list[dict[str, Any]] = [
             {
-                "prompt_id": questions.prompts[place].id,
-                "prompt": questions.prompts[place].text,
-                "response": self.tokenizer.decode(completion.tokens, continuation=True),
+                "prompt_id": prompt.id,
+                "prompt": prompt.text,
+                "response": texts[i],
                 "stopped": completion.stopped,
-                "score": None if scores is None else scores[i],
+                "score": None if scores is None else float(scores.total_b[i]),
+                **(
+                    {} if scores is None else {name: float(part_b[i]) for name, part_b in several(scores.parts).items()}
+                ),
                 "source": source,
+                **({"record": dict(prompt.record)} if prompt.record else {}),
             }
-            for i, (place, completion, source) in enumerate(zip(places, completions, sources, strict=True))
+            for i, (prompt, completion, source) in enumerate(zip(prompts, completions, sources, strict=True))
         ]
         rows.sort(key=lambda row: row["prompt_id"])  # stable: samples, then the greedy answer
         if dist.get_rank() == 0:
@@ -125,6 +133,13 @@ class Evaluator:
                 self._collect(asked.labels, questions, rows)
         self.session.samples.log(0, rows[:8])
         return metrics
+
+    def _scores(self, reward: Reward, prompts: Sequence[Prompt], texts: list[str], responses: Responses) -> Scores:
+        """By reward models and functions, as in PPO."""
+        columns = [dict(prompt.record) for prompt in prompts]
+        asked = Answers([prompt.text for prompt in prompts], texts, columns, [prompt.id for prompt in prompts])
+        reward.ask_functions(lambda: asked)
+        return reward.scores(reward.read(responses.sequences, responses.last_b, MICRO_BATCH_SIZE))
 
     def _sample(self, questions: Questions, places: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
         if not places:  # no greedy answers
@@ -148,7 +163,8 @@ class Evaluator:
 
     def _judge(self) -> dict[str, float]:
         assert self.reward is not None
-        rows = judged(self.reward, self.rankings, MICRO_BATCH_SIZE)
+        (model,) = self.reward.models.values()
+        rows = judged(model, self.rankings, MICRO_BATCH_SIZE)
         if dist.get_rank() == 0:
             path = self.session.folder / JUDGED
             write_lines(path, rows)

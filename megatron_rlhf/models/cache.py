@@ -99,6 +99,12 @@ class KeyValueCache(BaseInferenceContext):
         keys, values = (cache[:b, :, : self._longest + 1].permute(2, 0, 1, 3) for cache in stored)
         return keys, values
 
+    def take(self, rows: Tensor) -> None:
+        """Fill the first slots from these; a slot may be taken several times."""
+        for stored in self.layers.values():
+            for cache in stored:
+                cache[: len(rows)] = cache[rows]
+
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Moves sequences to other slots; no slot is both a source and a target."""
         for stored in self.layers.values():

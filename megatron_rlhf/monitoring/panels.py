@@ -41,6 +41,12 @@ GROUPS = (
                 band="reward/score_std",
             ),
             Panel("Score on held-out prompts", "the reward's own", {"evaluation/score_mean": ""}),
+            Panel(
+                "Scores not given in time",
+                "responses of an iteration",
+                {"reward/timeouts": "training", "evaluation/timeouts": "held-out"},
+                from_zero=True,
+            ),
             Panel("KL from the reference", "nats per sequence", {"kl/mean": "k1", "kl/k3_mean": "k3"}),
             Panel("KL coefficient", "reward per nat", {"kl/coef": ""}, from_zero=True),
         ),

@@ -36,11 +36,47 @@ class FunctionFailed(Exception):
 
 
 @dataclass
-class _Process:
+class Process:
+    """In which a function runs, and its keeper."""
+
     popen: subprocess.Popen
     pipe: Connection
     share: slice = field(default_factory=lambda: slice(0, 0))
     """The responses that it is scoring."""
+    deadline: float = 0.0
+    """By which it must have answered."""
+
+    @classmethod
+    def launch(cls, spec: str) -> "Process":
+        """A new Python, the keeper of the one in which the function runs (`worker.keep`)."""
+        ours, theirs = socket.socketpair()
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+        # The order of sets is the same in every run, and what the function prints is in the log at once.
+        environment |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+        popen = subprocess.Popen(
+            [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(_search_path()), spec],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
+        )
+        theirs.close()
+        return cls(popen, Connection(ours.detach()))
+
+    def ask(self, answers: Answers, share: slice) -> None:
+        """Hand it a part of a batch."""
+        names = [f"the response to prompt {number}" for number in answers.ids[share]]
+        texts = answers.prompts, answers.responses, answers.records
+        self.pipe.send((*(part[share] for part in texts), names))
+
+    def end(self) -> None:
+        """End it, and what it has started."""
+        self.pipe.close()  # which tells the keeper
+        try:
+            self.popen.wait(KEEPER_S)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
 
 
 class RewardFunction:
@@ -52,9 +88,7 @@ class RewardFunction:
         self.timeout_key = f"{key}.timeout_s"
         self.timeout_s = timeout_s
         self._answers = Answers([], [], [], [])
-        self._deadline = 0.0
-        self._processes = [_launch(spec) for _ in range(processes)]
-        self._started()
+        self._processes = [self._launch(spec) for _ in range(processes)]
         for process in self._processes:
             self._receive(process, "was not imported")
 
@@ -62,16 +96,8 @@ class RewardFunction:
         """Hand out a batch."""
         self._answers = answers
         count, parts = len(answers.ids), len(self._processes)
-        self._started()
         for i, process in enumerate(self._processes):
-            process.share = slice(count * i // parts, count * (i + 1) // parts)
-            names = [f"the response to prompt {number}" for number in answers.ids[process.share]]
-            if names:
-                texts = answers.prompts, answers.responses, answers.records
-                try:
-                    process.pipe.send((*(part[process.share] for part in texts), names))
-                except OSError as error:  # it has died since the last batch
-                    raise self._dead(process) from error
+            self._ask(process, slice(count * i // parts, count * (i + 1) // parts))
 
     def scores(self) -> list[float]:
         """One for each response of the batch, in its order.
@@ -85,24 +111,33 @@ class RewardFunction:
     def close(self) -> None:
         """End the processes, and what they have started."""
         for process in self._processes:
-            process.pipe.close()  # which tells the keeper
-        for process in self._processes:
-            try:
-                process.popen.wait(KEEPER_S)
-            except subprocess.TimeoutExpired:
-                process.popen.kill()
-                process.popen.wait()
+            process.end()
         self._processes = []
 
-    def _started(self) -> None:
-        self._deadline = time.monotonic() + self.timeout_s
+    def _launch(self, spec: str) -> Process:
+        process = Process.launch(spec)
+        process.deadline = time.monotonic() + self.timeout_s
+        return process
 
-    def _receive(self, process: _Process, what: str) -> list[float]:
+    def _ask(self, process: Process, share: slice) -> None:
+        process.deadline = time.monotonic() + self.timeout_s
+        process.share = share
+        if share.stop > share.start:
+            try:
+                process.ask(self._answers, share)
+            except OSError as error:  # it has died since it last answered
+                raise self._dead(process) from error
+
+    def _receive(self, process: Process, what: str) -> list[float]:
         while not process.pipe.poll(0.05):
             if process.popen.poll() is not None and not process.pipe.poll(0):
                 raise self._dead(process)
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > process.deadline:
                 raise self._failed(f"{what} within {self.timeout_key}={self.timeout_s:g}{self._of(process)}")
+        return self._answer_of(process)
+
+    def _answer_of(self, process: Process) -> list[float]:
+        """What it has answered, or died of."""
         try:
             mistake, scores = process.pipe.recv()
         except (EOFError, OSError) as error:
@@ -111,7 +146,7 @@ class RewardFunction:
             raise self._failed(mistake)
         return scores
 
-    def _dead(self, process: _Process) -> FunctionFailed:
+    def _dead(self, process: Process) -> FunctionFailed:
         code = process.popen.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return self._failed(f"ended its process ({how}){self._of(process)}")
@@ -120,27 +155,10 @@ class RewardFunction:
         self.close()
         return FunctionFailed(f"{self.name} {problem}")
 
-    def _of(self, process: _Process) -> str:
+    def _of(self, process: Process) -> str:
         ids = self._answers.ids[process.share]
         shown = ", ".join(map(str, dict.fromkeys(ids[:8])))
         return f" for {len(ids)} responses to prompts {shown}{', ...' if len(ids) > 8 else ''}" if ids else ""
-
-
-def _launch(spec: str) -> _Process:
-    """A new Python, the keeper of the one in which the function runs (`worker.keep`)."""
-    ours, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    # The order of sets is the same in every run, and what the function prints is in the log at once.
-    environment |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
-    popen = subprocess.Popen(
-        [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(_search_path()), spec],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment,
-    )
-    theirs.close()
-    return _Process(popen, Connection(ours.detach()))
 
 
 def _search_path() -> Sequence[str]:

@@ -149,6 +149,7 @@ def collect_rollout(
             values_bt=responses.at_response(values_bs),
             scores_b=scores.total_b,
             parts=scores.parts,
+            timeouts=scores.timeouts,
             recomputed_logprobs_bt=recomputed[0] if recomputed else None,
             portions_b=portions_b,
         )

@@ -10,6 +10,7 @@ from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.pipeline import forward_backward
+from megatron_rlhf.rollout.beam_runner import beam_search
 from megatron_rlhf.rollout.runner import ModelRunner
 from megatron_rlhf.rollout.scheduler import Scheduler
 from megatron_rlhf.rollout.sequences import SampledSequence, StopWatch, in_reading_order, sequences_of, tokens_done
@@ -38,16 +39,18 @@ def generate(
         stop_ids: tokens that end a response.
         stop_watch: makes what else ends a response; called once for each response.
         static_shapes: decode all slots in every pass; on GPUs by default.
-        listen: called with each token as it is sampled, and the number of its prompt.
-        ended: called with each response as it ends.
+        listen: called with each token as it is sampled, and the number of its prompt; not by beam search.
+        ended: called with each response as it ends; not by beam search.
     """
     assert role.layout.virtual_stages is None, "decoding needs a layout without virtual stages"
+    static = torch.cuda.is_available() if static_shapes is None else static_shapes
+    if config.beams > 1:
+        return beam_search(role, prompts, config, stop_ids, stop_watch, static)
     sequences = sequences_of(prompts, keys, stop_watch)
     waiting = deque(in_reading_order(sequences))
     batches, limit = role.layout.config.pipeline, config.longest_response
     slots = min(config.batch_size, len(sequences))
     capacity = max(map(len, prompts)) + limit
-    static = torch.cuda.is_available() if static_shapes is None else static_shapes
     schedulers = [Scheduler(waiting, slots) for _ in range(batches)]
     runners = [ModelRunner(role, config, slots, capacity, tuple(stop_ids), static) for _ in range(batches)]
     stops = frozenset(stop_ids)

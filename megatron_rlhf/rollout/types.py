@@ -107,6 +107,8 @@ class Rollout:
     """Ids of the prompts; several samples of a prompt have the same."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """What the score is the weighted sum of, by name, [b]."""
+    timeouts: int | None = None
+    """Scores that stand for those of functions which did not return in time, where that does not end the run."""
     recomputed_logprobs_bt: Tensor | None = None
     """The policy's in one pass, where one was made."""
     portions_b: Tensor | None = None

@@ -74,7 +74,7 @@ _COMMON = {
 }
 FOLLOW = ("rollout.max_response_tokens", "sampling.max_response_tokens")
 """Not given, they follow the models: compared when these are known (`Session.settle`)."""
-_SAMPLING = "temperature top_k top_p repetition_penalty max_response_tokens min_response_tokens"
+_SAMPLING = "temperature top_k top_p repetition_penalty beams max_response_tokens min_response_tokens"
 _PRETRAINING = {
     "data.pretraining.source": Change.content,
     "data.pretraining.columns": Change.content,
@@ -120,7 +120,8 @@ TABLE: dict[str, dict[str, Change]] = {
         **_trained("value"),
         **_keys(Change.content, "reward.", "init_from function"),
         **_keys(Change.content, "rewards.NAME.", "init_from function"),
-        "rewards.NAME.weight": Change.taken,
+        **_keys(Change.taken, "rewards.NAME.", "weight timeout_score"),
+        "reward.timeout_score": Change.taken,
         **_keys(Change.free, "reward.", "processes timeout_s"),
         **_keys(Change.free, "rewards.NAME.", "processes timeout_s"),
         # `best` compares scores of different steps: on the same prompts, sampled alike.

@@ -27,7 +27,7 @@ ZERO_MEANS_SOMETHING = set(
     reserved_gib
     node_latency_us network_latency_us layer_launch_us process_gib price_per_gpu_hour""".split()
 )
-NEGATIVE_MEANS_SOMETHING = {"weight"}
+NEGATIVE_MEANS_SOMETHING = {"weight", "timeout_score"}
 """A penalty."""
 SHARES = set(
     """held_out pretraining_mix betas dropout final_lr_fraction top_p validation_fraction gamma lam ema_decay

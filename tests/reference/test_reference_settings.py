@@ -19,7 +19,7 @@ NO_FIGURE = (
     *("data.columns.messages", "data.demonstration_columns.messages"),
     *("sft.logged_samples", "evaluation"),
     # Against transformers: tests/rollout/test_sampling.py, test_generate.py.
-    *("sampling.repetition_penalty", "rollout.repetition_penalty"),
+    *("sampling.repetition_penalty", "rollout.repetition_penalty", "sampling.beams", "rollout.beams"),
     # Against peft: tests/conversion/test_peft.py; what is frozen: tests/trainers/test_partial_training.py.
     *(f"{role}.{key}" for role in ("policy", "reward", "value") for key in ("lora", "trainable")),
     # Alternatives to sizes in sequences: tests/distributed and tests/trainers.
@@ -40,7 +40,7 @@ ELSEWHERE = {
     # Which prompts remain: tests/data, tests/trainers/setup/test_prompts_of_a_part.py.
     PPOConfig: (
         # tests/trainers/episodes/test_ppo_rewards.py
-        *("reward.function", "reward.processes", "reward.timeout_s", "rewards"),
+        *("reward.function", "reward.processes", "reward.timeout_s", "reward.timeout_score", "rewards"),
         "ppo.advantages",
         "ppo.samples_per_prompt",
         "data.deduplicate_prefix_tokens",

@@ -14,5 +14,10 @@ def check_chat(config: ChatConfig) -> None:
         raise UserError(f"chat.best_of={config.chat.best_of} must be at least 1")
     if config.chat.best_of > 1 and config.reward.init_from is None:
         raise UserError(f"chat.best_of={config.chat.best_of} needs reward.init_from, the model that chooses")
+    if config.chat.best_of > 1 and config.sampling.beams > 1:
+        raise UserError(
+            f"chat.best_of={config.chat.best_of} with sampling.beams={config.sampling.beams} is the same answer again and again: "
+            "leave one of them out"
+        )
     check_sampling(config.sampling, "sampling")
     check_one_token(config.parallel, "a conversation")

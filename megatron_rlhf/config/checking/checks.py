@@ -9,7 +9,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.placement import PlacementKind
-from megatron_rlhf.config.rewards import check_rewards
+from megatron_rlhf.config.rewards import check_rewards, named_rewards
 from megatron_rlhf.config.stages import (
     BaseConfig,
     PPOConfig,
@@ -178,6 +178,11 @@ def check_ppo(config: PPOConfig) -> None:
         check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (megatron-rlhf sft)")
+    if not named_rewards(config.reward, config.rewards):
+        raise UserError(
+            "reward.init_from is not given: PPO needs a reward model (megatron-rlhf reward-model), or reward.function, or "
+            "several of them as rewards.NAME"
+        )
     check_rewards(config.reward, config.rewards)
     _check_held_out(config)
     if not ppo.has_critic and config.placement.kind is PlacementKind.disaggregated and not config.reward_models:
@@ -196,6 +201,10 @@ def check_ppo(config: PPOConfig) -> None:
         raise UserError(
             f"rollout.repetition_penalty={config.rollout.repetition_penalty}: text would be sampled from another distribution "
             "than the one that trains; use 1 (sampling.repetition_penalty is for evaluation and chat)"
+        )
+    if config.rollout.beams > 1:
+        raise UserError(
+            f"rollout.beams={config.rollout.beams}: PPO learns from samples; beams are for evaluation and chat"
         )
     if config.rollout.temperature <= 0:
         raise UserError(

@@ -3,6 +3,7 @@
 from megatron_rlhf.config.checking.checks import check_one_token
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lengths import check_sampling
+from megatron_rlhf.config.rewards import check_rewards, named_rewards
 from megatron_rlhf.config.stages import EvaluateConfig
 
 
@@ -21,8 +22,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(
             "policy.init_from: evaluate.comparisons need reward.init_from alone; leave it out, or give data.prompts"
         )
-    if asked.comparisons and config.reward.init_from is None:
-        raise UserError("evaluate.comparisons measure a reward model: give reward.init_from")
+    check_rewards(config.reward, config.rewards)
+    if asked.comparisons and len(config.reward_models) != 1:
+        models = ", ".join(f"{part.key}.init_from" for part in config.reward_models)
+        but = f", and {models} are several: leave all but one out" if models else ": give reward.init_from"
+        raise UserError(f"evaluate.comparisons measure a reward model{but}")
     if config.run.resume:
         raise UserError("run.resume=true: an evaluation is not resumed; leave it out, and it is made anew")
     for key, value in (("export_hf", config.run.export_hf), ("profile", config.run.profile)):
@@ -30,16 +34,25 @@ def check_evaluate(config: EvaluateConfig) -> None:
             raise UserError(f"run.{key}={getattr(value, 'value', value)} is for training: an evaluation has no steps")
     if config.data.pretraining.source is not None and config.data.pretraining.held_out == 0:
         raise UserError("data.pretraining.held_out=0 leaves no text of data.pretraining.source to measure the loss on")
-    if config.reward.init_from is not None and not (answers or asked.comparisons):
-        raise UserError(
-            "reward.init_from scores answers and comparisons: give data.prompts or evaluate.comparisons, or leave it out"
-        )
+    for part in named_rewards(config.reward, config.rewards):
+        if part.is_function and not answers:
+            raise UserError(f"{part.key}.function scores answers: give data.prompts, or leave it out")
+        if not (answers or asked.comparisons):
+            raise UserError(
+                f"{part.key}.init_from scores answers and comparisons: give data.prompts or evaluate.comparisons, or leave it "
+                "out"
+            )
     if asked.labels is not None and not answers:
         raise UserError(f"evaluate.labels={asked.labels} collects answers to prompts: give data.prompts")
     if asked.samples_per_prompt > 1 and config.sampling.temperature == 0:
         raise UserError(
             f"evaluate.samples_per_prompt={asked.samples_per_prompt} with sampling.temperature=0 is the same answer again and "
             "again: give a temperature, or evaluate.samples_per_prompt=1"
+        )
+    if asked.samples_per_prompt > 1 and config.sampling.beams > 1:
+        raise UserError(
+            f"evaluate.samples_per_prompt={asked.samples_per_prompt} with sampling.beams={config.sampling.beams} is the same "
+            "answer again and again: leave one of them out"
         )
     check_sampling(config.sampling, "sampling")
     check_one_token(config.parallel, "evaluation")

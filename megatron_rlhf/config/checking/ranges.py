@@ -57,6 +57,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     training.SamplingConfig: {
         "top_p": SOME_SHARE,
         "repetition_penalty": POSITIVE,
+        "beams": COUNT,
         "max_response_tokens": COUNT,
         "min_response_tokens": COUNT,
         "batch_size": COUNT,
@@ -120,7 +121,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     },
     evaluate.EvaluateAlgorithmConfig: dict.fromkeys(("samples", "samples_per_prompt", "task_limit"), COUNT),
     held_out.HeldOutConfig: {"samples": COUNT, "patience": COUNT, "max_kl": POSITIVE},
-    rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE},
+    rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE, "timeout_score": ANY},
     rewards.WeightedRewardConfig: {"weight": ANY},
     cluster.ClusterConfig: {
         **dict.fromkeys(("nodes", "gpus_per_node"), COUNT),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from megatron_rlhf.config.data import EvaluationDataConfig
 from megatron_rlhf.config.model import ParallelConfig
+from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
 from megatron_rlhf.config.stages.common import BaseConfig
 from megatron_rlhf.config.training import RoleConfig, SamplingConfig
 
@@ -23,7 +24,7 @@ class EvaluateAlgorithmConfig:
     labels: str | None = None
     """A project of megatron-rlhf label to which the answers are added, for people to rank; made if it is not there."""
     comparisons: str | None = None
-    """Comparisons, as data.comparisons of a reward model, to measure reward.init_from on: accuracy by K, and by the columns
+    """Comparisons, as data.comparisons of a reward model, to measure a reward model on: accuracy by K, and by the columns
     `team` (labelers of megatron-rlhf label) or `subset` (RewardBench)."""
     comparisons_format: str | None = None
     """Their shape, as data.format."""
@@ -58,11 +59,18 @@ class EvaluateConfig(BaseConfig):
     """Prompts, tokenizer, pretraining text for the held-out loss."""
     policy: RoleConfig = field(default_factory=RoleConfig)
     """The model that answers."""
-    reward: RoleConfig = field(default_factory=RoleConfig)
-    """Reward model, optional."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What scores the answers, optional: a reward model, a function instead of it or beside it."""
+    rewards: dict[str, WeightedRewardConfig] = field(default_factory=dict)
+    """Instead of `reward`: several by name, as in PPO."""
     critic_parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout of the reward model."""
+    """Layout of reward models."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are sampled."""
     evaluate: EvaluateAlgorithmConfig = field(default_factory=EvaluateAlgorithmConfig)
     """How many, which weights, what else to measure."""
+
+    @property
+    def reward_models(self) -> list[NamedReward]:
+        """The parts of the reward that are models."""
+        return [part for part in named_rewards(self.reward, self.rewards) if not part.is_function]

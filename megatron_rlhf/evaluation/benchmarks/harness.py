@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.lengths import check_sampling
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.microbatches import TokenBatch
@@ -164,6 +165,8 @@ def generation_settings(task: dict[str, Any], base: SamplingConfig) -> tuple[Sam
         temperature=temperature if sampled is not False else 0.0,
         top_k=int(remaining.pop("top_k", 0)),
         top_p=float(remaining.pop("top_p", 1.0)),
+        repetition_penalty=float(remaining.pop("repetition_penalty", 1.0)),
+        beams=int(remaining.pop("num_beams", 1)),
         max_response_tokens=int(limit),
         batch_size=base.batch_size,
         precision=base.precision,
@@ -171,8 +174,9 @@ def generation_settings(task: dict[str, Any], base: SamplingConfig) -> tuple[Sam
     if remaining:
         raise UserError(
             f"a task's generation_kwargs ask for {', '.join(sorted(remaining))}; known are until, do_sample, "
-            "temperature, top_k, top_p and max_gen_toks"
+            "temperature, top_k, top_p, repetition_penalty, num_beams and max_gen_toks"
         )
+    check_sampling(sampling, "a task's generation_kwargs")
     return sampling, stops
 
 

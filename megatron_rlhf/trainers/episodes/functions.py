@@ -1,10 +1,11 @@
 """The functions of a run's reward: found, recorded for a resume, started, and tried out before any model is built."""
 
 import json
+from collections.abc import Sequence
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.rewards import NamedReward, named_rewards
-from megatron_rlhf.config.stages import PPOConfig
+from megatron_rlhf.config.stages import EvaluateConfig, PPOConfig
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.parallel.layout import ParallelLayout
@@ -18,7 +19,12 @@ TRIED = 2
 """Prompts that functions score before the run, each with an empty response, which a policy may well give."""
 
 
-def find_functions(config: PPOConfig, layout: ParallelLayout, prompts: Examples[Prompt], session: Session) -> Reward:
+def find_functions(
+    config: PPOConfig | EvaluateConfig,
+    layout: ParallelLayout,
+    prompts: Sequence[Prompt] | Examples[Prompt],
+    session: Session,
+) -> Reward:
     """The reward without its models, which the caller builds. Collective over the world.
 
     Raises:
@@ -32,8 +38,7 @@ def find_functions(config: PPOConfig, layout: ParallelLayout, prompts: Examples[
     if asked:
         columns = (json.dumps(prompt.record, sort_keys=True, default=str).encode() for prompt in prompts)
         parts.keep_data(session, "prompts' other columns", ["data.prompts"], (list(column) for column in columns))
-    specs = {p.name: (str(p.config.function), p.config.processes, p.config.timeout_s, p.key) for p in asked}
-    reward = Reward(layout, {part.name: part.weight for part in named}, {}, launch_functions(layout, specs))
+    reward = Reward(layout, {part.name: part.weight for part in named}, {}, launch_functions(layout, asked))
     first = [prompts[i] for i in range(min(TRIED, len(prompts)))]
     reward.try_functions(
         lambda: Answers(

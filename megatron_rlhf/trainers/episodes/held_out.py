@@ -8,9 +8,10 @@ from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.config.stages.held_out import HeldOutConfig
 from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.rewards.reward import several
 from megatron_rlhf.rollout.collect import Roles, sample_and_judge
 from megatron_rlhf.rollout.judging import Judge
-from megatron_rlhf.trainers.episodes.metrics import LOGGED_SAMPLES, several
+from megatron_rlhf.trainers.episodes.metrics import LOGGED_SAMPLES
 from megatron_rlhf.trainers.episodes.texts import texts_of
 
 
@@ -67,9 +68,11 @@ def evaluate(
     )
     scores = roles.reward.scores(judge.scores())
     parts = several(scores.parts)
+    timeouts = {} if scores.timeouts is None else {"evaluation/timeouts": float(scores.timeouts)}
     metrics = {
         "evaluation/score_mean": float(scores.total_b.mean()),
         **{f"evaluation/{name}_mean": float(part_b.mean()) for name, part_b in parts.items()},
+        **timeouts,
         "evaluation/response_length_mean": float(responses.response_lengths_b.float().mean()),
         "evaluation/stop_fraction": float(responses.stopped_b.float().mean()),
     }

@@ -1,6 +1,6 @@
 """Metrics of an iteration, from what it computed anyway."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from megatron_rlhf.algorithms.masking import masked_sum
 from megatron_rlhf.config.stages import PPOConfig
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.rewards.reward import several
 from megatron_rlhf.rollout.collect import Roles
 from megatron_rlhf.rollout.types import Rollout
 from megatron_rlhf.trainers.step import TrainedRole, Update
@@ -35,17 +36,13 @@ def rollout_metrics(rollout: Rollout, totals_b: Tensor) -> dict[str, float]:
         "reward/score_std": float(scores.std(unbiased=False)),
         "reward/total_mean": float(totals_b.mean()),
         **{f"reward/{name}_mean": float(part_b.mean()) for name, part_b in several(rollout.parts).items()},
+        **({} if rollout.timeouts is None else {"reward/timeouts": float(rollout.timeouts)}),
         "kl/mean": kl_of_sequences("k1"),
         "kl/k3_mean": kl_of_sequences("k3"),
         "rollout/response_length_mean": float(responses.response_lengths_b.float().mean()),
         "rollout/stop_fraction": float(responses.stopped_b.float().mean()),
         **gap,
     }
-
-
-def several(parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The parts of a score, where it has more than one."""
-    return parts if len(parts) > 1 else {}
 
 
 def sample_rows(rollout: Rollout, totals_b: Tensor, kl_bt: Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lengths import LONGEST, share_context
 from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import EvaluateConfig
 from megatron_rlhf.conversion.starting_point import AVERAGE, POLICY
 from megatron_rlhf.data.comparisons import Ranking, load_rankings
@@ -21,7 +22,9 @@ from megatron_rlhf.evaluation.results import GREEDY
 from megatron_rlhf.labeling import collecting
 from megatron_rlhf.labeling.types import Task
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.rewards.reward import Reward
 from megatron_rlhf.runs.session import Session
+from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.setup import parts
 from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 
@@ -30,39 +33,56 @@ def build_evaluate(config: EvaluateConfig, session: Session) -> Evaluator:
     """`megatron-rlhf evaluate`."""
     wanted = AVERAGE if config.evaluate.ema else POLICY
     output = output_file(Path(config.run.dir), config.evaluate.output)
-    source, model, judge = None, None, None
+    source, model = None, None
     if config.policy.init_from is not None:
         source, model = parts.find_start(config.policy.init_from, "policy.init_from", wanted, config.model, "model")
         parts.check_role("policy", model, config)
-    if config.reward.init_from is not None:
-        judge = parts.find_judge(config, "critic_parallel")
-    tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, "reward.init_from": judge}, session)
-    shapes = {"policy": model, "reward model": judge.model if judge else None}
-    known = {whose: shape for whose, shape in shapes.items() if shape is not None}
+    judges = {
+        part.name: parts.find_judge(config, "critic_parallel", part.config.init_from, part.key)
+        for part in config.reward_models
+    }
+    sources = {f"{part.key}.init_from": judges[part.name] for part in config.reward_models}
+    tokenizer = choose_tokenizer(config.data, {"policy.init_from": source, **sources}, session)
+    known = {"policy": model} if model is not None else {}
+    for name, judge in judges.items():
+        known["reward model" if len(judges) == 1 else f"reward model {name}"] = judge.model
     for whose, shape in known.items():
         require_tokenizer_fits(tokenizer, shape.vocab_size, f"the {whose}'s vocab_size")
-    rankings = _rankings(config, tokenizer, judge.model.max_sequence_length) if judge is not None else []
+    rankings = _rankings(
+        config, tokenizer, min((judge.model.max_sequence_length for judge in judges.values()), default=0)
+    )
     context = min(shape.max_sequence_length for shape in known.values())
     if config.sampling.max_response_tokens is not None and config.data.max_prompt_tokens is None:
         config.data.max_prompt_tokens = min(LONGEST, context)  # prompts without room for it are named, not dropped
     share_context(config.data, config.sampling, "sampling", context)
     benchmarks = _benchmarks(config)
     questions = _questions(config, session, tokenizer, known)
-    held_out, policy, reward = None, None, None
+    held_out, policy = None, None
     if config.data.pretraining.source is not None:
         assert model is not None
         held_out = parts.make_pretraining(config.data.pretraining, tokenizer, model, 1, session).held_out
+    reward = _reward(config, session, questions)
     if model is not None:
         layout = ParallelLayout.create(config.parallel)
         layout.seed(config.run.seed)
         policy = parts.make_role("policy", model, layout, config, source).frozen()
         policy.know_only(tokenizer.known_ids)
-    if judge is not None:
-        critic_layout = ParallelLayout.create(config.critic_parallel)
+    if reward is not None:
         if policy is None:
-            critic_layout.seed(config.run.seed)
-        reward = parts.make_role("reward", judge.model, critic_layout, config, judge, scalar=True).frozen()
+            reward.layout.seed(config.run.seed)
+        reward.models = {
+            name: parts.make_role("reward", judge.model, reward.layout, config, judge, scalar=True).frozen()
+            for name, judge in judges.items()
+        }
     return Evaluator(config, session, tokenizer, questions, output, held_out, benchmarks, rankings, policy, reward)
+
+
+def _reward(config: EvaluateConfig, session: Session, questions: Questions | None) -> Reward | None:
+    """What scores the answers, its functions tried out, its models still to be built."""
+    if not named_rewards(config.reward, config.rewards):
+        return None
+    layout = ParallelLayout.create(config.critic_parallel)
+    return find_functions(config, layout, questions.prompts if questions is not None else [], session)
 
 
 def _benchmarks(config: EvaluateConfig) -> Benchmarks | None:

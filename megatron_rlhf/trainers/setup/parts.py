@@ -18,7 +18,7 @@ from megatron_rlhf.config.checking import checks, layout_checks
 from megatron_rlhf.config.data import PretrainingDataConfig, PromptPart, PromptRulesConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import NO_SHAPE, ModelConfig, ParallelConfig, Precision, without_implied
-from megatron_rlhf.config.stages import BaseConfig, EvaluateConfig, PPOConfig, SFTConfig
+from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.conversion.starting_point import REWARD, StartingPoint, Wanted
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory, choose
@@ -51,9 +51,9 @@ def find_start(
     return source, source.model
 
 
-def find_judge(config: SFTConfig | EvaluateConfig, parallel_key: str) -> StartingPoint:
-    """The reward model that scores a run's sampled responses."""
-    source, model = find_start(config.reward.init_from, "reward.init_from", REWARD, None, "model")
+def find_judge(config: BaseConfig, parallel_key: str, init_from: str | None, key: str = "reward") -> StartingPoint:
+    """A reward model that scores a run's sampled responses."""
+    source, model = find_start(init_from, f"{key}.init_from", REWARD, None, "model")
     assert source is not None
     check_role("reward", model, config, parallel_key)
     return source

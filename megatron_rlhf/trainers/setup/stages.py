@@ -50,7 +50,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     judge = None
     if config.reward.init_from is not None:
-        judge = parts.find_judge(config, "parallel")
+        judge = parts.find_judge(config, "parallel", config.reward.init_from)
         parts.keep_start(session, "reward model", judge, judge.model, "reward.init_from")
     tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")

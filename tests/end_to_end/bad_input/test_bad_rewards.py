@@ -71,6 +71,12 @@ CASES: dict[str, tuple[list[str], str, int]] = {
     "nothing_in_one": (["rewards.x.weight=2"], r"rewards\.x: give either init_from or function", 1),
     "name_of_the_sum": (["rewards.total.function={file}:good"], r"rewards\.total: a name .* none of score, total", 1),
     "name_with_a_dash": (["rewards.a-b.function={file}:good"], r"rewards\.a-b: a name has letters", 1),
+    "late_score_of_a_model": (
+        ["rewards.x.init_from={recipe}/reward_model", "rewards.x.timeout_score=0"],
+        r"rewards\.x\.timeout_score=0 is for a function: give rewards\.x\.function too",
+        1,
+    ),
+    "name_of_a_column": (["rewards.response.function={file}:good"], r"rewards\.response: a name .* none of", 1),
     "unknown_key_of_one": (
         ["rewards.x.wieght=2"],
         r"no key rewards\.x\.wieght; did you mean rewards\.NAME\.weight\?",

@@ -4,6 +4,11 @@ import pytest
 from bad_cases import Case
 
 CASES: dict[str, Case] = {
+    "beams_in_ppo": Case("ppo", ["rollout.beams=4"], [r"rollout\.beams=4: PPO learns from samples"]),
+    "beams_and_top_p": Case(
+        "ppo", ["rollout.beams=4", "rollout.top_p=0.9"], [r"rollout\.top_p=0\.9 with rollout\.beams=4", "leave one"]
+    ),
+    "no_beams": Case("ppo", ["rollout.beams=0"], [r"rollout\.beams=0 must be at least 1"]),
     "minibatch": Case("ppo", ["ppo.minibatch_size=4"], [r"ppo\.minibatch_size=4 does not divide ppo\.batch_size=10"]),
     "gamma_without_text": Case(
         "ppo", [], [r"ppo\.ptx_coef=27\.8 needs data\.pretraining\.source"], without=["data.pretraining.source"]

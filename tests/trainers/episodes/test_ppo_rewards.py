@@ -8,6 +8,8 @@ from recipe import WORDS, read_metrics, run_stage, whole_weights, write_lines
 from toys import assert_close
 
 LENGTH = """
+import time
+
 def score(prompts, responses, records):
     return [len(response) / 10 for response in responses]
 
@@ -15,6 +17,11 @@ def wanted(prompts, responses, records):
     assert all(set(record) == {"word", "number"} for record in records), records
     assert all(prompt == f"say {record['word']}:" for prompt, record in zip(prompts, records))
     return [response.count(record["word"][0]) + record["number"] for response, record in zip(responses, records)]
+
+def hangs(prompts, responses, records):
+    if records[0]["number"] % 2:
+        time.sleep(1000)
+    return [1.0]
 """
 AMONG = ["ppo.samples_per_prompt=2", "ppo.critic_warmup_iterations=0"]
 
@@ -70,6 +77,22 @@ def test_a_function_alone_needs_no_model_on_the_critics_side(rewards, recipe):
     assert all(prompts[i] == prompts[i + 1] for i in range(0, 8, 2))
     responses = [row["response"] for row in samples(recipe, name) if row["step"] == 1]
     assert any(responses[i] != responses[i + 1] for i in range(0, 8, 2)), "two samples of a prompt"
+
+
+def test_what_is_not_scored_in_time_scores_what_the_user_says(rewards, recipe):
+    """With the first rank of two away from the function."""
+    slow = [f"reward.function={function(recipe, 'hangs')}", "reward.timeout_s=3", "reward.timeout_score=-4"]
+    more = ["reward.processes=8", "ppo.iterations=2", "placement=disaggregated", "placement.critic_ranks=1"]
+    run_ranks(2, run_stage, "ppo", rewards("late", *slow, *more), timeout=300)
+    row, _ = read_metrics(recipe.root / "late")
+    numbers = {f"say {word}:": i for i, word in enumerate(WORDS)}
+    shown = [sample for sample in samples(recipe, "late") if sample["step"] == 1]
+    assert {-4.0, 1.0} == {row["score"] for row in shown}
+    assert all(row["score"] == (-4.0 if numbers[row["prompt"]] % 2 else 1.0) for row in shown)
+    late = row["reward/timeouts"]
+    count = late * 5 / (1 - row["reward/score_mean"])  # episodes, from a mean of late times -4 and the rest times 1
+    assert late > 0 and count == pytest.approx(round(count))
+    assert f"for {late:.0f} of {count:.0f} responses, which score -4" in (recipe.root / "late" / "log.txt").read_text()
 
 
 def test_with_gae_the_value_model_starts_from_the_policy(rewards, recipe):
