@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317 # functions that `ask` calls
 # Shared by the job scripts of this folder. A script sets STAGE and RECIPE and sources this file; the script's
 # arguments are Hydra overrides. It plans the memory, runs the stage with one task per GPU, and queues the job again if
 # it was interrupted or a rank died (restarts.sh). The environment says how to run Python and where:
@@ -38,7 +39,7 @@ choose_python() {
         if [[ $CONTAINER_IMAGE == [./]* && ! -e $CONTAINER_IMAGE ]]; then
             fail "CONTAINER_IMAGE=$CONTAINER_IMAGE: no such file; build it from $REPOSITORY/Dockerfile"
         fi
-        [[ $(srun --help 2>&1) == *--container-image* ]] ||
+        [[ $(ask srun --help 2>&1) == *--container-image* ]] ||
             fail "CONTAINER_IMAGE is set, but this cluster's srun has no --container-image (pyxis); use VENV instead"
         CONTAINER=(
             "--container-image=$CONTAINER_IMAGE"
@@ -85,8 +86,8 @@ address_of_first() { # NODES
 
 # The batch script runs on the first node: rank 0's address and a free port are known here, also for containers.
 choose_rendezvous() {
-    MASTER_ADDR=${MASTER_ADDR:-$(address_of_first "$SLURM_JOB_NODELIST")}
-    getent ahosts "$MASTER_ADDR" >/dev/null ||
+    MASTER_ADDR=${MASTER_ADDR:-$(ask address_of_first "$SLURM_JOB_NODELIST")}
+    undisturbed getent ahosts "$MASTER_ADDR" >/dev/null ||
         fail "rank 0's node ($MASTER_ADDR) cannot be resolved: set MASTER_ADDR to an address that all nodes reach"
     if [[ -z ${MASTER_PORT:-} ]]; then
         MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -127,7 +128,7 @@ check_nodes() {
     for ((part = 0; part < PARTS; part++)); do
         nodes=$(of_part SLURM_JOB_NUM_NODES "$part") group=() address=$MASTER_ADDR
         if ((PARTS > 1)); then
-            group=("--het-group=$part") address=$(address_of_first "$(of_part SLURM_JOB_NODELIST "$part")")
+            group=("--het-group=$part") address=$(ask address_of_first "$(of_part SLURM_JOB_NODELIST "$part")")
         fi
         MASTER_ADDR=$address SLURM_GPUS_PER_TASK='' run TERM "${group[@]}" --ntasks-per-node=1 --ntasks="$nodes" \
             "${CONTAINER[@]}" python "$REPOSITORY/tools/doctor.py" || code=$?

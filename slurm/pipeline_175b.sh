@@ -53,7 +53,9 @@ words reward "${REWARD_OVERRIDES:-}"
 words ppo "${PPO_OVERRIDES:-}"
 
 submit() {
-    sbatch --parsable --kill-on-invalid-dep=yes "${flags[@]}" "$@"
+    local job
+    job=$(sbatch --parsable --kill-on-invalid-dep=yes "${flags[@]}" "$@")
+    echo "${job%%;*}" # without the cluster's name, which --clusters adds
 }
 
 sft_job=$(submit "$here/sft_175b.sh" "recipe=${SFT_RECIPE:-instructgpt_175b/ppo_initialization}" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# shellcheck disable=SC2154 # variables of common.sh
+# shellcheck disable=SC2154,SC2317 # variables of common.sh; functions that `ask` calls
 # Sourced by common.sh: runs srun, hears signals, and decides at the end of a start whether the job is queued again.
 #
 # Signals (--signal=B:..., a time limit, preemption, requeue, scancel) come to this shell, and go from here to the tasks,
@@ -15,32 +15,47 @@ SECONDS_TO_END=60                                                               
 ASIDE=$(mktemp -d)
 MESSAGES=$ASIDE/srun
 SRUN='' FORWARD=TERM HEARD=0 SIGNALLED='' LIMIT='' LEFT='' PLANNED_STEP=0 RUN_DIR='' CONCLUDED=''
-trap 'rm -rf "$ASIDE"' EXIT
+trap '[[ $BASHPID != "$$" ]] || rm -rf "$ASIDE"' EXIT # a child that dies before it has become a program runs it, too
 trap 'hear USR1' USR1
 trap 'hear TERM' TERM
 
 hear() { # SIGNAL
     HEARD=1
     if [[ -z $SIGNALLED ]]; then
-        SIGNALLED=$1 LEFT=$(seconds_of "$(ask_slurm %L)")
+        SIGNALLED=$1 LEFT=$(ask time_of_job %L) || LEFT=''
     fi
-    if [[ -n $SRUN ]]; then
-        kill "-$FORWARD" "$SRUN" 2>/dev/null || true
-    fi
-    if [[ $1 == TERM && $(ask_slurm %r) == TimeLimit ]]; then
+    forward
+    if [[ $1 == TERM && $(ask of_job %r) == TimeLimit ]]; then
         conclude_at_the_limit # now: there may be no time later
     fi
 }
 
-ask_slurm() { # FORMAT of squeue
-    squeue --noheader --jobs="$JOB" --format="$1" 2>/dev/null | head -n 1 || true
+forward() { # what was heard, to the tasks
+    if [[ -n $SRUN && -n $SIGNALLED ]]; then
+        kill "-$FORWARD" "$SRUN" 2>/dev/null || true
+    fi
 }
 
-undisturbed() { # Slurm signals the whole process group, and so what works for this shell
+# Slurm signals all processes of the job, and so what works for this shell. A subshell has none of its traps: without
+# these two, a command that is signalled would end the script, or be taken for an answer.
+undisturbed() { # PROGRAM ARGUMENTS...
     (
         trap '' TERM USR1
         exec "$@"
     )
+}
+
+ask() { # FUNCTION ARGUMENTS...: only inside $(...), or in the background
+    trap '' TERM USR1
+    "$@"
+}
+
+of_job() { # FORMAT of squeue
+    squeue --noheader --jobs="$JOB" --format="$1" 2>/dev/null | head -n 1 || true
+}
+
+time_of_job() { # FORMAT of squeue -> seconds
+    seconds_of "$(of_job "$1")"
 }
 
 seconds_of() { # [DAYS-][[HOURS:]MINUTES:]SECONDS -> seconds; nothing if there is no limit
@@ -58,34 +73,48 @@ seconds_of() { # [DAYS-][[HOURS:]MINUTES:]SECONDS -> seconds; nothing if there i
 # srun with these arguments. What srun and slurmstepd say themselves, lines for every task of a large job, is kept
 # aside: the log is the tasks' own words.
 run() { # SIGNAL-FOR-SRUN ARGUMENTS...
-    local code=0 last reader watcher
+    local code=0 last told reader
+    leave_if_signalled
     FORWARD=$1 HEARD=1
     shift
-    [[ -p $ASIDE/pipe ]] || mkfifo "$ASIDE/pipe"
-    undisturbed sed -u -n -e "/^srun: /w $MESSAGES" -e "/[Aa]t fault: node\|watchdog: /w $MESSAGES" \
-        -e "/ steps of [0-9.,]* s = /w $MESSAGES" -e '/^srun: \|^slurmstepd[^:]*: error: \*\*\*\|^Terminated$/!p' "$ASIDE/pipe" &
+    [[ -p $ASIDE/pipe ]] || undisturbed mkfifo "$ASIDE/pipe"
+    exec 7<>"$ASIDE/pipe"
+    exec 8<"$ASIDE/pipe" # here: who opens an end by itself waits for the other
+    (
+        trap '' TERM USR1
+        exec sed -u -n -e "/^srun: /w $MESSAGES" -e "/[Aa]t fault: node\|watchdog: /w $MESSAGES" \
+            -e "/ steps of [0-9.,]* s = /w $MESSAGES" -e '/^srun: \|^slurmstepd[^:]*: error: \*\*\*\|^Terminated$/!p'
+    ) <&8 7>&- & # in parentheses: a function's shell would keep what is closed here
     reader=$!
-    srun "$@" >"$ASIDE/pipe" 2>&1 &
+    srun "$@" >&7 2>&1 7>&- 8<&- &
     SRUN=$!
-    end_if_lost "$SRUN" &
-    watcher=$!
+    (ask end_if_lost "$SRUN") >/dev/null 2>&1 7>&- 8<&- & # ends by itself when srun has
+    if [[ -n $SIGNALLED ]]; then # before there was an srun
+        sleep 1 # until the child has become one
+        forward
+    fi
     while ((HEARD)); do # a signal ends `wait` before srun has ended
         HEARD=0 last=$code code=0
         wait "$SRUN" 2>/dev/null || code=$?
         ((code != 127)) || code=$last # it had ended when the signal came
     done
     SRUN=''
-    kill "$watcher" 2>/dev/null || true
-    wait "$reader" "$watcher" 2>/dev/null || true
-    return "$(code_of_tasks "$code")"
+    exec 7>&- 8<&-
+    while kill -0 "$reader" 2>/dev/null; do # a signal ends this `wait`, too
+        wait "$reader" 2>/dev/null || true
+    done
+    told=$(ask code_of_tasks "$code") || told=$code
+    return "$told"
 }
 
 # srun waits for the tasks of a slurmstepd that is gone for as long as the job lasts.
 end_if_lost() { # PROCESS
     until grep -qE '^srun: (error: [^ ]+: tasks? [0-9]|First task exited)' "$MESSAGES" 2>/dev/null; do
         sleep 5
+        kill -0 "$1" 2>/dev/null || return 0
     done
     sleep "$SECONDS_TO_END"
+    kill -0 "$1" 2>/dev/null || return 0
     echo "srun: error: it still waited for tasks $SECONDS_TO_END s after the first one had ended" >>"$MESSAGES"
     kill -KILL "$1" 2>/dev/null || true
 }
@@ -106,7 +135,7 @@ code_of_tasks() { # CODE-OF-SRUN
 }
 
 first_end() { # NODE: task NUMBER: how it ended
-    sed -n 's/^srun: error: \([^ ]*: tasks\? [0-9].*\)/\1/p' "$MESSAGES" | head -n 1
+    sed -n '/^srun: error: [^ ]*: tasks\? [0-9]/{s/^srun: error: //p;q}' "$MESSAGES"
 }
 
 failed_nodes() { # CODE: the nodes that the rendezvous or the watchdog names, else that of the first task to end
@@ -125,18 +154,28 @@ failed_nodes() { # CODE: the nodes that the rendezvous or the watchdog names, el
 begin() { # OVERRIDES...
     local argument
     for argument in "$@"; do
+        argument=${argument#+} argument=${argument#+} # Hydra's ++run.dir=
         [[ $argument != run.dir=* ]] || RUN_DIR=${argument#run.dir=}
     done
     if [[ $RUN_DIR == *[\'\"\$\\]* ]]; then # Hydra's quotes, or another key's value
-        RUN_DIR=$(srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/examples/train_$STAGE.py" --cfg \
-            "recipe=$RECIPE" "$@" 2>/dev/null | sed -n "/^run:/,/^[^ ]/s/^  dir: //p") || true
-        RUN_DIR=${RUN_DIR#\'} RUN_DIR=${RUN_DIR%\'}
+        argument=$(ask composed_run_dir "$@") || argument=''
+        if [[ -z $argument && -n $SIGNALLED ]]; then # which has ended its task
+            argument=$(ask composed_run_dir "$@") || argument=''
+        fi
+        RUN_DIR=${argument#\'} RUN_DIR=${RUN_DIR%\'}
     fi
-    LIMIT=$(seconds_of "$(ask_slurm %l)")
-    FROM=$(newest_checkpoint) FILE=$(state_of_metrics)
+    [[ -z $RUN_DIR || $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR # awk would take "a=b/file" for an assignment
+    LIMIT=$(ask time_of_job %l) || LIMIT=''
+    FROM=$(ask newest_checkpoint) || FROM=''
+    FILE=$(ask state_of_metrics) || FILE=''
     if ((START > 1)); then
-        echo "start $START of job $JOB, from ${FROM:-the beginning}$(last_end)"
+        echo "start $START of job $JOB, from ${FROM:-the beginning}$(ask last_end)"
     fi
+}
+
+composed_run_dir() { # OVERRIDES...
+    srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/examples/train_$STAGE.py" --cfg "recipe=$RECIPE" \
+        "$@" 2>/dev/null | sed -n "/^run:/,/^[^ ]/s/^  dir: //p"
 }
 
 newest_checkpoint() { # anything else in that file is no number, and bash runs what it finds in one: first[$(...)]
@@ -151,7 +190,6 @@ state_of_metrics() {
 
 steps_done() { # by this start, after the checkpoint that it began from
     local first=${FROM#step_} last=0
-    first=$((10#${first:-0}))
     if [[ $(state_of_metrics) != "$FILE" ]]; then
         last=$(tail -n 1 "$RUN_DIR/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\).*/\1/p')
     fi
@@ -166,13 +204,17 @@ last_end() {
 # A time limit that leaves no time for a step is refused: before a GPU works, if it is shorter than a step,
 require_time_for_a_step() {
     local printed
-    printed=$(sed -n 's/.* steps of \([0-9.,]*\) s = .*/\1/p' "$MESSAGES" | tail -n 1)
+    printed=$(ask planned_step) || printed=0
     printed=${printed//,/}
     PLANNED_STEP=${printed%.*}
     if [[ -n $LIMIT ]] && ((LIMIT <= PLANNED_STEP)); then
         fail "the time limit (sbatch --time) of $LIMIT s is not longer than one step, which is planned to take" \
             "$PLANNED_STEP s"
     fi
+}
+
+planned_step() {
+    sed -n 's/.* steps of \([0-9.,]*\) s = .*/\1/p' "$MESSAGES" | tail -n 1
 }
 
 # or else when its warning comes, half a minute early at most: only then is it known how long before the limit.
@@ -211,7 +253,7 @@ conclude() { # CODE
     if ((code == INTERRUPTED)) || [[ -n $SIGNALLED && $code -gt 128 ]]; then
         polite=1
     fi
-    state=$(ask_slurm %T)
+    state=$(state_of_job)
     cause=$(first_end)
     ((polite)) && cause="asked to stop$(if_in_first_step)"
     record "$code" "${cause:-exit code $code}"
@@ -226,7 +268,18 @@ conclude() { # CODE
     exit "$code"
 }
 
+state_of_job() { # a controller that is busy is asked again: a job whose script runs has a state
+    local state=''
+    state=$(of_job %T)
+    if [[ -z $state ]]; then
+        sleep 10
+        state=$(of_job %T)
+    fi
+    echo "$state"
+}
+
 conclude_at_the_limit() {
+    trap '' TERM USR1
     local earlier=$((2 * (WARNING > PLANNED_STEP ? WARNING : PLANNED_STEP)))
     [[ -z $CONCLUDED ]] || return 0
     echo "job $JOB reached its time limit in the middle of a step: the warning before it has to leave time for a step" \
@@ -293,6 +346,7 @@ queue_again() { # CODE
         [[ $before == "(null)" ]] && before=''
         scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$nodes" ||
             echo "$nodes could not be excluded" >&2
-        scontrol release "$JOB"
+        scontrol release "$JOB" || { sleep 3 && scontrol release "$JOB"; } ||
+            echo "job $JOB is held: scontrol release $JOB" >&2
     fi
 }

@@ -1,0 +1,100 @@
+"""A signal at the worst moments: while any of the programs runs that a job script calls. No Slurm: its commands are stand-ins.
+
+Slurm signals all processes of a job at once, so a program dies in the middle of its work, and so do the subshells above it.
+Whatever it was, the script has heard the signal, and the job is queued again.
+"""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parents[2] / "slurm"
+PROGRAMS = (
+    "awk cat date dirname getent grep head hostname mkdir mkfifo mktemp scontrol sed squeue srun stat tail".split()
+)
+# What stands for Slurm's own: enough of each for a job of one node.
+OWN = {
+    "squeue": 'case "$*" in *%T*) echo RUNNING ;; *%r*) echo None ;; *%l*) echo 1:00:00 ;; *%L*) echo 50:00 ;; esac',
+    "scontrol": 'case "$*" in "show hostnames"*) echo n1 ;; "show node"*) echo "  NodeAddr=127.0.0.1 x" ;; esac',
+    "getent": "exit 0",
+    "srun": """case "$*" in
+        *--cfg*) printf 'run:\\n  dir: %s\\nseed: 1\\n' "$RUN" ;;
+        *plan.py*) echo "rollout: 3 steps of 0.5 s = 2 s" ;;
+        *) trap 'exit 75' TERM USR1
+           for _ in {1..40}; do sleep 0.05; done
+           touch "$RUN.done" ;;
+    esac""",
+}
+# $0 is the name, and calls are numbered over all names.
+PROGRAM = """#!/bin/bash
+exec 9>>"$CALLS.lock"; flock 9
+echo "${{0##*/}} $*" >> "$CALLS"
+number=$(wc -l < "$CALLS")
+exec 9>&-
+if [[ $number == "$STRIKE" ]]; then
+    kill -TERM 0
+    sleep 1
+fi
+{work}
+"""
+
+
+def run(folder: Path, strike: int) -> tuple[int, list[str], str]:
+    """A job in which the process group is signalled during a call of a program: exit code, calls, output."""
+    bin, calls = folder / "bin", folder / f"calls_{strike}"
+    run_dir = folder / f"run {strike}"
+    script = folder / f"job_{strike}.sh"
+    script.write_text(f'#SBATCH --signal=B:USR1@600\nSTAGE=ppo RECIPE=none\nsource "{SLURM}/common.sh"\n')
+    environment = {
+        "PATH": f"{bin}:/usr/bin:/bin",
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2"},
+        **{"CLUSTER": "laptop", "VENV": str(folder / "venv"), "SLURM_JOB_PARTITION": "all", "EXCLUDE_FAILED": "1"},
+        **{"CALLS": str(calls), "STRIKE": str(strike), "RUN": str(run_dir), "HOME": str(folder)},
+    }
+    done = subprocess.run(
+        ["/bin/bash", script, f"run.dir='{run_dir}'"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    return done.returncode, calls.read_text().splitlines(), done.stdout + done.stderr
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    for name in PROGRAMS:
+        real = next(path for folder in ("/usr/bin", "/bin") if (path := Path(folder, name)).exists() or name in OWN)
+        program = tmp_path / "bin" / name
+        program.write_text(PROGRAM.format(work=OWN.get(name, f'exec {real} "$@"')))
+        program.chmod(0o755)
+    return tmp_path
+
+
+def test_a_signal_at_any_moment_queues_the_job_again(programs: Path) -> None:
+    code, calls, output = run(programs, strike=0)
+    assert code == 0, output
+    assert [call.split()[0] for call in calls].count("srun") == 3, "run.dir, planner, training"
+    first = 1 + next(number for number, call in enumerate(calls, 1) if call.startswith("mktemp"))
+    # The programs of a launch are started side by side, in no order.
+    launches = [i for i, call in enumerate(calls, 1) if call.startswith("sed -u")]
+    together = {i + more for i in launches for more in range(-1, 4)}
+    moments = [i for i in range(first, len(calls) + 1) if i not in together]
+    with ThreadPoolExecutor(max(os.cpu_count() or 1, 2)) as pool:
+        ends = list(pool.map(lambda strike: run(programs, strike), moments))
+    wrong = {}
+    for number, (code, done, output) in zip(moments, ends, strict=True):
+        again = done.count("scontrol requeue 7")
+        trained = (programs / f"run {number}.done").exists()
+        # Tasks may have ended by the signal before they could handle it, or may have been done.
+        if (code, again) not in ([(0, 0)] if trained else [(75, 1), (143, 1)]):
+            wrong[f"{number}: {done[number - 1]}"] = (code, done[number:], output)
+    assert not wrong
