@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf import sweep
 from megatron_rlhf.compose import compose_config, share_out
 from megatron_rlhf.config.checking import checks
 from megatron_rlhf.config.checking import evaluation as evaluation_checks
@@ -61,10 +62,21 @@ def launch(stage: str, arguments: Sequence[str] | None = None) -> None:
         if "--cfg" in arguments:
             print(compose_config(stage, schema, [a for a in arguments if a != "--cfg"])[1], end="")
         else:
-            run_stage(stage, arguments)
+            if set(arguments) & set(sweep.FLAGS):
+                _run_each(stage, sweep.combinations(stage, schema, arguments))
+            else:
+                run_stage(stage, arguments)
             from megatron_rlhf.parallel import runtime
 
             runtime.shutdown()
+
+
+def _run_each(stage: str, combinations: Sequence[sweep.Combination]) -> None:
+    """The runs of a sweep, one after the other, on the same ranks."""
+    for number, one in enumerate(combinations, start=1):
+        if detect_launch().rank == 0:
+            print(f"run {number} of {len(combinations)}: {one.name}", flush=True)
+        run_stage(stage, one.overrides)
 
 
 def launch_chat(arguments: Sequence[str] | None = None) -> None:

@@ -69,9 +69,20 @@ def compose_config(
             resolved = OmegaConf.to_yaml(composed, resolve=True)
     # OmegaConf asserts on a.b=1 where a is null.
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise UserError(_explain(error, known, overrides)) from error
+        raise UserError(_explain(error, known, overrides, files.names)) from error
     check_ranges(config)
     return config, resolved  # type: ignore[return-value]
+
+
+def values_of(override: str) -> list[str]:
+    """The override once for each value that Hydra's grammar sees in it: `key=1,2`, `key=range(3)`."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return [override]  # composing says what is wrong with it
+    if not parsed.is_sweep_override():
+        return [override]
+    return [f"{override.partition('=')[0]}={one}" for one in parsed.sweep_string_iterator()]
 
 
 def as_yaml(config: Any) -> str:
@@ -194,6 +205,8 @@ def require_known_keys(known: Mapping[str, Key], overrides: Sequence[str]) -> No
 def _instead_of_flag(flag: str, known: Mapping[str, Key]) -> str:
     if flag in ("-m", "--multirun"):
         return "a run takes one value of each key: start a run for each, in a loop of the shell or as a Slurm job array"
+    if "config" in flag:
+        return "settings in a file are config=FILE, a folder of groups is --config-dir=DIR"
     near = nearest(flag, known)
     instead = f"did you mean {near}=...? Settings" if near else "settings"
     return f"{instead} are key=value, and --help lists them"
@@ -211,13 +224,23 @@ def _require_readable(override: str, for_hydra: str) -> None:
     if parsed.is_sweep_override():
         key, _, values = override.partition("=")
         raise UserError(
-            f"{override}: a run takes one value; start a run for each of several, as in: for x in {values.replace(',', ' ')}; do "
-            f"... {key}=$x run.dir=runs/$x; done"
+            f"{override}: a run takes one value; add -m for a run of each, or start a run for each of several, as in: "
+            f"for x in {values.replace(',', ' ')}; do ... {key}=$x run.dir=runs/$x; done"
         )
 
 
-def _explain(error: Exception, known: Mapping[str, Key], overrides: Sequence[str]) -> str:
+def _explain_file(path: Path, reason: str, known: Mapping[str, Key]) -> str:
+    """What Hydra finds wrong in a file of the user's."""
+    key = next(iter(re.findall(r"full_key: (\S+)", reason)), "")
+    meaning = f" ({known[key].doc})" if key in known else ""
+    return f"{path}: {f'{key}: ' if key else ''}{reason.splitlines()[0].strip()}{meaning}"
+
+
+def _explain(error: Exception, known: Mapping[str, Key], overrides: Sequence[str], names: Mapping[str, Path]) -> str:
     """What is wrong, in one sentence: the key, its value, and what is valid."""
+    found = re.match(r"In '([^']+)': (?:\w+ raised while composing config:)?\s*(.*)", str(error), re.DOTALL)
+    if found and found[1] in names:
+        return _explain_file(names[found[1]], found[2], known)
     chain = [error, error.__cause__, getattr(error.__cause__, "__cause__", None)]
     cause = next((c for c in chain if isinstance(c, OmegaConfBaseException) and c.full_key), error)
     key = getattr(cause, "full_key", None) or ""

@@ -61,6 +61,7 @@ def help_text(stage: str, schema: type, word: str | None = None) -> str:
             *([f"       placement=NAME        {', '.join(choices('placement'))}"] if "placement" in known else []),
             "       config=FILE           settings in a file of yours, such as another run's config.yaml",
             "       --config-dir=DIR      a folder of recipe/, model/, ... beside conf/",
+            "       -m                    a run for each value of key=1,2, one after the other, in folders of run.dir",
             "       --cfg                 print the resolved configuration and stop",
             "       --help WORD           the keys in whose name or meaning WORD is",
             "",

@@ -14,6 +14,7 @@ from pathlib import Path
 from ranks import CONTEXT, DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = "megatron-rlhf"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Finished:
 
 
 def run_example(script: str, *arguments: str, ranks: int = 1, timeout: float = 400, folder: Path = Path()) -> Finished:
-    """`examples/SCRIPT.py ARGUMENTS` in a folder on some ranks of this machine, as torchrun starts them."""
+    """`examples/SCRIPT.py ARGUMENTS`, or `megatron-rlhf ARGUMENTS`, in a folder on some ranks, as torchrun starts them."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="command_") as written:
         outputs = [Path(written) / str(rank) for rank in range(ranks)]
@@ -69,6 +70,11 @@ def run_command(
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    if script == INSTALLED:
+        from megatron_rlhf.__main__ import main
+
+        sys.argv = [script, *arguments]
+        sys.exit(main())
     path = ROOT / "examples" / f"{script}.py"
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")

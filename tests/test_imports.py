@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "own_files": {"config"},
     "compose": {"config", "own_files"},
     "help": {"config", "compose"},
+    "sweep": {"config", "compose"},
     "doctor": {"parallel", "models"},
     "self_test": {"config", "parallel", "models", "trainers"},
     "commands": {
@@ -57,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "callbacks",
         "help",
         "own_files",
+        "sweep",
     },
 }
 FOR_ALL = "config.errors"

@@ -89,7 +89,16 @@ def test_a_folder_of_groups_of_any_name(tmp_path: Path) -> None:
         ("lr: 3", "mine.yaml: there is no key lr; did you mean policy.optimizer.lr?"),
         ("sft: {epochs: 3\nx", "mine.yaml, line 2: not YAML"),
         ("- 3", "settings are keys and values"),
-        ("sft: {epochs: many}", "sft.epochs"),
+        ("sft: {epochs: many}", "mine.yaml: sft.epochs: "),
+        ("sft: {epochs: null}", "mine.yaml: sft.epochs: "),
+        ("sft: 3", "mine.yaml: sft: 3 has to be keys and values"),
+        ("model: tiny", "mine.yaml: model: tiny has to be keys and values"),
+        ("run.dir: y", "mine.yaml: run.dir is written as a key in a key: `run: {dir: ...}`"),
+        ("sft: {epochs: 3}\nsft: {batch_size: 2}", "mine.yaml, line 2: not YAML (sft is there twice)"),
+        ("ppo: {kl_coef: 0.1}", "there is no key ppo; it is a key of ppo: is this the file of another stage?"),
+        ("recipe: first_try", "a recipe is chosen in the command, recipe=first_try"),
+        ("defaults: 3", "mine.yaml: defaults is a list of files in conf/"),
+        ("defaults: [/recipe/nope/sft]", "mine.yaml: Could not load 'recipe/nope/sft'"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, content: str, says: str) -> None:
@@ -105,6 +114,11 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, content: str, says: str) -
         ("config=/no/such.yaml", "config=/no/such.yaml: /no/such.yaml cannot be read"),
         ("recipe=/no/such.yaml", "cannot be read"),
         ("--config-dir=/no/such", "there is no folder /no/such"),
+        ("--config-dir", "give --config-dir=DIR"),
+        ("--config=mine.yaml", "settings in a file are config=FILE"),
+        ("config=", "config=: names no file"),
+        ("config", "config: a setting is key=value"),
+        ("config=/", "config=/: / is a folder, and a file of settings is needed"),
         ("--learning-rate=1", "there is no such flag; did you mean policy.optimizer.lr=...?"),
         ("-m", "a loop of the shell or as a Slurm job array"),
         ("sft.epochs=1,2", "for x in 1 2; do ... sft.epochs=$x run.dir=runs/$x; done"),
@@ -115,6 +129,15 @@ def test_what_is_not_there_is_told_what_to_do_instead(override: str, says: str) 
     with pytest.raises(UserError) as caught:
         sft(override)
     assert says in str(caught.value)
+
+
+def test_the_folder_of_a_former_run_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("sft: {epochs: 3}\n")
+    with pytest.raises(UserError) as caught:
+        sft(f"config={tmp_path}")
+    assert f"did you mean {tmp_path}/config.yaml?" in str(caught.value)
+    (tmp_path / "mine").write_text("sft: {epochs: 3}\n")
+    assert sft(f"recipe={tmp_path}/mine").sft.epochs == 3, "a recipe may have any name"
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class Chat:
         if self._hf.chat_template is None:
             raise conversation.record.mistake(
                 f"holds messages, and the tokenizer {self._hf.name_or_path} has no chat template to make text of them; give "
-                "one: data.chat_template=FILE.jinja (prepare_data.py: --chat-template)"
+                "one: data.chat_template=FILE.jinja (prepare: --chat-template)"
             )
         with _naming(conversation.record):
             return str(

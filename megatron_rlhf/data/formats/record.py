@@ -59,7 +59,7 @@ class Record:
         known = next(
             (f", or data.format={name}" for columns, name in TELLTALE.items() if columns <= self.fields.keys()), ""
         )
-        return f'; make it of others, as in data.columns.{column}="{{{source}}}"{known} (prepare_data.py: --column, --format)'
+        return f'; make it of others, as in data.columns.{column}="{{{source}}}"{known} (prepare: --column, --format)'
 
     def text(self, column: str) -> str:
         """The field, which must be text."""
