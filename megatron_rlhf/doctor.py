@@ -71,7 +71,11 @@ def self_test() -> Finding:
             timeout=SELF_TEST_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        hint = "ranks cannot reach each other: check the firewall, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        busy = f"{os.getloadavg()[0]:.0f} processes want the {os.cpu_count()} cores"
+        hint = (
+            "ranks cannot reach each other: check the firewall, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; or this "
+        )
+        hint += f"machine is busy: {busy}"
         return Finding("self-test", BROKEN, f"{what} did not end in {SELF_TEST_TIMEOUT} s", "", hint)
     if done.returncode:
         reason = first_exception(done.stderr) or f"exit code {done.returncode}"
