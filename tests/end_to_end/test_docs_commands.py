@@ -1,6 +1,7 @@
 """Every command of docs/ runs: read by bash word by word, shrunk by settings alone, in a folder that has what the page names.
 
-A page's commands run one after the other. Those of minutes are slow tests; what needs more than this machine says so.
+A page's commands run one after the other. Of benchmarks and examples of minutes it is tested that they are there and know their
+options; what needs more than this machine says so.
 """
 
 import os
@@ -32,7 +33,7 @@ SHRUNK = {
     "plan": ["--layouts", "0"],
     "label serve": ["--port", "0"],
 }
-SLOW = ("quickstart.sh", "run.sh", "happier_stories", "benchmark")
+LONG = ("quickstart.sh", "happier_stories", "benchmark")
 SERVER_SECONDS = 60
 
 
@@ -130,6 +131,21 @@ def between(page: str, command: Command, folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_the_commands_of_a_page_run(page, folder, tmp_path, monkeypatch):
     for command in page_commands(page, tmp_path):
-        if command.stage not in SLOW:
+        if command.stage not in LONG:
             between(page.stem, command, folder)
             run_page_command(command, folder, monkeypatch)
+
+
+def test_commands_of_minutes_are_there_and_know_their_options(tmp_path):
+    long = [command for page in PAGES for command in page_commands(page, tmp_path) if command.stage in LONG]
+    assert {command.stage for command in long} == set(LONG)
+    options: dict[str, set[str]] = {}
+    for command in long:
+        assert any((ROOT / "examples" / f"{command.script}{ending}").is_file() for ending in ("", ".py")), command
+        if command.stage == "benchmark":
+            named = {word for word in command.arguments if word.startswith("--")}
+            options[command.arguments[0]] = options.get(command.arguments[0], set()) | named
+    for name, named in options.items():
+        helped = run_example("../tools/benchmark", name, "--help")
+        assert helped.codes == [0], helped.output
+        assert named <= set(re.findall(r"--[\w-]+", helped.output)), name
