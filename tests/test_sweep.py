@@ -70,11 +70,11 @@ def test_an_array_of_jobs_takes_its_number_from_the_environment(monkeypatch):
 
 
 def test_each_run_leaves_what_a_run_leaves(recipe):
-    arguments = recipe.sft("sweep", "sft.max_steps=1", "policy.optimizer.lr=1e-3,0", "-m")
+    arguments = recipe.sft("sweep", "sft.max_steps=1", "policy.optimizer.lr=0.002,0.001", "-m")
     finished = run_example("train_sft", *(a for a in arguments if a != "policy.optimizer.lr=1e-3"), ranks=2)
     assert finished.codes == [0, 0], finished.output
-    assert "run 2 of 2: policy.optimizer.lr=0" in finished.output
-    for value in ("1e-3", "0"):
+    assert "run 2 of 2: policy.optimizer.lr=0.001" in finished.output
+    for value in ("0.002", "0.001"):
         run = recipe.root / "sweep" / f"policy.optimizer.lr={value}"
         (row,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert row["step"] == 1

@@ -55,7 +55,7 @@ def write_models(root: Path, recipe: Recipe) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     ends = {"vocab_size": 301, "bos_token_id": 0, "eos_token_id": 0}
-    gpt2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, **ends)
+    gpt2 = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=2048, **ends)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64}
     llama = LlamaConfig(num_hidden_layers=26, **sizes, **ends)
     for name, model in (("gpt2", GPT2LMHeadModel(gpt2)), ("llama", LlamaForCausalLM(llama))):

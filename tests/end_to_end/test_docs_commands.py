@@ -120,6 +120,9 @@ def label_everything(folder: Path) -> None:
 
 def between(page: str, command: Command, folder: Path) -> None:
     """What a reader has done before a command, or people have."""
+    if page == "benchmarks":  # their prompts are longer than the toy's context
+        shutil.rmtree(folder / "runs" / "ppo")
+        shutil.copytree(folder / "gpt2", folder / "runs" / "ppo")
     if page == "labeling" and command.arguments[:2] == ["label", "status"]:
         label_everything(folder)
     if page == "evaluation" and command.stage == "compare":  # the others are evaluated in the same way
