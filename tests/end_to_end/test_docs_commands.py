@@ -4,6 +4,8 @@ A page's commands run one after the other. Of benchmarks and examples of minutes
 options; what needs more than this machine says so.
 """
 
+import argparse
+import importlib
 import os
 import re
 import shlex
@@ -139,16 +141,14 @@ def test_the_commands_of_a_page_run(page, folder, tmp_path, monkeypatch):
             run_page_command(command, folder, monkeypatch)
 
 
-def test_commands_of_minutes_are_there_and_know_their_options(tmp_path):
+def test_commands_of_minutes_are_there_and_know_their_options(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     long = [command for page in PAGES for command in page_commands(page, tmp_path) if command.stage in LONG]
     assert {command.stage for command in long} == set(LONG)
-    options: dict[str, set[str]] = {}
     for command in long:
         assert any((ROOT / "examples" / f"{command.script}{ending}").is_file() for ending in ("", ".py")), command
         if command.stage == "benchmark":
-            named = {word for word in command.arguments if word.startswith("--")}
-            options[command.arguments[0]] = options.get(command.arguments[0], set()) | named
-    for name, named in options.items():
-        helped = run_example("../tools/benchmark", name, "--help")
-        assert helped.codes == [0], helped.output
-        assert named <= set(re.findall(r"--[\w-]+", helped.output)), name
+            name, *options = command.arguments
+            parser = argparse.ArgumentParser()
+            importlib.import_module(f"benchmarks.{name}").arguments(parser)
+            parser.parse_args(options)
