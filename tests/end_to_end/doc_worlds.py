@@ -33,7 +33,7 @@ def make_world(root: Path, recipe: Recipe) -> Path:
         write_lines(root / name, asked)
     write_lines(root / "demos.jsonl", [{"prompt": prompt, "response": " alpha beta"} for prompt in prompts])
     answers = {"responses": [" alpha", " beta gamma", " delta"], "ranks": [0, 1, 2]}
-    for name in ("ranked.jsonl", "first.jsonl", "comparisons.jsonl", "held_out.jsonl"):
+    for name in ("ranked.jsonl", "first.jsonl", "held_out.jsonl"):
         write_lines(root / name, [{"prompt": prompt, **answers} for prompt in prompts])
     by_people = [{"prompt": prompt, "ranks": [1, 0], "sources": ["sft", "ppo"]} for prompt in prompts]
     write_lines(root / "ranked_by_people.jsonl", by_people)
