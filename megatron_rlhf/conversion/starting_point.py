@@ -109,9 +109,12 @@ class StartingPoint:
                 f"{key} does not fit {self.path}: {'; '.join(differences)}. Leave {key} out to take the checkpoint's shape."
             )
 
-    def require_undamaged(self, key: str) -> None:
-        """Raise UserError, naming the file, when the checkpoint is not what was written, or holds code. Collective."""
+    def require_undamaged(self, key: str, scalar: bool) -> None:
+        """Raise UserError, naming the file, when a checkpoint is not what was written, or holds code, or a Hugging Face
+        folder does not hold what its config.json describes. Collective. `scalar`: the role has a scalar head.
+        """
         if self.saved_role is None:
+            hf_load.require_whole(self.path, scalar)
             return
         if problem := integrity.find_damage(self.path, self.saved_role):
             raise UserError(f"{key}: {self.path} is damaged: {problem}; name another checkpoint")

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,9 +26,13 @@ FOLDER = "huggingface"
 """In the run folder."""
 
 
-def require_exportable(run: RunConfig, model: ModelConfig) -> None:
+def require_exportable(run: RunConfig, model: ModelConfig, starts: Mapping[str, str | None]) -> None:
     """Raise UserError, before a run begins, where its end has no place in transformers, or would replace what is no export
-    of this run."""
+    of this run.
+
+    Args:
+        starts: what each key of the configuration names as weights to start from.
+    """
     if run.export_hf is None:
         return
     try:
@@ -41,6 +46,12 @@ def require_exportable(run: RunConfig, model: ModelConfig) -> None:
             f"run.export_hf={run.export_hf.value}: {output} is there already, and not from this run; move it away, or "
             "choose another run.dir"
         )
+    for key, start in starts.items():
+        if start is not None and Path(start).expanduser().resolve().is_relative_to(output.resolve()):
+            raise UserError(
+                f"run.export_hf={run.export_hf.value} would replace {output}, which {key}={start} starts from; move that "
+                f"folder away and name it in {key}, or leave run.export_hf out"
+            )
 
 
 def export(run: RunConfig, role: str, tokenizer: Tokenizer) -> None:

@@ -1,5 +1,7 @@
 """A role loads only a model of its kind: an error names what was found and what was expected before a model is built."""
 
+import json
+
 import pytest
 from hf_models import save
 from toys import GPT2_LIKE, make_role
@@ -72,3 +74,16 @@ def test_what_is_found_is_named(world, tmp_path):
     save(tmp_path, "gpt2", SCORE)
     with pytest.raises(UserError, match=r"holds a model with a scalar head; needed is a language model"):
         StartingPoint.find(str(tmp_path), "policy.init_from", POLICY)
+
+
+def test_files_that_hold_another_model_than_config_json(world, tmp_path):
+    """Found from the files' headers, before a model of these sizes is built."""
+    save(tmp_path, "gpt2", LANGUAGE)
+    config = tmp_path / "config.json"
+    StartingPoint.find(str(tmp_path), "policy.init_from", POLICY).require_undamaged("policy.init_from", scalar=False)
+    sound = json.loads(config.read_text())
+    for changed, says in (({"n_layer": 9999}, "is missing, which config.json calls for"), ({"n_embd": 2**16}, "65536")):
+        config.write_text(json.dumps(sound | changed))
+        found = StartingPoint.find(str(tmp_path), "policy.init_from", POLICY)
+        with pytest.raises(UserError, match=says):
+            found.require_undamaged("policy.init_from", scalar=False)

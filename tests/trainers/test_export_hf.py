@@ -2,12 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from ranks import run_ranks
 from recipe import read_metrics, run_stage
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.training import ExportChoice, RunConfig
+from megatron_rlhf.trainers.export import require_exportable
 
 
 def test_the_best_epoch_has_the_validation_loss_that_chose_it(recipe):
@@ -37,6 +43,25 @@ def test_what_was_there_before_the_run_is_not_replaced(recipe):
     message = refusal(recipe.sft("export_over", "run.export_hf=last"))
     assert re.fullmatch(r"run\.export_hf=last: .*huggingface is there already, .* choose another run\.dir", message)
     assert (folder / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("spelling", ["{run}/huggingface", "{run}/../export_self/huggingface", "{link}"])
+def test_a_resumed_run_does_not_replace_what_it_starts_from(recipe, tmp_path, spelling):
+    run = recipe.root / "export_self"
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)
+    (run / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+    for name in ("meta.json", "checksums.sha256"):
+        (run / "checkpoints" / "step_1" / name).write_text("{}")
+    (run / "huggingface").mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(run / "huggingface")
+    settings = RunConfig(dir=str(run), export_hf=ExportChoice.last)
+    require_exportable(settings, model, {"policy.init_from": str(recipe.root / "sft"), "value.init_from": None})
+    start = spelling.format(run=run, link=tmp_path / "link")
+    with pytest.raises(
+        UserError, match=r"run\.export_hf=last would replace .*huggingface, which reward\.init_from=.* starts"
+    ):
+        require_exportable(settings, model, {"reward.init_from": start})
+    require_exportable(replace(settings, export_hf=None), model, {"reward.init_from": start})
 
 
 def refusal(overrides):

@@ -32,13 +32,23 @@ class Range:
             and (self.below is None or value < self.below)
         )
 
+    def refusal(self, value: float) -> str | None:
+        """What is wrong with a value, as 'must be at least 1'; None when nothing is."""
+        if self.holds(value):
+            return None
+        if isinstance(value, int) and value > LARGEST_WHOLE and self.most is None:
+            return f"must be at most {LARGEST_WHOLE}"
+        return f"must be {self}" if math.isfinite(value) else f"must be a number, {self}"
+
     def __str__(self) -> str:
         bounds = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{word} {bound:.9g}" for word, bound in bounds.items() if bound is not None)
 
 
 ANY = Range()
 COUNT = Range(least=1)
+WIDTH = Range(least=1, most=2**20)
+"""Far above any model: a number beyond is a slip, which would otherwise end in hours or in missing memory."""
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(above=0)
 SHARE = Range(least=0, most=1)
@@ -64,8 +74,10 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     },
     rollout.RolloutConfig: {"cache_gb": POSITIVE},
     model.ModelConfig: {
-        **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size"), COUNT),
-        **dict.fromkeys(("max_sequence_length", "num_query_groups", "head_dim", "ffn_hidden_size"), COUNT),
+        "num_layers": Range(least=1, most=10_000),
+        **dict.fromkeys(("hidden_size", "num_attention_heads", "num_query_groups", "head_dim"), WIDTH),
+        **dict.fromkeys(("ffn_hidden_size", "vocab_size"), Range(least=1, most=2**24)),
+        "max_sequence_length": COUNT,
         **dict.fromkeys(("rope_base", "rope_scaling_factor", "rope_low_frequency", "rope_high_frequency"), POSITIVE),
         **dict.fromkeys(("norm_epsilon", "init_std"), POSITIVE),
         "rope_fraction": SOME_SHARE,
@@ -149,10 +161,8 @@ def check_ranges(config: Any) -> None:
         if isinstance(value, str):
             if not value:
                 raise UserError(f"{path}= is empty: give a text, or leave the key out")
-        elif not allowed.holds(value):
-            bounds = f"must be {allowed}" if math.isfinite(value) else f"must be a number, {allowed}"
-            whole = isinstance(value, int) and value > LARGEST_WHOLE
-            raise UserError(f"{path}={value} {f'must be at most {LARGEST_WHOLE}' if whole else bounds}")
+        elif refusal := allowed.refusal(value):
+            raise UserError(f"{path}={value} {refusal}")
 
 
 def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_rlhf.config.checking.ranges import check_ranges
+from megatron_rlhf.config.checking.ranges import check_ranges, range_of
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, Positions, RopeScaling, without_implied
 from megatron_rlhf.conversion import key_maps
@@ -49,6 +49,7 @@ def read_head(content: Mapping[str, Any], architecture: Architecture, where: str
 
 def to_model_config(content: Mapping[str, Any], architecture: Architecture, where: str) -> ModelConfig:
     """The shape that a config.json describes; UserError for what our modules do not support."""
+    _require_sizes(content, architecture, where)
     full = _with_defaults(content, architecture, where)
     for key, allowed in (_ONLY | dict(architecture.only)).items():
         if full.get(key, allowed[0]) not in allowed:
@@ -111,6 +112,18 @@ def _with_defaults(content: Mapping[str, Any], architecture: Architecture, where
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
+def _require_sizes(content: Mapping[str, Any], architecture: Architecture, where: str) -> None:
+    """Raise UserError, with config.json's own key, for a number that no model has, before anybody calculates with it."""
+    for name, keys in architecture.fields.items():
+        allowed = range_of(ModelConfig, name)
+        for key in (keys,) if isinstance(keys, str) else keys:
+            value = content.get(key)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue  # left out, or no number, which the configuration class says
+            if refusal := allowed.refusal(value):
+                raise UserError(f"{where}: {key}={value} {refusal}")
+
+
 def _require_possible(model: ModelConfig, architecture: Architecture, where: str) -> None:
     """Raise UserError for sizes that no model can have, before tensors are compared with them."""
 
@@ -119,9 +132,6 @@ def _require_possible(model: ModelConfig, architecture: Architecture, where: str
         keys = [key if isinstance(key, str) else key[0] for key in keys]
         return ", ".join(f"{key}={getattr(model, name)}" for key, name in zip(keys, names, strict=True))
 
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length"):
-        if getattr(model, name) < 1:
-            raise UserError(f"{where}: {listed(name)}: must be at least 1")
     heads, groups, _ = attention_shape(model)
     if model.head_dim is None and model.hidden_size % heads:
         raise UserError(f"{where}: {listed('hidden_size', 'num_attention_heads')}: the heads must divide the width")

@@ -37,6 +37,18 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, bool]:
     return described.model, described.scalar
 
 
+def require_whole(folder: str | Path, scalar: bool) -> None:
+    """Raise UserError unless a folder's files hold what its config.json describes, before a role is built by it.
+
+    Only the files' headers are read. `scalar`: the role has a scalar head.
+    """
+    _open(Path(folder), Described.read(Path(folder)), scalar)
+
+
+def _open(folder: Path, described: Described, scalar: bool) -> Weights:
+    return Weights.open(folder, described, with_head=described.scalar or not scalar)
+
+
 def load_into(role: Role, folder: str | Path) -> None:
     """Load a role's weights, at its layout, from a Hugging Face folder. Collective over the layout.
 
@@ -49,7 +61,7 @@ def load_into(role: Role, folder: str | Path) -> None:
     described = Described.read(Path(folder))
     if described.scalar and not role.scalar:
         raise UserError(f"{folder}: its head gives one number a token; the {role.name} needs a language model")
-    weights = Weights.open(Path(folder), described, with_head=described.scalar or not role.scalar)
+    weights = _open(Path(folder), described, role.scalar)
     if role.scalar and not described.scalar:
         log.info("%s: the scalar head is new, the rest comes from the language model in %s", role.name, folder)
     if not role.layout.is_member:

@@ -32,6 +32,7 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
+from megatron_rlhf.trainers.setup.machine import check_memory, memory_of_rank
 from megatron_rlhf.trainers.setup.records import load_once, on_first_rank
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def find_start(
         return None, shape
     source = StartingPoint.find(init_from, key, wanted)
     source.require_shape(shape, shape_key)
-    source.require_undamaged(key)
+    source.require_undamaged(key, wanted.scalar)
     return source, source.model
 
 
@@ -64,6 +65,7 @@ def check_role(name: str, model: ModelConfig, config: BaseConfig, key: str = "pa
     built."""
     parallel: ParallelConfig = getattr(config, key)
     layout_checks.check_model(model, parallel, key)
+    check_memory(name, model, parallel, config.precision_of(name), memory_of_rank())
     if config.precision_of(name) is Precision.fp8_hybrid:
         checks.check_fp8_shape(model, parallel, config.fp8.recipe, key)
 

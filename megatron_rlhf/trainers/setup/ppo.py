@@ -95,7 +95,9 @@ def _find_starts(config: PPOConfig, session: Session) -> dict[str, Start]:
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     parts.check_role("policy", model, config)
     partial_training.check("policy", config, model, source, scalar=False)
-    require_exportable(config.run, model)
+    named = {f"{part.key}.init_from": part.config.init_from for part in config.reward_models}
+    named |= {"policy.init_from": config.policy.init_from, "value.init_from": config.value.init_from}
+    require_exportable(config.run, model, named)
     if (sampling := config.rollout.parallel.of(config.parallel)) is not None:
         layout_checks.check_generation(model, sampling, config.parallel)
         model = parts.padded_for_both(model, config.parallel.tensor, sampling.tensor)

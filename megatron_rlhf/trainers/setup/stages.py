@@ -46,7 +46,8 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     source, model = parts.find_start(config.policy.init_from, "policy.init_from", POLICY, config.model, "model")
     parts.check_role("policy", model, config)
     partial_training.check("policy", config, model, source, scalar=False)
-    require_exportable(config.run, model)
+    starts = {"policy.init_from": config.policy.init_from, "reward.init_from": config.reward.init_from}
+    require_exportable(config.run, model, starts)
     parts.keep_start(session, "policy", source, model, "policy.init_from")
     judge = None
     if config.reward.init_from is not None:
@@ -108,7 +109,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     source, model = parts.find_start(config.reward.init_from, "reward.init_from", TRAINED_REWARD, config.model, "model")
     parts.check_role("reward", model, config)
     partial_training.check("reward", config, model, source, scalar=True)
-    require_exportable(config.run, model)
+    require_exportable(config.run, model, {"reward.init_from": config.reward.init_from})
     parts.keep_start(session, "reward model", source, model, "reward.init_from")
     tokenizer = choose_tokenizer(data, {"reward.init_from": source}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")

@@ -76,7 +76,7 @@ def plant_in_objects(checkpoint: Path, trace: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "init_from": lambda folder: StartingPoint.find(str(folder), "k", POLICY).require_undamaged("k"),
+    "init_from": lambda folder: StartingPoint.find(str(folder), "k", POLICY).require_undamaged("k", False),
     "weights": lambda folder: sharded.load_weights(folder, make_role(GPT2_LIKE), "policy"),
     "role": lambda folder: load_role(folder),
     "resume": lambda folder: choose_checkpoint(folder.parent, RunConfig(dir="run", resume=True)),
