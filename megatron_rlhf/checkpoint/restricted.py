@@ -73,8 +73,11 @@ class ScalesUnpickler(_Unpickler):
         "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     }
 
+    TENSORS: ClassVar = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+    """What reads a tensor: torch's, which Megatron-Core 0.19 replaces."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in self.TENSORS:
             return lambda content: torch.load(io.BytesIO(content), weights_only=True)
         return super().find_class(module, name)
 
