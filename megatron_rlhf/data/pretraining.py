@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -261,13 +262,26 @@ def _document_lengths(prefix: Path, tokenizer: Tokenizer) -> npt.NDArray[np.int3
     try:
         corpus = IndexedDataset(str(prefix))
         lengths = corpus.sequence_lengths.copy()  # the original is in a file that is unmapped with `corpus`
+        _require_inside(corpus, Path(f"{prefix}.bin"))
         head = max(1, int(np.searchsorted(np.cumsum(lengths), PROBE_TOKENS)))
         largest = max((int(ids.max()) for ids in corpus[:head] if len(ids)), default=0)
-    except (AssertionError, ValueError, OSError) as error:
+    except (AssertionError, ValueError, IndexError, OSError, struct.error) as error:
         raise UserError(f"{prefix}: not a Megatron .bin and .idx, or broken ({error}); {advice}") from error
     if largest >= tokenizer.vocab_size:
         raise UserError(f"{prefix}: holds token {largest}, the tokenizer has {tokenizer.vocab_size}; {advice}")
     return lengths
+
+
+def _require_inside(corpus: IndexedDataset, tokens: Path) -> None:
+    """Raise ValueError where the index names tokens that its file does not have: training would meet them days later."""
+    index = corpus.index
+    ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * index.dtype_size
+    documents = index.document_indices
+    outside = (index.sequence_lengths < 0) | (index.sequence_pointers < 0) | (ends > tokens.stat().st_size)
+    if outside.any():
+        raise ValueError(f"document {int(outside.argmax())} is not inside of {tokens.name}")
+    if documents[0] != 0 or (np.diff(documents) < 0).any():
+        raise ValueError("its documents are not in order")
 
 
 def _held_out_documents(lengths: npt.NDArray[np.int32], fraction: float, sequence_length: int) -> int:
