@@ -102,3 +102,16 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is expected, found {type(content).__name__}")
     return content
+
+
+def warn_of_contradiction(settings: Path, begins: bool) -> None:
+    """Where tokenizer_config.json says otherwise than the post-processor does: whether texts begin with a token."""
+    # transformers uses tokenizer.json if there is one, and so does whatever serves the model.
+    says = read_object(settings).get("add_bos_token") if settings.is_file() else None
+    if says is not None and bool(says) != begins:
+        log.warning(
+            "%s says add_bos_token: %s, yet the post-processor %s texts with a token; it is the one that counts",
+            settings,
+            json.dumps(says),
+            "begins" if begins else "does not begin",
+        )

@@ -230,21 +230,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not hf.is_fast:
         raise UserError(f"{path}: the folder holds no fast tokenizer; convert it so that it has a tokenizer.json")
     tokenizer = Tokenizer(hf, folder)
-    _warn_of_contradiction(tokenizer, folder / "tokenizer_config.json")
+    special_tokens.warn_of_contradiction(folder / "tokenizer_config.json", begins=bool(tokenizer.start_ids))
     return tokenizer
-
-
-def _warn_of_contradiction(tokenizer: Tokenizer, settings: Path) -> None:
-    # transformers uses tokenizer.json if there is one, and so does whatever serves the model.
-    says = special_tokens.read_object(settings).get("add_bos_token") if settings.is_file() else None
-    if says is not None and bool(says) != bool(tokenizer.start_ids):
-        does = "begins" if tokenizer.start_ids else "does not begin"
-        log.warning(
-            "%s says add_bos_token: %s, yet the post-processor %s texts with a token; it is the one that counts",
-            settings,
-            json.dumps(says),
-            does,
-        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -> Tokenizer:

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
-import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.parallel import collectives
 
 
 @dataclass(frozen=True)
@@ -182,14 +180,6 @@ class Tally:
         """(read, padding) since the last call."""
         counts, self.read, self.padding = (self.read, self.padding), 0, 0
         return counts
-
-
-def padding_share(tallies: Sequence[Tally]) -> float:
-    """Of all tokens read since the last call, not counting decoding. Collective over the world."""
-    counts = torch.tensor([tally.take() for tally in tallies], dtype=torch.float64).sum(dim=0)
-    assert dist.group.WORLD is not None
-    read, padding = collectives.sum_over(counts, dist.group.WORLD).tolist()
-    return padding / max(read, 1.0)
 
 
 def plan(sequences: Sequences, size: Budget | int, ranks: int) -> list[list[list[int]]]:

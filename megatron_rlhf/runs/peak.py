@@ -1,4 +1,6 @@
-"""The peak FLOP/s of the machine that a run is on, from conf/cluster/: what throughput/mfu is a share of."""
+"""The rates of a step, and the peak of the machine that a run is on, from conf/cluster/, which throughput/mfu is a share of."""
+
+from collections.abc import Mapping
 
 import torch
 import yaml
@@ -33,3 +35,19 @@ def peak_flops_per_s(chosen: str | None, precision: Precision) -> float | None:
         return None
     with (CLUSTERS / f"{cluster}.yaml").open() as file:
         return ClusterConfig(**yaml.safe_load(file)).peak_flops_per_s(precision)
+
+
+def with_rates(metrics: Mapping[str, float], peak: float | None, ranks: int) -> dict[str, float]:
+    """A step's metrics, in which `step_tokens` and `step_flops` have been divided by its time; `peak`: FLOP/s of one rank."""
+    line = dict(metrics)
+    if "time/step_s" not in line:
+        return line
+    seconds = max(line["time/step_s"], 1e-9)
+    if "time/resharding_s" in line:
+        line["time/resharding_share"] = line["time/resharding_s"] / seconds
+    for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):
+        if name in line:
+            line[rate] = line.pop(name) / seconds
+    if peak and "throughput/model_flops_per_s" in line:
+        line["throughput/mfu"] = line["throughput/model_flops_per_s"] / (peak * ranks)
+    return line

@@ -32,7 +32,7 @@ from megatron_rlhf.runs import candidates, resume_table
 from megatron_rlhf.runs.checkpoints import CheckpointWriter, choose_checkpoint
 from megatron_rlhf.runs.guards import Guard
 from megatron_rlhf.runs.interruption import Interruption
-from megatron_rlhf.runs.peak import peak_flops_per_s
+from megatron_rlhf.runs.peak import peak_flops_per_s, with_rates
 from megatron_rlhf.runs.profile import Profile, phase_range
 from megatron_rlhf.runs.run_lock import RunLock, require_writable
 from megatron_rlhf.runs.stage import EVALUATION, folder_for, write_stage
@@ -254,22 +254,13 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics.jsonl, with the phases' times and memory peaks, each the largest over ranks.
 
-        Collective. `step_tokens` and `step_flops`, where a trainer gives them, are divided by the time of its phase
-        "step" to give rates.
+        Collective. `step_tokens` and `step_flops`, where a trainer gives them, become rates (`with_rates`).
         """
         mine = self.timer.take()
         phases = self._largest.of({**mine, **self.waiting.figures(mine.get("time/step_s", 0.0))})
         self._peak = max([self._peak, *(value for name, value in phases.items() if name.startswith("memory/"))])
         line = {**metrics, **self.waiting.metrics(phases), **phases, "memory/peak_bytes": self._peak}
-        if "time/resharding_s" in line:
-            line["time/resharding_share"] = line["time/resharding_s"] / max(line["time/step_s"], 1e-9)
-        for name, rate in (("step_tokens", "throughput/tokens_per_s"), ("step_flops", "throughput/model_flops_per_s")):
-            if name in line:
-                line[rate] = line.pop(name) / max(line["time/step_s"], 1e-9)
-        if self.peak_flops_per_s and "throughput/model_flops_per_s" in line:
-            world = self.peak_flops_per_s * dist.get_world_size()
-            line["throughput/mfu"] = line["throughput/model_flops_per_s"] / world
-        self.metrics.log(step, line)
+        self.metrics.log(step, with_rates(line, self.peak_flops_per_s, dist.get_world_size()))
 
     def close(self) -> None:
         """Close the files and write the report."""

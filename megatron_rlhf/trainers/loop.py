@@ -5,12 +5,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
+
 from megatron_rlhf.callbacks import Callback
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.monitoring.progress import Progress
-from megatron_rlhf.parallel.packing import padding_share
+from megatron_rlhf.parallel import collectives
+from megatron_rlhf.parallel.packing import Tally
 from megatron_rlhf.runs.fp8_gate import Fp8Gate
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import export
@@ -148,3 +152,11 @@ class Trainer(ABC):
                 self.gate.load_state_dict(state["fp8_gate"])
             self.load_state_dict(state)
         self.session.begin(self.step if state else -1)  # a new run discards what the folder had
+
+
+def padding_share(tallies: Sequence[Tally]) -> float:
+    """Of all tokens read since the last call, not counting decoding. Collective over the world."""
+    counts = torch.tensor([tally.take() for tally in tallies], dtype=torch.float64).sum(dim=0)
+    assert dist.group.WORLD is not None
+    read, padding = collectives.sum_over(counts, dist.group.WORLD).tolist()
+    return padding / max(read, 1.0)

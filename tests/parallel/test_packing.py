@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.parallel.packing import Block, Segments, Sequences, Tally, arrange, padding_share, plan, share_out
+from megatron_rlhf.parallel.packing import Block, Segments, Sequences, Tally, arrange, plan, share_out
+from megatron_rlhf.trainers.loop import padding_share
 
 LENGTHS = [3, 9, 4, 9, 1, 6]
 
