@@ -193,7 +193,7 @@ class Evaluator:
 
 RUNS_OWN = {
     *("config.yaml", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "stage", "command", ".lock", JUDGED),
-    *("checkpoints", "cache", "replay", "tensorboard", "evaluation"),
+    *("checkpoints", "cache", "replay", "tensorboard", "evaluation", "benchmarks", "timeline.jsonl", "restarts.tsv"),
 }
 """Other files and folders in a run folder."""
 

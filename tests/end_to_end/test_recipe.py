@@ -79,7 +79,7 @@ def names(folder: Path) -> set[str]:
 def test_each_run_folder_holds_what_the_design_says_and_no_more(runs):
     assert names(runs["sft"]) == ALWAYS | {"cache"}
     assert names(runs["reward_model"]) == ALWAYS | {"cache"}
-    assert names(runs["ppo"]) == ALWAYS | {"cache"}
+    assert names(runs["ppo"]) == ALWAYS | {"cache", "timeline.jsonl"}
     assert names(runs["evaluation"]) == ALWAYS - {"checkpoints"} | {"cache", "evaluation.jsonl"}
     assert names(runs["ppo"] / "checkpoints") == {"latest", "step_3"}
     assert names(runs["ppo"] / "checkpoints" / "step_3") == {
