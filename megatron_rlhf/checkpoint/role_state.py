@@ -61,7 +61,7 @@ class RoleState:
                     else:
                         self.shared += runs_of(entry, 0, _flat(entry.data))
         if saved.optimizer is not None:
-            self._add_optimizer(saved.optimizer, is_loading, metadata)
+            self._add_optimizer(saved.optimizer, metadata)
         self.objects = {
             entry.unique_key: entry
             for entry in nested_values([*self.model, self.optimizer])
@@ -76,11 +76,13 @@ class RoleState:
         else:
             self.random_key = None
 
-    def _add_optimizer(self, optimizer: MegatronOptimizer, is_loading: bool, metadata: dict[str, Any]) -> None:
+    def _add_optimizer(self, optimizer: MegatronOptimizer, metadata: dict[str, Any]) -> None:
         parts = optimizer.chained_optimizers
         if not any(isinstance(part, DistributedOptimizer) for part in parts):
             keyed = {f"model{i}" if len(self.model) > 1 else "model": state for i, state in enumerate(self.model)}
-            self.optimizer = optimizer.sharded_state_dict(keyed, is_loading=is_loading, metadata=metadata)
+            # "is_loading" allocates the moments where there was no update yet (a critic's warmup, skipped steps): a
+            # checkpoint without them could not be resumed.
+            self.optimizer = optimizer.sharded_state_dict(keyed, is_loading=True, metadata=metadata)
             if self.trains_some_layers:
                 self.optimizer = dict_list_map_inplace(_by_layer, self.optimizer)
             for entry in nested_values(self.optimizer):
