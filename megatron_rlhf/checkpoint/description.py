@@ -10,6 +10,7 @@ from typing import Any
 from megatron_rlhf.checkpoint.draft import write_text
 from megatron_rlhf.checkpoint.integrity import META
 from megatron_rlhf.checkpoint.naming import FORMAT
+from megatron_rlhf.config.checking.ranges import check_ranges
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, Positions, RopeScaling
@@ -50,9 +51,11 @@ def model_to_json(model: ModelConfig) -> dict[str, Any]:
 def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
     try:
         fields: dict[str, Any] = {k: _ENUMS[k](v) if k in _ENUMS else v for k, v in content.items()}
-        return ModelConfig(**fields)
-    except (TypeError, ValueError) as error:  # written by hand, or by another version
+        model = ModelConfig(**fields)
+        check_ranges(model)
+    except (TypeError, ValueError, UserError) as error:  # written by hand, or by another version
         raise UserError(f"{META}: not a model's shape as this version knows it: {error}") from error
+    return model
 
 
 def adapter_from_json(content: Mapping[str, Any] | None) -> Adapter | None:

@@ -251,6 +251,13 @@ def test_broken_and_foreign_meta_files_are_named(tmp_path):
         sharded.read_meta(tmp_path)
 
 
+def test_a_shape_in_meta_json_that_no_model_has():
+    for name, value in (("num_layers", 1_000_000), ("hidden_size", 10**9), ("num_attention_heads", 0)):
+        content = sharded.model_to_json(GPT2_LIKE) | {name: value}
+        with pytest.raises(UserError, match=rf"meta\.json: .*{name}={value} must be at least 1"):
+            sharded.model_from_json(content)
+
+
 def test_every_field_of_a_model_survives_meta_json():
     odd = ModelConfig(
         num_layers=3,
