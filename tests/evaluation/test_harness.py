@@ -115,8 +115,9 @@ def test_settings_of_a_task():
     assert stops == ["\n"]
     assert generation_settings({}, SamplingConfig())[0].temperature == 0
     assert generation_settings({"do_sample": False, "temperature": 1.0}, SamplingConfig())[0].temperature == 0
-    with pytest.raises(UserError, match="num_beams"):
-        generation_settings({"num_beams": 4}, SamplingConfig())
+    assert generation_settings({"num_beams": 4}, SamplingConfig())[0].beams == 4
+    with pytest.raises(UserError, match="ask for length_penalty; known are"):
+        generation_settings({"length_penalty": 2.0}, SamplingConfig())
 
 
 def test_what_does_not_fit_the_context_is_refused(world, folder):

@@ -20,6 +20,8 @@ NO_FIGURE = (
     *("sft.logged_samples", "evaluation"),
     # Against transformers: tests/rollout/test_sampling.py, test_generate.py.
     *("sampling.repetition_penalty", "rollout.repetition_penalty", "sampling.beams", "rollout.beams"),
+    # The same texts by another engine: tests/rollout/test_megatron_engine.py.
+    *("rollout.engine", "rollout.cache_gb"),
     # Against peft: tests/conversion/test_peft.py; what is frozen: tests/trainers/test_partial_training.py.
     *(f"{role}.{key}" for role in ("policy", "reward", "value") for key in ("lora", "trainable")),
     # Alternatives to sizes in sequences: tests/distributed and tests/trainers.

@@ -32,19 +32,20 @@ def steps(seconds: tuple[float, ...], count: int) -> tuple[list[dict[str, float]
 
 
 def test_the_slowest_rank_is_the_one_that_does_not_wait() -> None:
-    (rows, messages), (others, silence) = run_ranks(2, steps, (0.1, 0.5), 6)
+    """A busy machine may hold the fast rank up for most of the slow one's second, and still."""
+    (rows, messages), (others, silence) = run_ranks(2, steps, (0.0, 1.0), 6)
     assert rows == others
     for row in rows:
         assert row.keys() == {"time/step_s", "time/slowest_rank", "time/slowest_rank_work", "time/rank_spread"}
         assert row["time/slowest_rank"] == 1
-        assert 0.45 < row["time/slowest_rank_work"] <= row["time/step_s"] + 0.05
-        assert 0.2 < row["time/rank_spread"] < 0.5
+        assert 0.9 < row["time/slowest_rank_work"] <= row["time/step_s"]
+        assert 0 < row["time/rank_spread"] <= row["time/slowest_rank_work"]
     assert len(messages) == 1 and messages[0].startswith("rank 1 on ")
     assert silence == []
 
 
 def test_equal_ranks_are_not_complained_of() -> None:
-    (_, messages), _ = run_ranks(2, steps, (0.2, 0.2), 6)
+    (_, messages), _ = run_ranks(2, steps, (0.5, 0.5), 6)
     assert messages == []
 
 
