@@ -106,7 +106,10 @@ def check(launch: Launch, self_test: bool) -> int:
         text, code = report(nodes, measured)
         print(text, flush=True)
         store.set("told", "yes")
-    store.wait(["told"])  # the store ends with the first rank
+        store.wait([f"left {rank}" for rank in range(1, launch.world_size)])  # the store ends with this rank
+    else:
+        store.wait(["told"])
+        store.set(f"left {launch.rank}", "yes")
     return code
 
 
