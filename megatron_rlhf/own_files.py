@@ -78,6 +78,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -98,7 +100,11 @@ def _read(override: str, value: str, known: Mapping[str, Key]) -> dict[str, Any]
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{override}: {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, a number of 5,000 digits; too many brackets
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
@@ -129,7 +135,7 @@ def _require_known(path: Path, content: Mapping[Any, Any], known: Mapping[str, K
             near = nearest(key, known)
             hint = f"did you mean {near}?" if near else _other_stage(key) or "--help lists all keys"
             raise UserError(f"{path}: there is no key {key}; {hint}")
-        group = any(path.startswith(f"{key}.") for path in known)
+        group = any(other.startswith(f"{key}.") for other in known)
         if isinstance(value, dict) and group:
             _require_known(path, value, known, f"{key}.")
         elif group and not (value is None and known[key].optional):

@@ -44,10 +44,8 @@ def combinations(stage: str, schema: type, arguments: Sequence[str]) -> list[Com
     for chosen in itertools.product(*choices):
         name = ",".join(one for one in chosen if one.partition("=")[0] in several)
         folder = Path(compose_config(stage, schema, list(chosen))[0].run.dir) / name.replace("/", "_")
-        begun = folder.exists()
-        own = [
-            one for one in chosen if one != RESUME or begun
-        ]  # an interrupted sweep goes on with the runs it had not begun
+        # An interrupted sweep goes on: of its runs, those that had not begun have nothing to resume.
+        own = [one for one in chosen if one != RESUME or folder.exists()]
         made.append(Combination(name, [*own, f"run.dir={folder}"]))
     return made
 

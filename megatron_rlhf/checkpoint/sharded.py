@@ -203,9 +203,8 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     own = [dict(group) for part in optimizer.chained_optimizers for group in part.param_groups]
     # Other versions of this package wrote how the state was sharded, and Megatron-Core would look for it here.
     state = {key: value for key, value in state.items() if key not in ("param_state", "param_state_sharding_type")}
-    for saved in _saved_groups(
-        state
-    ):  # Megatron-Core 0.19 knows a group by its peak rate, too, which a resume may change
+    # Megatron-Core 0.19 knows a group by its peak rate, too, which a resume may change.
+    for saved in _saved_groups(state):
         saved.update({key: own[0].get(key) for key in ("max_lr", "min_lr") if key in saved})
     optimizer.load_state_dict(state)
     groups = [group for part in optimizer.chained_optimizers for group in part.param_groups]

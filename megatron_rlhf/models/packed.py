@@ -1,5 +1,6 @@
 """Megatron-Core's GPTModel with what packed rows, padded vocabularies and scalar heads need."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 
-class PackedModel(GPTModel):
+class PackedModel(GPTModel, ABC):
     """GPTModel that reads packed rows, and whose output layer sees only the requested tokens.
 
     Their places in [b, s], flattened, come as `loss_mask`: Megatron-Core passes that to `_postprocess`, and does not
@@ -49,9 +50,9 @@ class PackedModel(GPTModel):
         place_n = place_n if rows == 1 else place_n % length * rows + place_n // length
         return hidden_sbh.flatten(0, 1).index_select(0, place_n)
 
+    @abstractmethod
     def _read(self, hidden_nh: Tensor) -> Tensor:
         """What the model gives for these: [n, ...]."""
-        raise NotImplementedError
 
 
 class LanguageModel(PackedModel):
@@ -66,9 +67,8 @@ class LanguageModel(PackedModel):
 
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         inference_context = kwargs.get("inference_context")
-        if self.post_process and isinstance(
-            inference_context, KeyValueCache
-        ):  # only the next token's logits are needed
+        # Our own decoding needs only the next token's logits.
+        if self.post_process and isinstance(inference_context, KeyValueCache):
             hidden_states = inference_context.last_hidden(hidden_states)
         output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or loss_mask is not None:
