@@ -45,7 +45,7 @@ def stage_of(run_dir: Path) -> str | None:
         return stage
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return next((stage for stage in RUNS if isinstance(config, dict) and stage in config), None)
 

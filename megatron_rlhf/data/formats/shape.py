@@ -106,7 +106,7 @@ def _read(format: str) -> dict[str, Any]:
             )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"data.format={format}: {path} cannot be read: {str(error).splitlines()[0]}") from error
     parts = {"about", "columns", "tree", "dialogue"}
     if not isinstance(found, dict) or not found.keys() <= parts or not isinstance(found.get("columns", {}), dict):

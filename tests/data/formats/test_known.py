@@ -233,6 +233,7 @@ def test_real_files_with_the_name_of_their_format_or_without(shared_data, name):
         ("columns: {prompt: {worst: x}}", "columns.prompt: {'worst': 'x'} is no template"),
         ("tree: {leaf: x}", "tree must hold root, text"),
         ("columns: [", "cannot be read"),
+        pytest.param("columns: " + "[" * 20_000, "cannot be read: maximum recursion depth", id="many brackets"),
         ('columns: {prompt: "{a.b}"}', "line 1: column 'a.b': no 'b' (did you mean 'bb'?); there are: bb"),
         ('columns: {prompt: "{a[].b}"}', "line 1: column 'a[].b': a list is expected before '[]'"),
         ('columns: {ranks: {scores: "{a}"}}', "line 1: {a} must hold numbers, not {'bb': 1}"),
