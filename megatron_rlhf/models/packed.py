@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.models.linear import await_weights
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
@@ -78,7 +79,7 @@ class LanguageModel(PackedModel):
 
     def logits(self, hidden_nh: Tensor) -> Logits:
         """Logits of hidden states, which all context-parallel ranks have."""
-        _await_weights(self.output_layer)
+        await_weights(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         groups = self.pg_collection
@@ -107,11 +108,5 @@ class ScalarModel(PackedModel):
             self.output_layer = ScalarHead(self.config, self.pg_collection)
 
     def _read(self, hidden_nh: Tensor) -> Tensor:
-        _await_weights(self.output_layer)
+        await_weights(self.output_layer)
         return self.output_layer.of(hidden_nh)
-
-
-def _await_weights(module: torch.nn.Module) -> None:
-    """Before weights are read without a call of their module: those that other ranks are still sending have arrived."""
-    for hook in module._forward_pre_hooks.values():
-        hook(module, ())

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import GPT2_LIKE, make_role
+from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
-from megatron_rlhf.models.linear import _Product
+from megatron_rlhf.models.linear import ColumnLinear, RowLinear, _Product
 from megatron_rlhf.trainers.step import TrainedRole
 
 
@@ -63,3 +63,33 @@ def test_each_weight_reaches_its_buffer_once(world):
         by_product = "linear" in name and name.endswith(".weight")
         assert getattr(parameter, "grad_added_to_main_grad", False) == by_product, name
         assert parameter.main_grad.ne(0).any(), name
+
+
+@pytest.mark.parametrize("model", [GPT2_LIKE, LLAMA_LIKE], ids=["gpt2", "llama"])
+def test_packed_weights_give_the_same_products_and_are_gone_afterwards(model, world):
+    role = make_role(model)
+    layers = [layer for layer in role.modules[0].modules() if isinstance(layer, (ColumnLinear, RowLinear))]
+    assert len(layers) == 4 * model.num_layers
+    for _ in range(2):
+        with role.decoding():
+            for rows in (1, 3, 40):
+                for layer in layers:
+                    input_ = torch.randn(1, rows, layer.weight.shape[1], generator=torch.Generator().manual_seed(rows))
+                    assert layer.packed is not None
+                    torch.testing.assert_close(layer(input_)[0], F.linear(input_, layer.weight, layer.bias))
+        assert all(layer.packed is None for layer in layers)
+        with torch.no_grad():  # the next rollout reads new weights
+            for layer in layers:
+                layer.weight.add_(1)
+
+
+def test_weights_are_packed_when_other_ranks_have_sent_them(world):
+    """With overlapped gathering, weights arrive before the layer is called: packing comes earlier, and must ask for them."""
+    role = make_role(GPT2_LIKE)
+    layer = next(layer for layer in role.modules[0].modules() if isinstance(layer, RowLinear))
+    arrive = layer.register_forward_pre_hook(lambda module, arguments: module.weight.data.fill_(2))
+    input_ = torch.ones(1, 1, layer.weight.shape[1])
+    with role.decoding():
+        arrive.remove()
+        product = layer(input_)[0] - layer.bias
+    torch.testing.assert_close(product, torch.full_like(product, 2.0 * layer.weight.shape[1]))

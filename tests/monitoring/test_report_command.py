@@ -67,9 +67,10 @@ def test_a_mistake_is_named(tmp_path, capsys, arguments, message):
 
 def test_watching_follows_a_run_until_it_is_interrupted(tmp_path):
     run = run_of(tmp_path / "run", [1.0])
-    command = [sys.executable, "-m", "megatron_rlhf.commands.report", str(run), "--watch", "1"]
-    start = "import sys; from megatron_rlhf.commands.report import main; sys.exit(main(sys.argv[1:]))"
-    command[1:3] = ["-c", start]
+    # A shell that starts the tests in the background has them ignore SIGINT, and their children with them.
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"{interruptible}; import sys; from megatron_rlhf.commands.report import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, str(run), "--watch", "1"]
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
     try:
         assert watching.stdout is not None

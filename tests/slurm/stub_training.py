@@ -37,6 +37,7 @@ def main() -> None:
         print(start, rank, world, os.environ.get("SLURMD_NODENAME"), *sys.argv[1:], sep="|", file=file)
     while done < int(given("stub.steps", "3")):
         if done - begun == int(after or 0) and action != "none":
+            meet(folder / f"met.{start}", rank, world)
             act(action, rank, world)
         time.sleep(SECONDS_A_STEP)
         done += 1
@@ -51,9 +52,17 @@ def main() -> None:
     print(f"rank {rank} of {world} is done")
 
 
+def meet(folder: Path, rank: int, world: int) -> None:
+    """Wait for the other ranks, as a step of a training does: a slow rank would take Slurm's TERM for a polite one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on: as if the watchdog ended them
+    folder.mkdir(exist_ok=True)
+    (folder / str(rank)).touch()
+    while len(list(folder.iterdir())) < world:
+        time.sleep(0.02)
+
+
 def act(action: str, rank: int, world: int) -> None:
     last = rank == world - 1
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the others: as if the watchdog ended them
     if action == "mistake":
         time.sleep(0.2 * rank)
         print("error: data.prompts=nowhere.jsonl: no such file", file=sys.stderr, flush=True)
