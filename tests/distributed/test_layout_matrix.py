@@ -113,9 +113,10 @@ def stages(recipe: Recipe, name: str, case: Case) -> dict[str, list[str]]:
     policy = [entry for entry in trained if "virtual_stages" not in entry]
     critic = case.overrides("critic_parallel", case.critic)
     epsilon, reward_epsilon = "policy.optimizer.epsilon=1e-4", "reward.optimizer.epsilon=1e-4"
-    start = f"policy.init_from={sft}"
+    # A step that overshoots, as a larger one does from this start, multiplies rounding by a hundred.
+    sft_settings = (f"policy.init_from={sft}", "sft.dropout=0", epsilon, "policy.optimizer.lr=1e-4", *trained)
     return {
-        "sft": [a for a in recipe.sft(f"{name}_sft", start, "sft.dropout=0", epsilon, *trained) if not is_shape(a)],
+        "sft": [a for a in recipe.sft(f"{name}_sft", *sft_settings) if not is_shape(a)],
         "reward_model": recipe.reward_model(f"{name}_rm", reward_model, reward_epsilon, *trained),
         "ppo": recipe.ppo(
             f"{name}_ppo",

@@ -23,23 +23,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Table:
-    """A pytest plugin that gathers what the tests record."""
+    """A pytest plugin that gathers what the tests record, and prints it as they end."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._config = config
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.user_properties:
-            self.rows.append({**dict(report.user_properties), "outcome": report.outcome})
+            row = {**dict(report.user_properties), "outcome": report.outcome}
+            terminal = self._config.get_terminal_writer()
+            if not self.rows:
+                terminal.line(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+            terminal.line(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |", flush=True)
+            self.rows.append(row)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The table. `ratio` is the largest relative difference; if a layout fails, the tests' exit code."""
     table = _Table()
-    code = pytest.main([str(MATRIX), "-q", "-m", "slow or not slow", "-k", options.k, "--no-header"], plugins=[table])
-    print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for row in table.rows:
-        print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |")
+    wanted = ["-m", "slow or not slow", "-k", options.k]
+    code = pytest.main([str(MATRIX), *wanted, "-qq", "--no-header", "--no-summary", "--show-capture=no"], plugins=[table])
     if code:
         sys.exit(code)
     largest = {column: max(float(row[column]) for row in table.rows if column in row) for column in COLUMNS[-2:]}
