@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The table. `ratio` is the largest relative difference; if a layout fails, the tests' exit code."""
     table = _Table()
     wanted = ["-m", "slow or not slow", "-k", options.k]
-    code = pytest.main([str(MATRIX), *wanted, "-qq", "--no-header", "--no-summary", "--show-capture=no"], plugins=[table])
+    code = pytest.main(
+        [str(MATRIX), *wanted, "-qq", "--no-header", "--no-summary", "--show-capture=no"], plugins=[table]
+    )
     if code:
         sys.exit(code)
     largest = {column: max(float(row[column]) for row in table.rows if column in row) for column in COLUMNS[-2:]}
