@@ -227,25 +227,25 @@ def _settings(plan: Plan) -> str:
 
 
 def _ranking(plans: Sequence[Plan]) -> str:
-    rows = []
+    """Figures on the left, beside them the layouts and settings, a line each."""
+    lines = [
+        f"the cheapest layouts that fit these {plans[0].cluster.gpus} GPUs",
+        _ranked_line("GiB", "GPU hours", "$", ""),
+    ]
     for plan in plans:
         layouts = {role.name: describe_layout(role.placed) for role in plan.roles}
-        own = layouts[plan.roles[0].name]
-        critic = next((layout for role, layout in layouts.items() if role.startswith(("value", "reward"))), "")
-        rows.append(
-            [
-                own,
-                critic,
-                _ranked_settings(plan),
-                f"{plan.peak_bytes / GIB:.1f}",
-                f"{plan.gpu_hours:,.0f}",
-                f"{plan.price:,.0f}",
-            ]
-        )
-    header = [plans[0].roles[0].name, "value and reward", "settings", "GiB", "GPU hours", "$"]
-    if not any(row[1] for row in rows):
-        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
-    return f"the cheapest layouts that fit these {plans[0].cluster.gpus} GPUs\n" + _table(header, rows)
+        own = plan.roles[0].name
+        critic = next((layout for role, layout in layouts.items() if role.startswith(("value", "reward"))), None)
+        figures = [f"{plan.peak_bytes / GIB:.1f}", f"{plan.gpu_hours:,.0f}", f"{plan.price:,.0f}"]
+        lines.append(_ranked_line(*figures, f"{own}: {layouts[own]}"))
+        if critic is not None and not own.startswith("reward"):
+            lines.append(_ranked_line("", "", "", f"value and reward: {critic}"))
+        lines.append(_ranked_line("", "", "", _ranked_settings(plan)))
+    return "\n".join(lines)
+
+
+def _ranked_line(gib: str, hours: str, price: str, what: str) -> str:
+    return f"  {gib:>6}  {hours:>10}  {price:>10}  {what}".rstrip()
 
 
 def _ranked_settings(plan: Plan) -> str:
