@@ -1,5 +1,6 @@
 """Equal ranks share the work of a checkpoint: what each of them writes and reads falls as their number grows."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -120,5 +121,6 @@ def memory_of_saves(root: Path, background: bool, saves: int) -> list[int]:
 @pytest.mark.parametrize("background", [False, True])
 def test_memory_stays_flat_over_saves(tmp_path, background):
     for resident in run_ranks(2, memory_of_saves, tmp_path, background, 50, timeout=250):
-        print([round(value / 1e6) for value in resident])
-        assert resident[-1] - resident[10] < 10e6
+        grown = sorted(after - before for before, after in itertools.pairwise(resident[10:]))
+        # A leak grows with every save; the allocator may take an arena for a thread once or twice.
+        assert sum(grown[:-2]) < 10e6, [round(value / 1e6) for value in resident]

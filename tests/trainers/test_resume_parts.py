@@ -15,7 +15,7 @@ PPO = ("ppo.ema_decay=0.9", "ppo.ptx_ratio=3")
 def random_state() -> None:
     from megatron_rlhf.checkpoint import sharded
 
-    sharded._restore_random_state = lambda state: None
+    sharded.restore_random_state = lambda state: None
 
 
 def data_order() -> None:
