@@ -1,7 +1,8 @@
 """One update of fine-tuning, forward, backward and Adam: its rate as a share of that of bare matrix products.
 
 The products are those of the same shapes, measured in the same run; FLOPs are the model's (attention's causal half
-included), so what is neither a product nor hidden behind one lowers the share. Also `transformers` with torch's AdamW.
+included), so what is neither a product nor hidden behind one lowers the share. Also `transformers` with torch's AdamW, and with
+`--bf16` our own update in bf16.
 """
 
 import argparse
@@ -26,6 +27,7 @@ BACKWARD_TOO = 3
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Shape and batch."""
+    parser.add_argument("--bf16", action="store_true", help="also in bf16, for processors with AVX512-BF16 or AMX")
     sizes(parser, layers=8, hidden=512, heads=8, vocab=8192, batch=4, length=512, rounds=5, threads=2)
 
 
@@ -36,11 +38,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     # One more token than is read: the last is only predicted.
     tokens = torch.randint(0, options.vocab, (options.batch, options.length + 1))
-    ours, theirs = our_update(options, tokens), their_update(options, tokens)
-    contenders = {"megatron_rlhf": ours, "transformers": theirs, "bare products": bare_products(options)}
-    seconds = alternate(contenders, options.rounds)
+    contenders: dict[str, Callable[[], object]] = {"megatron_rlhf": our_update(options, tokens)}
+    if options.bf16:
+        contenders["megatron_rlhf, bf16"] = our_update(options, tokens, Precision.bf16)
+    contenders["transformers"] = their_update(options, tokens)
+    seconds = alternate({**contenders, "bare products": bare_products(options)}, options.rounds)
     runtime.shutdown()
-    made = report({name: seconds[name] for name in ("megatron_rlhf", "transformers")}, tokens.numel(), "tokens/s")
+    made = report({name: seconds[name] for name in contenders}, tokens.numel(), "tokens/s")
     products, whole = flops(options)
     shares = {
         name: sorted(
@@ -55,7 +59,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {**made, "ratio": shares["megatron_rlhf"], "shares": shares, "bare_products_gflops": rate}
 
 
-def our_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], object]:
+def our_update(
+    options: argparse.Namespace, tokens: torch.Tensor, precision: Precision = Precision.fp32
+) -> Callable[[], object]:
     """As the SFT trainer does it."""
     layout = ParallelLayout.create(ParallelConfig())
     layout.seed(0)
@@ -66,8 +72,8 @@ def our_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[]
         vocab_size=options.vocab,
         max_sequence_length=options.length,
     )
-    role = Role.build("policy", shape, layout, Precision.fp32)
-    trained = TrainedRole.create(role, OptimizerConfig(lr=1e-4), Precision.fp32)
+    role = Role.build("policy", shape, layout, precision)
+    trained = TrainedRole.create(role, OptimizerConfig(lr=1e-4), precision)
     batch = TokenBatch.pack(list(tokens), [1] * options.batch)
     return lambda: trained.update(language_model_microbatches(batch, role, options.batch, "loss"), 1e-4)
 
