@@ -69,6 +69,11 @@ def reduce_gradients(role: Role) -> None:
             if chunk.ddp_config.overlap_grad_reduce:
                 chunk.start_grad_sync()
         _finalize(list(role.chunks), pg_collection=role.layout.groups)
+    for chunk in _wrapped(role):
+        for (
+            group
+        ) in chunk.bucket_groups:  # since 0.19 one sums once in an update, and the update's own sum is still to come
+            group.grad_reduce_finished = False
     keep_weights(role)
 
 
