@@ -38,7 +38,7 @@ setup(
         # What differs between the two is in parallel/compat.py; newer wheels than 0.16.1 need Python 3.12.
         'megatron-core>=0.19.2,<0.20; python_version >= "3.12"',
         'megatron-core==0.16.1; python_version < "3.12"',
-        "torch>=2.9,<2.14",
+        "torch>=2.9,<2.15",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "datasets>=3.0,<6",
