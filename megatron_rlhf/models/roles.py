@@ -190,13 +190,10 @@ class Role:
     @contextlib.contextmanager
     def decoding(self, in_fp8: bool = False) -> Iterator[None]:
         """`evaluating` for many passes of one token each: fp8 only if requested and the model trains in it."""
-        with contextlib.ExitStack() as stack:
-            if self.in_fp8 and in_fp8:
-                stack.enter_context(fp8.decoding(self.chunks, fp8.token_multiple(self.unwrapped)))
-            else:
-                stack.enter_context(self.without_fp8())
-            stack.enter_context(self.evaluating(decoding=True))
-            stack.enter_context(packed_weights(self.unwrapped))
+        precision = self.without_fp8()
+        if self.in_fp8 and in_fp8:
+            precision = fp8.decoding(self.chunks, fp8.token_multiple(self.unwrapped))
+        with precision, self.evaluating(decoding=True), packed_weights(self.unwrapped):
             yield
 
     @contextlib.contextmanager
