@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ class _Packable:
     """A linear layer whose weight may lie in another order while it does not change."""
 
     weight: torch.nn.Parameter
+    tp_group: dist.ProcessGroup
     packed: Tensor | None = None
     """The weight in oneDNN's order (`packed_weights`)."""
 
@@ -89,7 +91,7 @@ def packed_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
     """On a CPU, the order in which oneDNN reads weights, which about halves the time of a decoded token's products: they are
     bound by reading weights. No gradients, and weights must not change meanwhile. Costs their memory once more."""
     layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, _Packable)]
-    layers = [layer for layer in layers if _is_packed_faster(layer.weight)]
+    layers = [layer for layer in layers if layer.tp_group.size() == 1 and _is_packed_faster(layer.weight)]
     for layer in layers:
         await_weights(layer)
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _DECODED_ROWS)

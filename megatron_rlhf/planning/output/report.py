@@ -230,21 +230,20 @@ def _ranking(plans: Sequence[Plan]) -> str:
     """Figures on the left, beside them the layouts and settings, a line each."""
     lines = [
         f"the cheapest layouts that fit these {plans[0].cluster.gpus} GPUs",
-        _ranked_line("GiB", "GPU hours", "$", ""),
+        _ranked_line("", "GiB", "GPU hours", "$"),
     ]
     for plan in plans:
-        layouts = {role.name: describe_layout(role.placed) for role in plan.roles}
-        own = plan.roles[0].name
-        critic = next((layout for role, layout in layouts.items() if role.startswith(("value", "reward"))), None)
-        figures = [f"{plan.peak_bytes / GIB:.1f}", f"{plan.gpu_hours:,.0f}", f"{plan.price:,.0f}"]
-        lines.append(_ranked_line(*figures, f"{own}: {layouts[own]}"))
-        if critic is not None and not own.startswith("reward"):
-            lines.append(_ranked_line("", "", "", f"value and reward: {critic}"))
-        lines.append(_ranked_line("", "", "", _ranked_settings(plan)))
+        own, *others = plan.roles
+        figures = f"{plan.peak_bytes / GIB:.1f}", f"{plan.gpu_hours:,.0f}", f"{plan.price:,.0f}"
+        lines.append(_ranked_line(f"{own.name}: {describe_layout(own.placed)}", *figures))
+        critic = next((role for role in others if role.name.startswith(("value", "reward"))), None)
+        if critic is not None:
+            lines.append(_ranked_line(f"value and reward: {describe_layout(critic.placed)}"))
+        lines.append(_ranked_line(_ranked_settings(plan)))
     return "\n".join(lines)
 
 
-def _ranked_line(gib: str, hours: str, price: str, what: str) -> str:
+def _ranked_line(what: str, gib: str = "", hours: str = "", price: str = "") -> str:
     return f"  {gib:>6}  {hours:>10}  {price:>10}  {what}".rstrip()
 
 
@@ -285,7 +284,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         parts = [
-            cell.rjust(width) if i and not cell.startswith("tensor") else cell.ljust(width)
+            cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "  " + "  ".join(parts).rstrip()
