@@ -39,6 +39,7 @@ def test_a_run_has_the_figures_of_our_own_engine(recipe):
     (replayed,) = run_ranks(1, with_engine, "ppo", recipe.ppo("engine_megatron", *starts, *chosen), timeout=300)
     assert replayed > 0
     expected, rows = (read_metrics(recipe.root / name) for name in ("engine_native", "engine_megatron"))
+    assert len(rows) == len(expected) == 2
     for row, other in zip(rows, expected, strict=True):
         assert 0 < row["rollout/logprob_gap_max"] < 1e-5
         for name in set(other) - {"rollout/logprob_gap_max", "rollout/logprob_gap_mean"}:

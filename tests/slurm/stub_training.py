@@ -57,7 +57,8 @@ def meet(folder: Path, rank: int, world: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on: as if the watchdog ended them
     folder.mkdir(exist_ok=True)
     (folder / str(rank)).touch()
-    while len(list(folder.iterdir())) < world:
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < world and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
