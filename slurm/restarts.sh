@@ -97,6 +97,7 @@ run() { # SIGNAL-FOR-SRUN ARGUMENTS...
         HEARD=0 last=$code code=0
         wait "$SRUN" 2>/dev/null || code=$?
         ((code != 127)) || code=$last # it had ended when the signal came
+        ! ended_unseen "$SRUN" || break
     done
     SRUN=''
     exec 7>&- 8<&-
@@ -105,6 +106,12 @@ run() { # SIGNAL-FOR-SRUN ARGUMENTS...
     done
     told=$(ask code_of_tasks "$code") || told=$code
     return "$told"
+}
+
+# A process whose end comes together with a signal that interrupts `wait` is lost to bash: it takes it for a running one,
+# and waits for it without end.
+ended_unseen() { # PROCESS
+    ! kill -0 "$1" 2>/dev/null && [[ $'\n'$(jobs -pr)$'\n' == *$'\n'"$1"$'\n'* ]]
 }
 
 # srun waits for the tasks of a slurmstepd that is gone for as long as the job lasts.

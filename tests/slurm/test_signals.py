@@ -42,11 +42,11 @@ fi
 """
 
 
-def run(folder: Path, strike: int) -> tuple[int, list[str], str]:
+def run(folder: Path, strike: int, name: str = "undisturbed") -> tuple[int, list[str], str]:
     """A job in which the process group is signalled during a call of a program: exit code, calls, output."""
-    bin, calls = folder / "bin", folder / f"calls_{strike}"
-    run_dir = folder / f"run {strike}"
-    script = folder / f"job_{strike}.sh"
+    bin, calls = folder / "bin", folder / f"{name}.calls"
+    run_dir = folder / name
+    script = folder / f"{name}.sh"
     script.write_text(f'#SBATCH --signal=B:USR1@600\nSTAGE=ppo RECIPE=none\nsource "{SLURM}/common.sh"\n')
     environment = {
         "PATH": f"{bin}:/usr/bin:/bin",
@@ -59,7 +59,7 @@ def run(folder: Path, strike: int) -> tuple[int, list[str], str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         start_new_session=True,
         check=False,
     )
@@ -84,17 +84,16 @@ def test_a_signal_at_any_moment_queues_the_job_again(programs: Path) -> None:
     assert code == 0, output
     assert [call.split()[0] for call in calls].count("srun") == 3, "run.dir, planner, training"
     first = 1 + next(number for number, call in enumerate(calls, 1) if call.startswith("mktemp"))
-    # The programs of a launch are started side by side, in no order.
-    launches = [i for i, call in enumerate(calls, 1) if call.startswith("sed -u")]
-    together = {i + more for i in launches for more in range(-1, 4)}
-    moments = [i for i in range(first, len(calls) + 1) if i not in together]
+    # The programs of a launch are started side by side, in no order: the number of one is that of another next time.
+    launch = 1 + next(number for number, call in enumerate(calls, 1) if call.startswith("mkfifo"))
+    moments = [*range(first, len(calls) + 1), *[launch, launch + 1, launch + 2] * 5]
     with ThreadPoolExecutor(max(os.cpu_count() or 1, 2)) as pool:
-        ends = list(pool.map(lambda strike: run(programs, strike), moments))
+        ends = list(pool.map(lambda start: run(programs, start[1], name=f"start {start[0]}"), enumerate(moments)))
     wrong = {}
-    for number, (code, done, output) in zip(moments, ends, strict=True):
+    for number, (strike, (code, done, output)) in enumerate(zip(moments, ends, strict=True)):
         again = done.count("scontrol requeue 7")
-        trained = (programs / f"run {number}.done").exists()
+        trained = (programs / f"start {number}.done").exists()
         # Tasks may have ended by the signal before they could handle it, or may have been done.
         if (code, again) not in ([(0, 0)] if trained else [(75, 1), (143, 1)]):
-            wrong[f"{number}: {done[number - 1]}"] = (code, done[number:], output)
+            wrong[f"{strike}: {done[strike - 1]}"] = (code, done[strike:], output)
     assert not wrong
