@@ -112,14 +112,14 @@ class CachedSelfAttention(SelfAttention):
         if rotary_pos_emb is not None:
             cos, sin = inference_context.rotation(rotary_pos_emb[0], query.dtype)
             heads = [query.shape[2], key.shape[2]]
-            query, key = _rotate(torch.cat([query, key], dim=2), cos, sin).split(heads, dim=2)
+            query, key = rotate(torch.cat([query, key], dim=2), cos, sin).split(heads, dim=2)
         key, value = inference_context.append(self.layer_number, key, value)
         return query, key, value, None, AttnMaskType.no_mask, None
 
 
-def _rotate(x_sbnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in Megatron-Core's (and Llama's) convention: the two halves of a head are the two coordinates."""
-    x, rest = x_sbnd[..., : cos.shape[-1]], x_sbnd[..., cos.shape[-1] :]  # a model may rotate a part of each head
-    first, second = x.chunk(2, dim=-1)
-    rotated = x * cos + torch.cat([-second, first], dim=-1) * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[..., d], rotated as Megatron-Core and Llama do: the two halves of a head are the two coordinates. `sin` has the sign with
+    which it multiplies the other half."""
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]  # a model may rotate a part of each head
+    rotated = (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
     return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

@@ -68,36 +68,45 @@ class KeyValueCache(BaseInferenceContext):
         return hidden_sbh[self._last_b, torch.arange(hidden_sbh.shape[1], device=hidden_sbh.device)].unsqueeze(0)
 
     def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [s, b, 1, d], of the current positions; the first layer computes them for all layers.
+        """cos and sin, [s, b, 1, d], of the current positions, for `rotate`; the first layer computes them for all layers.
 
         Angles are fp32; the results are rounded to the queries' type, as in Megatron-Core's pass over a whole sequence.
         """
         if self._cos_sin is None:
             angles_sb1d = frequencies[:, 0, 0][self._positions_bs].transpose(0, 1).unsqueeze(2)
-            self._cos_sin = angles_sb1d.cos().to(dtype), angles_sb1d.sin().to(dtype)
+            half = angles_sb1d.shape[-1] // 2
+            sin_sb1d = angles_sb1d.sin().to(dtype)
+            sin_sb1d[..., :half].neg_()
+            self._cos_sin = angles_sb1d.cos().to(dtype), sin_sb1d
         return self._cos_sin
 
     def append(self, layer: int, key_sbgd: Tensor, value_sbgd: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values; returns those to attend to, as [s, b, groups, d] views."""
-        _, b, g, d = key_sbgd.shape
-        if layer not in self.layers:
-            self.layers[layer] = (  # zeros: masked entries must be finite
-                key_sbgd.new_zeros(self.slots, g, self.capacity, d),
-                value_sbgd.new_zeros(self.slots, g, self.capacity, d),
-            )
-        stored = self.layers[layer]
-        if not self._decodes:
-            if self._rows is not None:
-                for cache, new_sbgd in zip(stored, (key_sbgd, value_sbgd), strict=True):
-                    cache[self._into, :, : len(new_sbgd)] = new_sbgd.permute(1, 2, 0, 3)[self._rows]
-            return key_sbgd, value_sbgd
-        for cache, new_sbgd in zip(stored, (key_sbgd, value_sbgd), strict=True):
+        if self._decodes:
+            keys_bgsd, values_bgsd = self.extend(layer, key_sbgd[0], value_sbgd[0])
+            return keys_bgsd.permute(2, 0, 1, 3), values_bgsd.permute(2, 0, 1, 3)
+        if self._rows is not None:
+            for cache, new_sbgd in zip(self._stored(layer, key_sbgd[0]), (key_sbgd, value_sbgd), strict=True):
+                cache[self._into, :, : len(new_sbgd)] = new_sbgd.permute(1, 2, 0, 3)[self._rows]
+        return key_sbgd, value_sbgd
+
+    def extend(self, layer: int, key_bgd: Tensor, value_bgd: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for one new token of each sequence; returns [b, groups, s, d] views."""
+        stored, b = self._stored(layer, key_bgd), len(key_bgd)
+        for cache, new_bgd in zip(stored, (key_bgd, value_bgd), strict=True):
             if self._aligned:
-                cache[:b, :, self._longest] = new_sbgd[0]
+                cache[:b, :, self._longest] = new_bgd
             else:
-                cache[self._row_indices, :, self._lengths_b] = new_sbgd[0]
-        keys, values = (cache[:b, :, : self._longest + 1].permute(2, 0, 1, 3) for cache in stored)
+                cache[self._row_indices, :, self._lengths_b] = new_bgd
+        keys, values = (cache[:b, :, : self._longest + 1] for cache in stored)
         return keys, values
+
+    def _stored(self, layer: int, like_bgd: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.layers:
+            _, g, d = like_bgd.shape
+            keys, values = (like_bgd.new_zeros(self.slots, g, self.capacity, d) for _ in range(2))
+            self.layers[layer] = keys, values  # zeros: masked entries must be finite
+        return self.layers[layer]
 
     def take(self, rows: Tensor) -> None:
         """Fill the first slots from these; a slot may be taken several times."""

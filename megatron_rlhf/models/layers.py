@@ -9,11 +9,11 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_rlhf.models.decoding import DecodingLayer, ParallelResidualLayer
 from megatron_rlhf.models.linear import ColumnLinear, RowLinear
 from megatron_rlhf.parallel import compat
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
@@ -32,7 +32,7 @@ def block_spec(
     `fuses_norms`: Transformer Engine may normalise inside the linear layers, whose input is then not normalised.
     """
     layer = ModuleSpec(
-        module=ParallelResidualLayer if model.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if model.parallel_residual else DecodingLayer,
         submodules=_layer_submodules(model, fuses_norms),
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=layout.pp_rank)
@@ -84,15 +84,6 @@ def _final_norm() -> type:
 
         return TENorm
     return SequenceParallelNorm
-
-
-class ParallelResidualLayer(TransformerLayer):
-    """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer passes the first sum to the MLP."""
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [s, b, h] through one layer; other arguments as in TransformerLayer."""
-        attended, context = self._forward_attention(hidden_states, **kwargs)
-        return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_states)), attended), context
 
 
 class SequenceParallelNorm:

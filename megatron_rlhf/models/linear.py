@@ -18,21 +18,31 @@ _DECODED_ROWS = 32
 """Packed weights are read fastest by products of about so many rows, and serve any number."""
 
 
-class _Packable:
-    """A linear layer whose weight may lie in another order while it does not change."""
+class Packable:
+    """Something whose weight may lie in another order while it does not change."""
 
-    weight: torch.nn.Parameter
-    tp_group: dist.ProcessGroup
     packed: Tensor | None = None
     """The weight in oneDNN's order (`packed_weights`)."""
 
-    def _product(self, input_: Tensor, bias: Tensor | None) -> Tensor:
+    def weight_to_pack(self) -> Tensor | None:
+        """What decoding multiplies with just as it is, if anything."""
+        raise NotImplementedError
+
+    def _product(self, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:
-            return F.linear(input_, self.weight, bias)
+            return F.linear(input_, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(input_, self.packed, bias, "none", [], "")
 
 
-class ColumnLinear(_Packable, ColumnParallelLinear):
+class _Layer(Packable):
+    weight: torch.nn.Parameter
+    tp_group: dist.ProcessGroup
+
+    def weight_to_pack(self) -> Tensor | None:
+        return self.weight if self.tp_group.size() == 1 else None
+
+
+class ColumnLinear(_Layer, ColumnParallelLinear):
     """[s, b, h] -> [s, b, this rank's part of the output], and the bias where it is added later."""
 
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -42,20 +52,20 @@ class ColumnLinear(_Packable, ColumnParallelLinear):
         left = self.bias if self.skip_bias_add and self.config.bias_activation_fusion else None
         bias = self.bias if left is None else None
         if not torch.is_grad_enabled():
-            return self._product(input_, bias), left
+            return self._product(input_, self.weight, bias), left
         if self.tp_group.size() > 1:
             return super().forward(input_)
         return _Product.apply(input_, self.weight, bias), left
 
 
-class RowLinear(_Packable, RowParallelLinear):
+class RowLinear(_Layer, RowParallelLinear):
     """[s, b, this rank's part of the input] -> [s, b, h], and the bias where it is added later."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.tp_group.size() > 1:
             return super().forward(input_)
         if not torch.is_grad_enabled():
-            return self._product(input_, self.bias), None
+            return self._product(input_, self.weight, self.bias), None
         return _Product.apply(input_, self.weight, self.bias), None
 
 
@@ -90,16 +100,17 @@ class _Product(torch.autograd.Function):
 def packed_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
     """On a CPU, the order in which oneDNN reads weights, which about halves the time of a decoded token's products: they are
     bound by reading weights. No gradients, and weights must not change meanwhile. Costs their memory once more."""
-    layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, _Packable)]
-    layers = [layer for layer in layers if layer.tp_group.size() == 1 and _is_packed_faster(layer.weight)]
-    for layer in layers:
-        await_weights(layer)
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _DECODED_ROWS)
+    packable = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Packable)]
     try:
+        for module in packable:
+            await_weights(module)
+            weight = module.weight_to_pack()
+            if weight is not None and _is_packed_faster(weight):
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _DECODED_ROWS)
         yield
     finally:
-        for layer in layers:
-            layer.packed = None
+        for module in packable:
+            module.packed = None
 
 
 def _is_packed_faster(weight: Tensor) -> bool:

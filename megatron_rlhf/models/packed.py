@@ -8,11 +8,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
 
 from megatron_rlhf.models.cache import KeyValueCache
-from megatron_rlhf.models.linear import await_weights
+from megatron_rlhf.models.linear import Packable, await_weights
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
@@ -56,7 +57,7 @@ class PackedModel(GPTModel, ABC):
         """What the model gives for these: [n, ...]."""
 
 
-class LanguageModel(PackedModel):
+class LanguageModel(Packable, PackedModel):
     """GPTModel whose padded vocabulary entries have no probability. Output: logits [b, s, padded vocab / tp], or the hidden
     states of requested tokens."""
 
@@ -67,22 +68,28 @@ class LanguageModel(PackedModel):
         self.real_vocab_size = real_vocab_size
 
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
-        inference_context = kwargs.get("inference_context")
-        # Our own decoding needs only the next token's logits.
-        if self.post_process and isinstance(inference_context, KeyValueCache):
-            hidden_states = inference_context.last_hidden(hidden_states)
-        output = super()._postprocess(hidden_states, loss_mask, **kwargs)
+        cache = kwargs.get("inference_context")
+        if self.post_process and isinstance(cache, KeyValueCache):  # only the next token's logits are wanted
+            part_1bv = self._product(cache.last_hidden(hidden_states), self._unembedding(), None)
+            output = gather_from_tensor_model_parallel_region(part_1bv, group=self.pg_collection.tp).transpose(0, 1)
+        else:
+            output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or loss_mask is not None:
             return output
         padded = self._padded(output.shape[-1], output.device)
         return output if padded is None else output.masked_fill(padded, PADDED_LOGIT)
 
+    def weight_to_pack(self) -> Tensor | None:
+        return self._unembedding() if self.post_process else None
+
+    def _unembedding(self) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        await_weights(self.embedding.word_embeddings if tied and self.pre_process else self.output_layer)
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
     def logits(self, hidden_nh: Tensor) -> Logits:
         """Logits of hidden states, which all context-parallel ranks have."""
-        await_weights(self.output_layer)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        groups = self.pg_collection
+        weight, groups = self._unembedding(), self.pg_collection
         if groups.tp.size() > 1 and not self.config.sequence_parallel:  # there, gathering them sums their gradients
             hidden_nh = copy_to_tensor_model_parallel_region(hidden_nh, group=groups.tp)
         return Logits(hidden_nh, weight, self._padded(len(weight), weight.device), groups.tp, groups.cp)

@@ -97,13 +97,13 @@ def mix(keys: Tensor, values: Tensor) -> Tensor:
 def uniform_numbers(keys_b: Tensor, count: int) -> Tensor:
     """[b, count] numbers in (0, 1), fp32, from keys [b]: number j hashes (key, j)."""
     counters = torch.arange(1, count + 1, device=keys_b.device) * 0x9E3779B1
-    bits = _scramble((keys_b.unsqueeze(-1) + counters) & _MASK)
+    bits = _scramble((keys_b.unsqueeze(-1) + counters).bitwise_and_(_MASK))
     # The half excludes 0. Numbers next to 1 round to 1 in fp32, and are clamped to the largest number below it.
-    return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def _scramble(x: Tensor) -> Tensor:
-    # A 32-bit integer finaliser in int64 arithmetic: xor-shifts and odd multipliers, each invertible modulo 2**32.
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """In place: a 32-bit integer finaliser in int64 arithmetic, xor-shifts and odd multipliers, each invertible modulo 2**32."""
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
