@@ -39,7 +39,7 @@ class RunConfig:
     saving and to failures, by the planner's seconds on `cluster`."""
     cluster: str | None = None
     """A file of conf/cluster/, for save_every=auto, and for the peak FLOP/s that throughput/mfu is a share of. When not
-    given, the one whose name is in the GPU's."""
+    given, the one whose name is in the GPU's; on a CPU there is no mfu then."""
     keep_last: int = 2
     """Checkpoints to keep, and the same number of SFT's epochs in addition to the best; older ones are deleted. 0 keeps all."""
     keep_every: int = 0

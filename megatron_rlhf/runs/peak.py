@@ -29,7 +29,9 @@ def cluster_of(chosen: str | None) -> str | None:
 
 
 def peak_flops_per_s(chosen: str | None, precision: Precision) -> float | None:
-    """Of one rank, in the precision of the models that train."""
+    """Of one rank, in the precision of the models that train. A CPU's file is rough about it: only by choice."""
+    if chosen is None and not torch.cuda.is_available():
+        return None
     cluster = cluster_of(chosen)
     if cluster is None or not (CLUSTERS / f"{cluster}.yaml").is_file():  # an installation without conf/
         return None

@@ -7,7 +7,7 @@ import pytest
 from commands import run_example
 
 COMMON = {"step", "time/step_s", "throughput/tokens_per_s", "throughput/model_flops_per_s", "memory/peak_bytes"}
-COMMON |= {"memory/step_peak_bytes", "throughput/mfu", "throughput/padding_share"}
+COMMON |= {"memory/step_peak_bytes", "throughput/padding_share"}
 SFT = COMMON | {"sft/loss", "sft/grad_norm", "sft/lr", "samples", "tokens", "skipped_updates"}
 SFT |= {"sft/demonstration_loss", "sft/pretraining_loss", "sft/pretraining_share"}
 REWARD_MODEL = COMMON | {"rm/loss", "rm/accuracy", "rm/pairs", "rm/grad_norm", "rm/lr", "samples", "skipped_updates"}
