@@ -105,7 +105,7 @@ def load_comparisons(
 
     def read() -> Iterator[Ranking]:
         for _, ranking in _rankings(
-            read_records(source, columns, kind="comparisons"), tokenizer, most, dropped, left_out
+            read_records(source, columns, into.progress, "comparisons"), tokenizer, most, dropped, left_out
         ):
             prompts.frombytes(hashlib.blake2b(ranking.prompt.tobytes(), digest_size=16).digest())
             yield ranking

@@ -91,7 +91,7 @@ def load_demonstrations(
                 dropped.update(reasons[:1])  # type: ignore[arg-type]
             yield from kept
 
-    read = windows(read_records(source, columns, kind="demonstrations"))
+    read = windows(read_records(source, columns, into.progress, "demonstrations"))
     items = into(item for window in read for item in kept_of(window))
     limits = length_limits(max_prompt_tokens, max_response_tokens, max_length)
     return Examples(str(source), items, dropped, limits, records_kept, left_out)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def load_prompts(
             return True
         return False
 
-    items = into(filter(is_kept, _read(source, tokenizer, columns)))
+    records = read_records(source, columns, into.progress, "prompts")
+    items = into(filter(is_kept, _prompts(records, tokenizer)))
     limits = {
         **length_limits(max_prompt_tokens),
         "over_user_limit": f"data.max_per_user={max_per_user}",
@@ -88,18 +89,18 @@ def load_prompts(
     return Examples(str(source), items, dropped, limits)
 
 
-def _read(source: str | Path, tokenizer: Tokenizer, columns: Columns) -> Iterator[Prompt]:
-    """All prompts of a source."""
+def _prompts(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Prompt]:
+    """Each record's prompt."""
     chat, count = Chat(tokenizer), 0
     begin = np.array(tokenizer.start_ids, dtype=np.int32)  # templates begin texts themselves
-    for records in windows(read_records(source, columns, kind="prompts")):
-        conversations = [_conversation(record) for record in records]
+    for window in windows(records):
+        conversations = [_conversation(record) for record in window]
         texts = [
             chat.prompt_text(conversation) if conversation else read_prompt(record, tokenizer)
-            for record, conversation in zip(records, conversations, strict=True)
+            for record, conversation in zip(window, conversations, strict=True)
         ]
         encoded = tokenizer.encode_stream(texts)
-        for record, conversation, text, ids in zip(records, conversations, texts, encoded, strict=True):
+        for record, conversation, text, ids in zip(window, conversations, texts, encoded, strict=True):
             tokens = ids if conversation else np.concatenate([begin, ids])
             others = {name: value for name, value in record.fields.items() if name not in ("prompt", "user")}
             messages = conversation.prompt if conversation else None

@@ -108,6 +108,36 @@ class Progress:
         logger.info(" | ".join(parts))
 
 
+class Reading:
+    """Lines about records that are read before a run begins: after ten seconds, and then every ten.
+
+    Args:
+        size: Bytes of the file, where it is known.
+    """
+
+    def __init__(self, description: str, size: int | None):
+        self._description, self._size = description, size
+        self._read = self._made = 0
+        self._began = self._line_time = time.monotonic()
+
+    def read(self, count: int) -> None:
+        """So many more bytes of the file."""
+        self._read += count
+
+    def made(self) -> None:
+        """One more item is made of the records."""
+        self._made += 1
+        now = time.monotonic()
+        if now - self._line_time < SECONDS_BETWEEN_LINES:
+            return
+        self._line_time, elapsed = now, now - self._began
+        parts = [f"{self._description}: {self._made:,} tokenised", f"{_clock(elapsed)} elapsed"]
+        if self._size and self._read:
+            parts.insert(1, f"{self._read / self._size:.0%} of the file")
+            parts.append(f"{_clock(elapsed * max(self._size / self._read - 1, 0))} left")
+        logger.info(" | ".join(parts))
+
+
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 

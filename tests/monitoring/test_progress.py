@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from megatron_rlhf.monitoring import progress
-from megatron_rlhf.monitoring.progress import PhaseTimer, Progress
+from megatron_rlhf.monitoring.progress import PhaseTimer, Progress, Reading
 
 
 class Clock:
@@ -60,6 +60,25 @@ def test_the_pace_of_a_resumed_run_is_that_of_this_process(clock: Clock, lines: 
         clock.now += 60
         bar.advance(10)
     assert lines.messages == ["90/100 (90%) | 0:01:00 elapsed | 0:01:00 left | 6 s/step"]
+
+
+def test_a_long_file_is_said_to_be_read_every_ten_seconds(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    reading = Reading("prompts", size=4000)
+    for _ in range(25):
+        clock.now += 1
+        reading.read(100)
+        reading.made()
+    assert lines.messages == [
+        "prompts: 10 tokenised | 25% of the file | 0:00:10 elapsed | 0:00:30 left",
+        "prompts: 20 tokenised | 50% of the file | 0:00:20 elapsed | 0:00:20 left",
+    ]
+
+
+def test_of_other_sources_the_end_is_not_known(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    reading = Reading("prompts", size=None)
+    clock.now += 70
+    reading.made()
+    assert lines.messages == ["prompts: 1 tokenised | 0:01:10 elapsed"]
 
 
 def test_disabled_progress_counts_and_says_nothing(lines: pytest.LogCaptureFixture) -> None:

@@ -111,6 +111,9 @@ class StoredItems(Sequence[Item]):
 class InMemory:
     """Where items go that are few enough."""
 
+    progress: Callable[[int], object] | None = None
+    """Called with the bytes that are read to make them, as in `read_records`."""
+
     def __call__(self, items: Iterable[Item]) -> Sequence[Item]:
         return list(items)
 
@@ -123,10 +126,17 @@ IN_MEMORY = InMemory()
 
 
 class ItemWriter(InMemory, Generic[Item]):
-    """Writes a store one item at a time; the folder appears under its name only when it is whole."""
+    """Writes a store one item at a time; the folder appears under its name only when it is whole. `made` is called with each
+    item."""
 
-    def __init__(self, folder: Path, kind: type[Item]):
-        self._folder, self._kind = folder, kind
+    def __init__(
+        self,
+        folder: Path,
+        kind: type[Item],
+        progress: Callable[[int], object] | None = None,
+        made: Callable[[], object] = lambda: None,
+    ):
+        self._folder, self._kind, self.progress, self._made = folder, kind, progress, made
         # Process ids repeat on other nodes.
         self._aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.writing")
         self._spilled: list[ItemWriter[Any]] = []
@@ -140,6 +150,7 @@ class ItemWriter(InMemory, Generic[Item]):
                 for item in items:
                     end += content.write(pack(item))
                     ends.write(end.to_bytes(8, "little"))
+                    self._made()
         except OSError as error:
             self.discard()
             raise UserError(f"{self._folder}: tokenised records cannot be written: {error.strerror}") from error
@@ -150,7 +161,8 @@ class ItemWriter(InMemory, Generic[Item]):
 
     def spill(self, kind: type[Any]) -> "ItemWriter[Any]":
         """On the disk too, until this store is published or discarded."""
-        self._spilled.append(ItemWriter(self._folder.with_name(f"{self._folder.name}_spilled"), kind))
+        folder = self._folder.with_name(f"{self._folder.name}_spilled")
+        self._spilled.append(ItemWriter(folder, kind, made=self._made))
         return self._spilled[-1]
 
     def publish(self, about: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.examples import Examples
 from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, damaged, read_about
 from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.monitoring.progress import Reading
 from megatron_rlhf.parallel.collectives import first_message
 
 Item = TypeVar("Item")
@@ -47,7 +48,9 @@ def load_once(
     if dist.get_rank() == 0 and (read_about(folder) is None or not Path(source).expanduser().exists()):
         for left in folder.parent.glob(".*.writing"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        writer = ItemWriter(folder, kind)
+        path = Path(source).expanduser()
+        reading = Reading(what, path.stat().st_size if path.is_file() else None)
+        writer = ItemWriter(folder, kind, reading.read, reading.made)
         try:
             writer.publish(load(writer).about())
         except UserError as error:

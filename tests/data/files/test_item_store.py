@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.comparisons import Comparison
-from megatron_rlhf.data.demonstrations import Demonstration
+from megatron_rlhf.data.comparisons import Comparison, load_comparisons
+from megatron_rlhf.data.demonstrations import Demonstration, load_demonstrations
 from megatron_rlhf.data.files.item_store import ABOUT, Chosen, ItemWriter, StoredItems, read_about
-from megatron_rlhf.data.prompts import Prompt
+from megatron_rlhf.data.prompts import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,27 @@ def test_memory_does_not_grow_with_the_items(tmp_path):
 
     peak(10)
     assert peak(10_000) < 1_000_000, "10,000 of these are 8 MB"
+
+
+@pytest.mark.parametrize(
+    ("load", "limits", "kind", "record", "passes"),
+    [
+        (load_prompts, (10,), Prompt, {"prompt": "ab"}, 1),
+        (load_demonstrations, (10, 10, 20), Demonstration, {"prompt": "ab", "response": "c"}, 1),
+        # Rankings of all prompts first, then those of each together.
+        (load_comparisons, (10, 10, 20), Comparison, {"prompt": "ab", "chosen": "c", "rejected": "d"}, 2),
+    ],
+    ids=["prompts", "demonstrations", "comparisons"],
+)
+def test_it_is_known_how_far_the_source_is_read(load, limits, kind, record, passes, tokenizer, write_records, tmp_path):
+    path = write_records(*[{**record, "prompt": f"ab{i}"} for i in range(3)])
+    read: list[int] = []
+    made: list[int] = []
+    writer = ItemWriter(tmp_path / "store", kind, read.append, lambda: made.append(sum(read)))
+    assert len(load(path, tokenizer, *limits, into=writer)) == 3
+    assert sum(read) == path.stat().st_size
+    assert len(made) == 3 * passes and made[-1] == path.stat().st_size
+    writer.discard()
 
 
 def test_about_is_plain(tmp_path):
