@@ -1,6 +1,6 @@
 """Supervised fine-tuning, and language-model pretraining with data.pretraining_mix=1.
 
-python examples/train_sft.py run.dir=runs/sft policy.init_from=gpt2/ data.tokenizer=gpt2/ data.demonstrations=ours.jsonl
+python examples/train_sft.py run.dir=runs/sft policy.init_from=gpt2/ data.tokenizer=gpt2/ data.demonstrations=mine.jsonl
 torchrun --nproc-per-node 4 examples/train_sft.py parallel.tensor=2 parallel.pipeline=2 ...
 """
 

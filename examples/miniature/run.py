@@ -68,11 +68,11 @@ class Miniature:
         if dist.is_initialized() and dist.get_rank() == 0:
             print(f"\n== {name}: examples/{'evaluate' if stage == 'evaluate' else f'train_{stage}'}.py", flush=True)
         recipe = [] if any(override.startswith("recipe=") for override in overrides) else ["recipe=miniature"]
-        ours = [f"run.dir={self.output / name}", f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
-        theirs = self.overrides[stage]
+        own = [f"run.dir={self.output / name}", f"data.tokenizer={self.data / 'tokenizer'}", *overrides]
+        given = self.overrides[stage]
         if name != "pretrain":  # the others take the shape of the model they start from
-            theirs = [override for override in theirs if not override.startswith(("model=", "model."))]
-        return run_stage(stage, [*recipe, *ours, *theirs, *always])
+            given = [override for override in given if not override.startswith(("model=", "model."))]
+        return run_stage(stage, [*recipe, *own, *given, *always])
 
     def write_data(self) -> None:
         """Corpus, tokenizer, demonstrations and prompts."""

@@ -82,10 +82,10 @@ def seal(folder: Path, known: Mapping[str, str]) -> None:
 def digest_of(folder: Path, role: str) -> str:
     """A name for the weights of a role, made from the checksums of its files: identical bytes have the same name."""
     lines = (folder / MANIFEST).read_text(errors="replace").splitlines()
-    ours = sorted(
+    files = sorted(
         line for line in lines if f"  {role}/" in line and not line.endswith("/.metadata")
     )  # has a random part
-    return hashlib.sha256("\n".join(ours).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
 
 
 def find_damage(folder: Path, role: str | None = None) -> str | None:

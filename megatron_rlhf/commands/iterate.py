@@ -207,9 +207,9 @@ class Loop:
         starts = [f"policy.init_from={policy}", f"reward.init_from={folder / 'reward_model'}"]
         self.stage("ppo", folder / "ppo", *starts, f"data.prompts={self.options.prompts}", "run.auto_resume=true")
 
-    def stage(self, stage: str, folder: Path, *ours: str) -> None:
+    def stage(self, stage: str, folder: Path, *settings: str) -> None:
         """The user's overrides win, except over what makes the loop."""
-        run_stage(stage, [*self.overrides[stage], f"run.dir={folder}", *ours])
+        run_stage(stage, [*self.overrides[stage], f"run.dir={folder}", *settings])
 
     def report(self) -> None:
         """The policies of all rounds, side by side, on the prompts of the loop."""

@@ -107,15 +107,15 @@ def _answer(stage: str, overrides: Sequence[str], layouts: int) -> Answer:
 
 
 def _configs(stage: str, overrides: Sequence[str]) -> tuple[BaseConfig, PlanConfig]:
-    ours = [o for o in overrides if _key(o).split(".")[0] in ("cluster", "workload")]
+    of_plan = [o for o in overrides if _key(o).split(".")[0] in ("cluster", "workload")]
     known = {name: keys(schema) for name, schema in SCHEMAS.items()}
-    theirs = [
+    of_run = [
         o
         for o in overrides
-        if o not in ours and (_known(o, known[stage]) or not any(_known(o, k) for k in known.values()))
+        if o not in of_plan and (_known(o, known[stage]) or not any(_known(o, k) for k in known.values()))
     ]
-    plan_config, _ = compose_config("plan", PlanConfig, [*ours, *_recipe_with_nodes(overrides)])
-    config, _ = compose_config(stage, SCHEMAS[stage], theirs, missing=NOT_GIVEN)
+    plan_config, _ = compose_config("plan", PlanConfig, [*of_plan, *_recipe_with_nodes(overrides)])
+    config, _ = compose_config(stage, SCHEMAS[stage], of_run, missing=NOT_GIVEN)
     take_shapes(config)
     return config, plan_config
 

@@ -205,11 +205,11 @@ def without_implied(model: ModelConfig) -> ModelConfig:
     )
 
 
-def model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+def model_differences(expected: ModelConfig, found: ModelConfig) -> list[str]:
     """Fields in which two shapes differ, as 'num_layers 4 against 6'; padding and initialisation do not count."""
-    ours, theirs = without_implied(ours), without_implied(theirs)
+    expected, found = without_implied(expected), without_implied(found)
     return [
-        f"{field.name} {getattr(ours, field.name)} against {getattr(theirs, field.name)}"
+        f"{field.name} {getattr(expected, field.name)} against {getattr(found, field.name)}"
         for field in fields(ModelConfig)
-        if field.name not in NO_SHAPE and getattr(ours, field.name) != getattr(theirs, field.name)
+        if field.name not in NO_SHAPE and getattr(expected, field.name) != getattr(found, field.name)
     ]

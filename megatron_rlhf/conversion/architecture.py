@@ -44,7 +44,7 @@ class Order(Enum):
 
 
 @dataclass(frozen=True)
-class Theirs:
+class HFTensor:
     """Where Hugging Face keeps one of our tensors. `{}` in a name stands for the layer."""
 
     names: tuple[str, ...]
@@ -60,20 +60,20 @@ class Theirs:
         return [Run(name, 0, rows // len(names)) for name in names]
 
 
-def same(name: str, transposed: bool = False) -> Theirs:
+def same(name: str, transposed: bool = False) -> HFTensor:
     """The same rows under another name."""
-    return Theirs((name,), transposed=transposed)
+    return HFTensor((name,), transposed=transposed)
 
 
-def stacked(*names: str) -> Theirs:
+def stacked(*names: str) -> HFTensor:
     """Several tensors, one after the other."""
-    return Theirs(names, Order.stacked)
+    return HFTensor(names, Order.stacked)
 
 
-def grouped(*names: str, transposed: bool = False) -> Theirs:
+def grouped(*names: str, transposed: bool = False) -> HFTensor:
     """Queries, keys and values: three tensors, or one that holds them one after the other."""
     assert len(names) in (1, 3), names
-    return Theirs(names, Order.grouped, transposed)
+    return HFTensor(names, Order.grouped, transposed)
 
 
 def _grouped(names: list[str], model: ModelConfig) -> list[Run]:
@@ -145,7 +145,7 @@ class Architecture:
     """Prefix of its classes' names: 'Llama' of LlamaForSequenceClassification."""
     prefix: str
     """Prefix of the base model's tensors where a head is added."""
-    tensors: Mapping[str, Theirs]
+    tensors: Mapping[str, HFTensor]
     """Our tensor -> Hugging Face's."""
     fields: Mapping[str, str | tuple[str, ...]]
     """Field of ModelConfig -> key of config.json with the same value; several keys must agree."""
@@ -168,7 +168,7 @@ class Architecture:
     @property
     def layer_prefix(self) -> str:
         """Name of the list of layers: 'model.layers'."""
-        return next(theirs.names[0] for key, theirs in self.tensors.items() if is_layer(key)).split(".{}")[0]
+        return next(tensor.names[0] for key, tensor in self.tensors.items() if is_layer(key)).split(".{}")[0]
 
     def class_name(self, head: Head) -> str:
         """The class of transformers that has this head."""
@@ -180,15 +180,15 @@ class Architecture:
             return self.tensors[HEAD].names[0].removesuffix(".weight")
         return "score" if head is Head.score else self.token_head
 
-    def theirs(self, key: str, head: Head) -> Theirs:
+    def hf_tensor(self, key: str, head: Head) -> HFTensor:
         """Where Hugging Face keeps one of our tensors."""
         if key in (HEAD, HEAD_BIAS):
             return same(f"{self.head_module(head)}.{key.rpartition('.')[2]}")
         return self.tensors[key]
 
 
-def layer_norms(attention: str, mlp: str, final: str, bias: bool) -> dict[str, Theirs]:
+def layer_norms(attention: str, mlp: str, final: str, bias: bool) -> dict[str, HFTensor]:
     """The three norms of a pre-norm transformer, by the names of their modules."""
     modules = {f"{QKV}.layer_norm_": attention, f"{FC1}.layer_norm_": mlp, f"{FINAL_NORM}.": final}
     kinds = ("weight", "bias") if bias else ("weight",)
-    return {f"{ours}{kind}": same(f"{theirs}.{kind}") for ours, theirs in modules.items() for kind in kinds}
+    return {f"{name}{kind}": same(f"{hf_name}.{kind}") for name, hf_name in modules.items() for kind in kinds}

@@ -213,10 +213,10 @@ def _require_same_base(base: Path, reader: CheckpointReader, model: ModelConfig)
     described = Described.read(base)
     if described.scalar or model_differences(model, described.model):
         raise UserError(f"--base {base}: is not the model that the adapters were trained beside")
-    theirs = Weights.open(base, described)
+    stored = Weights.open(base, described)
     for place in places(described.shapes, model.num_layers):
-        ours = reader.read(place)
-        if not same_bits(ours, theirs.read(place).to(ours.dtype)):
+        trained_on = reader.read(place)
+        if not same_bits(trained_on, stored.read(place).to(trained_on.dtype)):
             raise UserError(f"--base {base}: tensor {place} is not the one that the adapters were trained beside")
 
 
@@ -257,15 +257,15 @@ def _into(output: Path) -> Iterator[Path]:
 
 
 def _checked(
-    ours: TensorSource, exported: TensorSource, theirs: Weights, check: CheckOptions, needs_code: bool = False
+    source: TensorSource, exported: TensorSource, hf: Weights, check: CheckOptions, needs_code: bool = False
 ) -> Report:
     layout = ParallelLayout.create(ParallelConfig(), range(1))
 
     def compare() -> Report:
-        described, converting = theirs.described, _peak_bytes()
-        tensors = compare_tensors(exported, theirs)
+        described, converting = hf.described, _peak_bytes()
+        tensors = compare_tensors(exported, hf)
         batches = check_batches(described.model, check.text_tokens, check.length)
-        difference, largest = compare_outputs(ours, theirs, layout, batches)
+        difference, largest = compare_outputs(source, hf, layout, batches)
         return Report(
             architecture=described.architecture.model_type,
             head=described.head,

@@ -48,13 +48,13 @@ def modules(described: Described, adapter_parts: Mapping[str, Any], linear: str,
     """The module of each of a linear layer's adapted projections."""
     runs = described.runs(Place(f"{LAYERS}{linear}.weight", layer))
     run_of = torch.arange(len(runs)).repeat_interleave(torch.tensor([run.count for run in runs]))
-    theirs = torch.cat([torch.arange(run.start, run.start + run.count) for run in runs])
+    rows_of_file = torch.cat([torch.arange(run.start, run.start + run.count) for run in runs])
     rows = rows_of_projections(described.model, linear)
     homes = {part: runs[run_of[rows[part][0]]].name.removesuffix(".weight") for part in adapter_parts}
     found = {}
     for part, home in homes.items():
         together = [other for other in homes if homes[other] == home]
-        found[part] = Module(home, theirs[rows[part]], together.index(part), len(together))
+        found[part] = Module(home, rows_of_file[rows[part]], together.index(part), len(together))
     return found
 
 
@@ -221,7 +221,7 @@ def write(folder: Path, described: Described, source: TensorSource, adapter: Ada
                 ranks[suffix] = several * adapter.rank
             tensors |= {f"{_PREFIX}{name}.lora_A.weight": a, f"{_PREFIX}{name}.lora_B.weight": b}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    transposed = described.theirs(f"{LAYERS}mlp.linear_fc2.weight").transposed
+    transposed = described.hf_tensor(f"{LAYERS}mlp.linear_fc2.weight").transposed
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -49,19 +49,19 @@ class Process:
     @classmethod
     def launch(cls, spec: str) -> "Process":
         """A new Python, the keeper of the one in which the function runs (`worker.keep`)."""
-        ours, theirs = socket.socketpair()
+        here, there = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
         # The order of sets is the same in every run, and what the function prints is in the log at once.
         environment |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
         popen = subprocess.Popen(
-            [sys.executable, "-c", START, str(theirs.fileno()), json.dumps(_search_path()), spec],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-c", START, str(there.fileno()), json.dumps(_search_path()), spec],
+            pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env=environment,
         )
-        theirs.close()
-        return cls(popen, Connection(ours.detach()))
+        there.close()
+        return cls(popen, Connection(here.detach()))
 
     def ask(self, answers: Answers, share: slice) -> None:
         """Hand it a part of a batch."""

@@ -48,10 +48,10 @@ class KeptGradient:
         copies = [buffer.clone() for buffer in buffers]
         reduce_gradients(role)
         for buffer, copy in zip(buffers, copies, strict=True):
-            for ours, theirs in zip(buffer.split(_AT_ONCE), copy.split(_AT_ONCE), strict=True):
-                reduced = ours.clone()
-                ours.copy_(theirs)
-                theirs.copy_(reduced)
+            for kept, other in zip(buffer.split(_AT_ONCE), copy.split(_AT_ONCE), strict=True):
+                reduced = kept.clone()
+                kept.copy_(other)
+                other.copy_(reduced)
         return cls(buffers, copies)
 
     @torch.no_grad()

@@ -68,9 +68,9 @@ def check(
 def _require_same(wanted: Adapter, found: Adapter, name: str, key: str, source: StartingPoint) -> None:
     where = source.peft.folder if source.peft else source.path
     for field in ("rank", "alpha", "targets"):
-        ours, theirs = getattr(wanted, field), getattr(found, field)
-        if ours != theirs:
-            shown = [f"[{','.join(value)}]" if isinstance(value, tuple) else f"{value:g}" for value in (ours, theirs)]
+        pair = getattr(wanted, field), getattr(found, field)
+        if pair[0] != pair[1]:
+            shown = [f"[{','.join(value)}]" if isinstance(value, tuple) else f"{value:g}" for value in pair]
             raise UserError(
                 f"{name}.lora.{field}={shown[0]}: the adapters that {key} brings ({where}) have {shown[1]}; set it to that to "
                 "train them further, or merge them first (docs/lora.md)"

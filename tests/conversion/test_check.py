@@ -29,8 +29,8 @@ def test_both_sides_run_the_whole_model(world, tmp_path, case):
     weights = Weights.open(folder, described)
     batches = check_tokens.check_batches(described.model, range(60), 64)
     with torch.no_grad():
-        ours = check_layers.run_ours(described, weights, ParallelLayout.create(ParallelConfig(), range(1)), batches)
-        theirs = check_layers.run_theirs(weights, batches)
+        ours = check_layers.run_megatron(described, weights, ParallelLayout.create(ParallelConfig(), range(1)), batches)
+        theirs = check_layers.run_transformers(weights, batches)
         for batch, a, b in zip(batches, ours.outcomes, theirs.outcomes, strict=True):
             rows = [tokens[real] for tokens, real in zip(batch.tokens_bs, batch.real_bs, strict=True)]
             whole_model = hf_models.load(folder)
@@ -48,7 +48,7 @@ def test_a_wide_vocabulary_is_never_whole_in_memory(world, tmp_path, monkeypatch
     monkeypatch.setattr(whole_tensors, "CHUNK_BYTES", 7 * 64 * 4)
     source = hf_models.save(tmp_path / "source", case)
     built, read = [], []
-    for name in ("build_chunks", "_their_model"):
+    for name in ("build_chunks", "_hf_model"):
         made = getattr(check_layers, name)
         monkeypatch.setattr(check_layers, name, lambda *args, made=made: built.append(model := made(*args)) or model)
     tensor_read = TensorFiles.read

@@ -70,7 +70,7 @@ def in_their_names(arrays, folder):
     gradients = {}
     for place in places(described.shapes, described.model.num_layers):
         array = torch.from_numpy(arrays[place.key])
-        gradients |= described.to_theirs(place, array[place.layer] if is_layer(place.key) else array)
+        gradients |= described.to_hf(place, array[place.layer] if is_layer(place.key) else array)
     return gradients
 
 
@@ -95,7 +95,7 @@ def test_loss_and_gradients_of_an_sft_step(world, tmp_path, case, layout):
     ours = in_their_names(assemble([blocks for _, blocks in results], described.model.vocab_size), folder)
     for our_loss, _ in results:
         assert our_loss == pytest.approx(loss, rel=1e-5)
-    head = described.theirs("output_layer.weight").names[0]
+    head = described.hf_tensor("output_layer.weight").names[0]
     gradients = {head if name == "lm_head.weight" else name: g for name, g in gradients.items()}
     assert ours.keys() == gradients.keys()
     for name, gradient in gradients.items():

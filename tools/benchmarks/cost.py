@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.reward import made_up
 from benchmarks.side_by_side import on_ranks, where
-from benchmarks.train import flops, our_update
+from benchmarks.train import flops, megatron_update
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
@@ -135,7 +135,7 @@ def _measure(update: Callable[[], object], repeats: int) -> tuple[float, int]:
 def text_update(shape: Shape) -> Callable[[], object]:
     """An update of a policy on text."""
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length + 1), generator=torch.Generator().manual_seed(0))
-    return our_update(argparse.Namespace(**vars(shape)), tokens)
+    return megatron_update(argparse.Namespace(**vars(shape)), tokens)
 
 
 def ranking_update(shape: Shape) -> Callable[[], object]:

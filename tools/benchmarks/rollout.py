@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     layout = ParallelLayout.create(ParallelConfig())
     layout.seed(0)
-    ours = Role.build("policy", shape(options), layout, Precision.fp32).frozen()
-    theirs = peer(options).eval()
+    role = Role.build("policy", shape(options), layout, Precision.fp32).frozen()
+    model = peer(options).eval()
     generator = torch.Generator().manual_seed(1)
     count = 4 * options.batch if options.varied else options.batch
     lengths = [options.prompt] * count
@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     tokens: dict[str, list[int]] = {"megatron_rlhf": [], "transformers": []}
 
-    def run_ours() -> None:
-        completions = generate(ours, prompts, keys, sampling, stops)
+    def sample() -> None:
+        completions = generate(role, prompts, keys, sampling, stops)
         tokens["megatron_rlhf"].append(sum(len(completion.tokens) for completion in completions))
 
-    def run_theirs() -> None:
+    def sample_by_transformers() -> None:
         done = 0
         for start in range(0, count, options.batch):
             batch = prompts[start : start + options.batch]
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
             attends = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             with torch.no_grad():
-                output = theirs.generate(
+                output = model.generate(
                     padded,
                     attention_mask=attends,
                     do_sample=True,
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             done += int(stopped.sum())
         tokens["transformers"].append(done)
 
-    seconds = alternate({"megatron_rlhf": run_ours, "transformers": run_theirs}, options.rounds)
+    seconds = alternate({"megatron_rlhf": sample, "transformers": sample_by_transformers}, options.rounds)
     # Each round samples a different number of tokens: its time is scaled to the usual number.
     usual = statistics.mean(tokens["megatron_rlhf"])
     for name, values in seconds.items():

@@ -58,12 +58,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ]
 
     assert asked.wanted_ns is not None
-    for ours, theirs in zip(judge(asked, by_length), judge(padded, size), strict=True):
-        wanted = asked.wanted_ns[:, : ours.shape[1]] & (
-            torch.arange(ours.shape[1])
-            < torch.tensor(asked.lengths).unsqueeze(-1) - (asked.tokens_ns.shape[1] - ours.shape[1])
+    for scored, in_full_width in zip(judge(asked, by_length), judge(padded, size), strict=True):
+        wanted = asked.wanted_ns[:, : scored.shape[1]] & (
+            torch.arange(scored.shape[1])
+            < torch.tensor(asked.lengths).unsqueeze(-1) - (asked.tokens_ns.shape[1] - scored.shape[1])
         )
-        torch.testing.assert_close(ours[wanted], theirs[wanted], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored[wanted], in_full_width[wanted], rtol=1e-4, atol=1e-4)
     contenders = {
         "work follows tokens": lambda: judge(asked, by_length),
         "padded to the longest": lambda: judge(padded, size),

@@ -50,10 +50,10 @@ def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[
         figures[name] = statistics.median(rates)
         spread = f"(of {len(rates)}: {rates[0]:.1f} .. {rates[-1]:.1f})"
         print(f"{name:{width}} {figures[name]:10.1f} {unit}  {spread}")
-    (first, ours), *others = seconds.items()
+    (first, of_first), *others = seconds.items()
     ratios = {}
-    for name, theirs in others:
-        pairs = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    for name, of_other in others:
+        pairs = sorted(b / a for a, b in zip(of_first, of_other, strict=True))
         ratios[f"{first} / {name}"] = statistics.median(pairs)
         print(f"{first} / {name}: {ratios[f'{first} / {name}']:.2f}  (pair by pair: {pairs[0]:.2f} .. {pairs[-1]:.2f})")
     return {"ratio": next(iter(ratios.values()), None), "ratios": ratios, "figures": figures, **where()}

@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     # One more token than is read: the last is only predicted.
     tokens = torch.randint(0, options.vocab, (options.batch, options.length + 1))
-    contenders: dict[str, Callable[[], object]] = {"megatron_rlhf": our_update(options, tokens)}
+    contenders: dict[str, Callable[[], object]] = {"megatron_rlhf": megatron_update(options, tokens)}
     if options.bf16:
-        contenders["megatron_rlhf, bf16"] = our_update(options, tokens, Precision.bf16)
-    contenders["transformers"] = their_update(options, tokens)
+        contenders["megatron_rlhf, bf16"] = megatron_update(options, tokens, Precision.bf16)
+    contenders["transformers"] = transformers_update(options, tokens)
     seconds = alternate({**contenders, "bare products": bare_products(options)}, options.rounds)
     runtime.shutdown()
     made = report({name: seconds[name] for name in contenders}, tokens.numel(), "tokens/s")
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {**made, "ratio": shares["megatron_rlhf"], "shares": shares, "bare_products_gflops": rate}
 
 
-def our_update(
+def megatron_update(
     options: argparse.Namespace, tokens: torch.Tensor, precision: Precision = Precision.fp32
 ) -> Callable[[], object]:
     """As the SFT trainer does it."""
@@ -78,8 +78,8 @@ def our_update(
     return lambda: trained.update(language_model_microbatches(batch, role, options.batch, "loss"), 1e-4)
 
 
-def their_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], None]:
-    """GPT-2 of the same shape, its own loss, gradients clipped as ours are."""
+def transformers_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], None]:
+    """GPT-2 of the same shape, its own loss, gradients clipped as in megatron_update."""
     config = GPT2Config(
         vocab_size=options.vocab,
         n_positions=options.length,

@@ -52,7 +52,7 @@ class Ran:
     piece: [n, 1]."""
 
 
-def run_ours(described: Described, source: TensorSource, layout: ParallelLayout, batches: Sequence[Batch]) -> Ran:
+def run_megatron(described: Described, source: TensorSource, layout: ParallelLayout, batches: Sequence[Batch]) -> Ran:
     """Megatron-Core's model, padded right as in training, left as in sampling. `layout`: a layout of one rank."""
     with layout:
         model_parallel_cuda_manual_seed(0)
@@ -81,13 +81,13 @@ def run_ours(described: Described, source: TensorSource, layout: ParallelLayout,
 
     def run(batch: Batch) -> Tensor:
         with layout:
-            return chunk(vocabulary.ids(batch), **_our_arguments(batch)).transpose(0, 1)
+            return chunk(vocabulary.ids(batch), **_megatron_arguments(batch)).transpose(0, 1)
 
     outcomes = layers.run_all(run, batches)
-    return Ran(outcomes, _our_head(chunk.output_layer, vocabulary.rows, described, source, layout))
+    return Ran(outcomes, _megatron_head(chunk.output_layer, vocabulary.rows, described, source, layout))
 
 
-def _our_arguments(batch: Batch) -> dict[str, Any]:
+def _megatron_arguments(batch: Batch) -> dict[str, Any]:
     if not batch.left:
         return {"position_ids": batch.positions_bs, "attention_mask": None}
     width = batch.tokens_bs.shape[1]
@@ -104,7 +104,7 @@ def _our_arguments(batch: Batch) -> dict[str, Any]:
     }
 
 
-def _our_head(
+def _megatron_head(
     output_layer: nn.Module, rows: int, described: Described, source: TensorSource, layout: ParallelLayout
 ) -> Callable[[slice], Callable[[Tensor], Tensor]]:
     # Only the output layer is passed, so that the rest of the model can be freed.
@@ -126,13 +126,13 @@ def _our_head(
     return head
 
 
-def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
+def run_transformers(weights: Weights, batches: Sequence[Batch]) -> Ran:
     """transformers' model. Its parameters are loaded by their own names, without our tables."""
     described = weights.described
     vocabulary = Vocabulary.of(described.model, batches)
-    model = _their_model(weights, vocabulary.rows)
+    model = _hf_model(weights, vocabulary.rows)
     embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings()
-    parameters = _their_parameters(model, weights)
+    parameters = _hf_parameters(model, weights)
     prefix = described.architecture.layer_prefix
     (embedding_name,) = (name for name, parameter in parameters.items() if parameter is embedding)
     wide = {id(embedding)} if unembedding is None else {id(embedding), id(unembedding.weight)}
@@ -161,7 +161,7 @@ def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
         scalar_head = model.get_submodule(str(described.architecture.head_module(described.head)))
         return Ran(outcomes, lambda piece: scalar_head)
     # Some architectures name their unembedding differently in memory and in files.
-    head_name = described.theirs(HEAD).names[0] if HEAD in weights.stored_shapes else embedding_name
+    head_name = described.hf_tensor(HEAD).names[0] if HEAD in weights.stored_shapes else embedding_name
 
     def head(piece: slice) -> Callable[[Tensor], Tensor]:
         count = piece.stop - piece.start
@@ -171,7 +171,7 @@ def run_theirs(weights: Weights, batches: Sequence[Batch]) -> Ran:
     return Ran(outcomes, head)
 
 
-def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
+def _hf_model(weights: Weights, vocabulary_rows: int) -> Any:
     """With one layer and a small vocabulary; its weights are random."""
     architecture = weights.described.architecture
     content = without_nulls(read_json(weights.files.folder / CONFIG), architecture)
@@ -186,7 +186,7 @@ def _their_model(weights: Weights, vocabulary_rows: int) -> Any:
     return model_class(config).float().eval().to(collectives.device())
 
 
-def _their_parameters(model: Any, weights: Weights) -> dict[str, nn.Parameter]:
+def _hf_parameters(model: Any, weights: Weights) -> dict[str, nn.Parameter]:
     """Parameters by the names of their tensors."""
     parameters = dict(model.named_parameters())
     if weights.described.scalar:

@@ -66,7 +66,9 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
             raise UserError(f"{where}: {listed}: not supported unless they agree")
         values[name] = found[keys[0]]
     name = full[architecture.activation_key]
-    values["activation"] = next((ours for ours, names in architecture.activations.items() if name in names), None)
+    values["activation"] = next(
+        (activation for activation, names in architecture.activations.items() if name in names), None
+    )
     if values["activation"] is None:
         known = [name for names in architecture.activations.values() for name in names]
         raise UserError(f"{where}: {architecture.activation_key}={name} is not supported, only {' or '.join(known)}")

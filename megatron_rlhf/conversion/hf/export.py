@@ -134,7 +134,7 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
             tensor: name
             for name, shard in zip(names, shards, strict=True)
             for place in shard
-            for tensor in exported.described.their_shapes(place)
+            for tensor in exported.described.hf_shapes(place)
         }
         total = sum(_bytes(exported, place) for shard in shards for place in shard)
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2))
@@ -143,7 +143,7 @@ def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYT
 
 def _write_shard(path: Path, exported: Exported, shard: list[Place]) -> None:
     tensors = {
-        name: tensor for place in shard for name, tensor in exported.described.to_theirs(place, exported.read(place))
+        name: tensor for place in shard for name, tensor in exported.described.to_hf(place, exported.read(place))
     }
     save_file(tensors, path, metadata={"format": "pt"})
 

@@ -127,8 +127,8 @@ def _own_config(described: Described, extra: ExtraFiles) -> dict[str, Any]:
     if extra.config is not None:
         content = read_json(extra.config / CONFIG)
         if content.get("model_type") == described.architecture.model_type:
-            theirs = hf_config.to_model_config(content, described.architecture, str(extra.config / CONFIG))
-            if not model_differences(described.model, theirs):
+            found = hf_config.to_model_config(content, described.architecture, str(extra.config / CONFIG))
+            if not model_differences(described.model, found):
                 return content
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **extra.special_tokens}
     return hf_config.from_model_config(described.model, described.architecture) | ids

@@ -17,8 +17,8 @@ from megatron_rlhf.conversion.architecture import (
     WORD_EMBEDDINGS,
     Architecture,
     Head,
+    HFTensor,
     Run,
-    Theirs,
     is_layer,
     tensor_shapes,
 )
@@ -53,31 +53,31 @@ class Described:
         """Our tensors, whole."""
         return tensor_shapes(self.model, self.scalar)
 
-    def theirs(self, key: str) -> Theirs:
+    def hf_tensor(self, key: str) -> HFTensor:
         """Where Hugging Face keeps one of our tensors."""
-        return self.architecture.theirs(key, self.head)
+        return self.architecture.hf_tensor(key, self.head)
 
     def runs(self, place: Place) -> list[Run]:
         """Our tensor's rows, first to last, as runs of Hugging Face's."""
-        return self.theirs(place.key).runs(self.shapes[place.key][0], self.model, place.layer)
+        return self.hf_tensor(place.key).runs(self.shapes[place.key][0], self.model, place.layer)
 
-    def their_shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self, place: Place) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the Hugging Face tensors that one of our tensors holds."""
         counts: dict[str, int] = {}
         for run in self.runs(place):
             counts[run.name] = counts.get(run.name, 0) + run.count
         rest = self.shapes[place.key][1:]
-        transposed = self.theirs(place.key).transposed
+        transposed = self.hf_tensor(place.key).transposed
         return {name: (*rest, count) if transposed else (count, *rest) for name, count in counts.items()}
 
-    def to_theirs(self, place: Place, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def to_hf(self, place: Place, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors that one of our tensors holds, with their values."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         position = 0
         for run in self.runs(place):
             parts.setdefault(run.name, []).append((run.start, tensor[position : position + run.count]))
             position += run.count
-        transposed = self.theirs(place.key).transposed
+        transposed = self.hf_tensor(place.key).transposed
         for name, pieces in parts.items():
             ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
             value = tensor if len(parts) == len(ordered) == 1 else torch.cat(ordered)
@@ -106,7 +106,7 @@ class Weights:
         if not with_head:
             shapes.pop(HEAD, None)
         stored = dict(shapes)
-        if described.scalar and described.theirs(HEAD_BIAS).names[0] not in files.shapes:
+        if described.scalar and described.hf_tensor(HEAD_BIAS).names[0] not in files.shapes:
             del stored[HEAD_BIAS]
         weights = cls(described, files, shapes, stored, prefix if bare else "")
         weights._require_exactly_these_tensors()
@@ -135,7 +135,7 @@ class Weights:
             return torch.zeros(shape, dtype=self.dtype(key))
         start, stop = offset[0], offset[0] + shape[0]
         columns = slice(offset[1], offset[1] + shape[1]) if len(shape) > 1 else slice(None)
-        transposed = self.described.theirs(key).transposed
+        transposed = self.described.hf_tensor(key).transposed
         parts, position = [], 0
         for run in self.described.runs(Place(key, layer)):
             first, last = max(start - position, 0), min(stop - position, run.count)
@@ -155,7 +155,7 @@ class Weights:
         """Raise UserError where layers differ in the type of a tensor: a checkpoint stores it stacked, in one type."""
         for place in places(self.stored_shapes, self.num_layers):
             wanted = self.dtype(place.key)
-            for name in map(self.stored, self.described.their_shapes(place)):
+            for name in map(self.stored, self.described.hf_shapes(place)):
                 if (found := self.files.dtypes[name]) != wanted:
                     raise UserError(f"{self.files.files[name]}: tensor {name} is {found}, its like elsewhere {wanted}")
 
@@ -168,7 +168,7 @@ class Weights:
         expected = {
             self.stored(name): shape
             for place in places(self.stored_shapes, self.num_layers)
-            for name, shape in self.described.their_shapes(place).items()
+            for name, shape in self.described.hf_shapes(place).items()
         }
         for name, shape in expected.items():
             if name not in found:
@@ -201,7 +201,7 @@ class Weights:
 
     def _repeats_embeddings(self, name: str) -> bool:
         # In pieces: a vocabulary can be gigabytes.
-        embeddings = self.stored(self.described.theirs(WORD_EMBEDDINGS).names[0])
+        embeddings = self.stored(self.described.hf_tensor(WORD_EMBEDDINGS).names[0])
         rows = self.files.shapes[embeddings][0]
         pieces = [slice(start, start + 8192) for start in range(0, rows, 8192)]
         return self.files.shapes[name] == self.files.shapes[embeddings] and all(

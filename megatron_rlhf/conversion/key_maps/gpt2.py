@@ -1,7 +1,7 @@
 """GPT-2: learned positions, one Conv1D ([in, out]) for queries, keys and values."""
 
 from megatron_rlhf.config.model import Activation, Norm, Positions
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import Architecture, grouped, layer_norms, same
 
 LAYER = "transformer.h.{}."
@@ -11,18 +11,18 @@ ARCHITECTURE = Architecture(
     classes="GPT2",
     prefix="transformer.",
     tensors={
-        ours.WORD_EMBEDDINGS: same("transformer.wte.weight"),
-        ours.POSITION_EMBEDDINGS: same("transformer.wpe.weight"),
+        megatron.WORD_EMBEDDINGS: same("transformer.wte.weight"),
+        megatron.POSITION_EMBEDDINGS: same("transformer.wpe.weight"),
         **layer_norms(LAYER + "ln_1", LAYER + "ln_2", "transformer.ln_f", bias=True),
-        f"{ours.QKV}.weight": grouped(LAYER + "attn.c_attn.weight", transposed=True),
-        f"{ours.QKV}.bias": grouped(LAYER + "attn.c_attn.bias"),
-        f"{ours.PROJECTION}.weight": same(LAYER + "attn.c_proj.weight", transposed=True),
-        f"{ours.PROJECTION}.bias": same(LAYER + "attn.c_proj.bias"),
-        f"{ours.FC1}.weight": same(LAYER + "mlp.c_fc.weight", transposed=True),
-        f"{ours.FC1}.bias": same(LAYER + "mlp.c_fc.bias"),
-        f"{ours.FC2}.weight": same(LAYER + "mlp.c_proj.weight", transposed=True),
-        f"{ours.FC2}.bias": same(LAYER + "mlp.c_proj.bias"),
-        ours.HEAD: same("lm_head.weight"),
+        f"{megatron.QKV}.weight": grouped(LAYER + "attn.c_attn.weight", transposed=True),
+        f"{megatron.QKV}.bias": grouped(LAYER + "attn.c_attn.bias"),
+        f"{megatron.PROJECTION}.weight": same(LAYER + "attn.c_proj.weight", transposed=True),
+        f"{megatron.PROJECTION}.bias": same(LAYER + "attn.c_proj.bias"),
+        f"{megatron.FC1}.weight": same(LAYER + "mlp.c_fc.weight", transposed=True),
+        f"{megatron.FC1}.bias": same(LAYER + "mlp.c_fc.bias"),
+        f"{megatron.FC2}.weight": same(LAYER + "mlp.c_proj.weight", transposed=True),
+        f"{megatron.FC2}.bias": same(LAYER + "mlp.c_proj.bias"),
+        megatron.HEAD: same("lm_head.weight"),
     },
     fields={
         "num_layers": "n_layer",

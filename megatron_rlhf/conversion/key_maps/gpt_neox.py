@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: a head's query, key and value are together, as in Megatron; part of each head is rotated."""
 
 from megatron_rlhf.config.model import Activation, Norm, Positions
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import Architecture, layer_norms, same
 
 LAYER = "gpt_neox.layers.{}."
@@ -11,19 +11,19 @@ ARCHITECTURE = Architecture(
     classes="GPTNeoX",
     prefix="gpt_neox.",
     tensors={
-        ours.WORD_EMBEDDINGS: same("gpt_neox.embed_in.weight"),
+        megatron.WORD_EMBEDDINGS: same("gpt_neox.embed_in.weight"),
         **layer_norms(
             LAYER + "input_layernorm", LAYER + "post_attention_layernorm", "gpt_neox.final_layer_norm", bias=True
         ),
-        f"{ours.QKV}.weight": same(LAYER + "attention.query_key_value.weight"),
-        f"{ours.QKV}.bias": same(LAYER + "attention.query_key_value.bias"),
-        f"{ours.PROJECTION}.weight": same(LAYER + "attention.dense.weight"),
-        f"{ours.PROJECTION}.bias": same(LAYER + "attention.dense.bias"),
-        f"{ours.FC1}.weight": same(LAYER + "mlp.dense_h_to_4h.weight"),
-        f"{ours.FC1}.bias": same(LAYER + "mlp.dense_h_to_4h.bias"),
-        f"{ours.FC2}.weight": same(LAYER + "mlp.dense_4h_to_h.weight"),
-        f"{ours.FC2}.bias": same(LAYER + "mlp.dense_4h_to_h.bias"),
-        ours.HEAD: same("embed_out.weight"),
+        f"{megatron.QKV}.weight": same(LAYER + "attention.query_key_value.weight"),
+        f"{megatron.QKV}.bias": same(LAYER + "attention.query_key_value.bias"),
+        f"{megatron.PROJECTION}.weight": same(LAYER + "attention.dense.weight"),
+        f"{megatron.PROJECTION}.bias": same(LAYER + "attention.dense.bias"),
+        f"{megatron.FC1}.weight": same(LAYER + "mlp.dense_h_to_4h.weight"),
+        f"{megatron.FC1}.bias": same(LAYER + "mlp.dense_h_to_4h.bias"),
+        f"{megatron.FC2}.weight": same(LAYER + "mlp.dense_4h_to_h.weight"),
+        f"{megatron.FC2}.bias": same(LAYER + "mlp.dense_4h_to_h.bias"),
+        megatron.HEAD: same("embed_out.weight"),
     },
     fields={
         "num_layers": "num_hidden_layers",

@@ -1,7 +1,7 @@
 """Llama 1 to 3: rotary positions (stretched from 3.1 on), RMSNorm, SwiGLU, grouped queries."""
 
 from megatron_rlhf.config.model import Activation, Norm, Positions
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import Architecture, grouped, layer_norms, same, stacked
 
 LAYER = "model.layers.{}."
@@ -12,17 +12,17 @@ ARCHITECTURE = Architecture(
     classes="Llama",
     prefix="model.",
     tensors={
-        ours.WORD_EMBEDDINGS: same("model.embed_tokens.weight"),
+        megatron.WORD_EMBEDDINGS: same("model.embed_tokens.weight"),
         **layer_norms(LAYER + "input_layernorm", LAYER + "post_attention_layernorm", "model.norm", bias=False),
-        f"{ours.QKV}.weight": grouped(*[f"{ATTENTION}{x}_proj.weight" for x in "qkv"]),
-        f"{ours.QKV}.bias": grouped(*[f"{ATTENTION}{x}_proj.bias" for x in "qkv"]),
-        f"{ours.PROJECTION}.weight": same(ATTENTION + "o_proj.weight"),
-        f"{ours.PROJECTION}.bias": same(ATTENTION + "o_proj.bias"),
-        f"{ours.FC1}.weight": stacked(LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),
-        f"{ours.FC1}.bias": stacked(LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"),
-        f"{ours.FC2}.weight": same(LAYER + "mlp.down_proj.weight"),
-        f"{ours.FC2}.bias": same(LAYER + "mlp.down_proj.bias"),
-        ours.HEAD: same("lm_head.weight"),
+        f"{megatron.QKV}.weight": grouped(*[f"{ATTENTION}{x}_proj.weight" for x in "qkv"]),
+        f"{megatron.QKV}.bias": grouped(*[f"{ATTENTION}{x}_proj.bias" for x in "qkv"]),
+        f"{megatron.PROJECTION}.weight": same(ATTENTION + "o_proj.weight"),
+        f"{megatron.PROJECTION}.bias": same(ATTENTION + "o_proj.bias"),
+        f"{megatron.FC1}.weight": stacked(LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),
+        f"{megatron.FC1}.bias": stacked(LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"),
+        f"{megatron.FC2}.weight": same(LAYER + "mlp.down_proj.weight"),
+        f"{megatron.FC2}.bias": same(LAYER + "mlp.down_proj.bias"),
+        megatron.HEAD: same("lm_head.weight"),
     },
     fields={
         "num_layers": "num_hidden_layers",

@@ -1,7 +1,7 @@
 """OPT: GPT-3's shape with ReLU; the position embedding has two rows before that of the first token."""
 
 from megatron_rlhf.config.model import Activation, Norm, Positions
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import Architecture, grouped, layer_norms, same
 
 LAYER = "model.decoder.layers.{}."
@@ -12,20 +12,20 @@ ARCHITECTURE = Architecture(
     classes="OPT",
     prefix="model.",
     tensors={
-        ours.WORD_EMBEDDINGS: same("model.decoder.embed_tokens.weight"),
-        ours.POSITION_EMBEDDINGS: same("model.decoder.embed_positions.weight"),
+        megatron.WORD_EMBEDDINGS: same("model.decoder.embed_tokens.weight"),
+        megatron.POSITION_EMBEDDINGS: same("model.decoder.embed_positions.weight"),
         **layer_norms(
             LAYER + "self_attn_layer_norm", LAYER + "final_layer_norm", "model.decoder.final_layer_norm", bias=True
         ),
-        f"{ours.QKV}.weight": grouped(*[f"{ATTENTION}{x}_proj.weight" for x in "qkv"]),
-        f"{ours.QKV}.bias": grouped(*[f"{ATTENTION}{x}_proj.bias" for x in "qkv"]),
-        f"{ours.PROJECTION}.weight": same(ATTENTION + "out_proj.weight"),
-        f"{ours.PROJECTION}.bias": same(ATTENTION + "out_proj.bias"),
-        f"{ours.FC1}.weight": same(LAYER + "fc1.weight"),
-        f"{ours.FC1}.bias": same(LAYER + "fc1.bias"),
-        f"{ours.FC2}.weight": same(LAYER + "fc2.weight"),
-        f"{ours.FC2}.bias": same(LAYER + "fc2.bias"),
-        ours.HEAD: same("lm_head.weight"),
+        f"{megatron.QKV}.weight": grouped(*[f"{ATTENTION}{x}_proj.weight" for x in "qkv"]),
+        f"{megatron.QKV}.bias": grouped(*[f"{ATTENTION}{x}_proj.bias" for x in "qkv"]),
+        f"{megatron.PROJECTION}.weight": same(ATTENTION + "out_proj.weight"),
+        f"{megatron.PROJECTION}.bias": same(ATTENTION + "out_proj.bias"),
+        f"{megatron.FC1}.weight": same(LAYER + "fc1.weight"),
+        f"{megatron.FC1}.bias": same(LAYER + "fc1.bias"),
+        f"{megatron.FC2}.weight": same(LAYER + "fc2.weight"),
+        f"{megatron.FC2}.bias": same(LAYER + "fc2.bias"),
+        megatron.HEAD: same("lm_head.weight"),
     },
     fields={
         "num_layers": "num_hidden_layers",

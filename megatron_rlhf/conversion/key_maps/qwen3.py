@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import same
 from megatron_rlhf.conversion.key_maps import llama
 
@@ -12,8 +12,8 @@ ARCHITECTURE = dataclasses.replace(
     classes="Qwen3",
     tensors={
         **llama.ARCHITECTURE.tensors,
-        f"{ours.QUERY_NORM}.weight": same(llama.ATTENTION + "q_norm.weight"),
-        f"{ours.KEY_NORM}.weight": same(llama.ATTENTION + "k_norm.weight"),
+        f"{megatron.QUERY_NORM}.weight": same(llama.ATTENTION + "q_norm.weight"),
+        f"{megatron.KEY_NORM}.weight": same(llama.ATTENTION + "k_norm.weight"),
     },
     fields={name: key for name, key in llama.ARCHITECTURE.fields.items() if name != "linear_bias"},
     fixed={**llama.ARCHITECTURE.fixed, "linear_bias": False, "qk_norm": True},

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import Activation, ModelConfig
-from megatron_rlhf.conversion import architecture as ours
+from megatron_rlhf.conversion import architecture as megatron
 from megatron_rlhf.conversion.architecture import (
     FC1,
     FC2,
@@ -61,9 +61,9 @@ _SPLIT = {
 _OLD_LAYER = "language_model.encoder.layers.{}."
 _OLD_NAMES = {
     WORD_EMBEDDINGS: "language_model.embedding.word_embeddings.weight",
-    ours.POSITION_EMBEDDINGS: "language_model.embedding.position_embeddings.weight",
+    megatron.POSITION_EMBEDDINGS: "language_model.embedding.position_embeddings.weight",
     HEAD: "language_model.output_layer.weight",
-    f"{ours.FINAL_NORM}.": "language_model.encoder.final_layernorm.",
+    f"{megatron.FINAL_NORM}.": "language_model.encoder.final_layernorm.",
     f"{QKV}.layer_norm_": _OLD_LAYER + "input_layernorm.",
     f"{FC1}.layer_norm_": _OLD_LAYER + "post_attention_layernorm.",
     f"{QKV}.": _OLD_LAYER + "self_attention.query_key_value.",
@@ -124,7 +124,7 @@ class NemoWeights:
     def _parts(self, place: Place) -> list[Tensor]:
         per_stage = self.num_layers // len(self.ranks)
         if place.layer is None:
-            last = place.key == HEAD or place.key.startswith(ours.FINAL_NORM)
+            last = place.key == HEAD or place.key.startswith(megatron.FINAL_NORM)
             stage, layer = (len(self.ranks) - 1 if last else 0), None
         else:
             stage, layer = place.layer // per_stage, place.layer % per_stage

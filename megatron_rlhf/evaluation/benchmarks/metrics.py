@@ -78,11 +78,11 @@ def normalized(text: str) -> str:
 
 def word_f1(answer: str, gold: str) -> float:
     """F1 of the words of two texts; where one has no words, whether both have none."""
-    ours, theirs = normalized(answer).split(), normalized(gold).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
+    answered, wanted = normalized(answer).split(), normalized(gold).split()
+    if not answered or not wanted:
+        return float(answered == wanted)
+    common = sum((collections.Counter(answered) & collections.Counter(wanted)).values())
+    return 2 * common / (len(answered) + len(wanted))
 
 
 def drop(doc: Doc, results: Sequence[str]) -> dict[str, float]:

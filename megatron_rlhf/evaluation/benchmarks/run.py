@@ -169,9 +169,9 @@ def _manager(names: Sequence[str], folder: str | None, data: str | None) -> Any:
     paths = [str(TASKS), *([str(Path(folder).expanduser())] if folder else [])]
     metadata: dict[str, Any] = {"data": data}
     with _quiet():
-        ours = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-        if set(names) <= set(ours.all_tasks):
-            return ours
+        shipped = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+        if set(names) <= set(shipped.all_tasks):
+            return shipped
         return TaskManager(include_path=paths, metadata=metadata)  # reads the names of thousands: seconds
 
 

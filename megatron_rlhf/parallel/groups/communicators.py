@@ -71,10 +71,10 @@ def _named(what: object) -> Iterator[None]:
     torch's would count the groups that a rank is in, which differs among the members of one: a middle stage is not in the
     group of the embeddings. They would wait for each other under different names.
     """
-    ours = f"megatron_rlhf {hashlib.sha256(repr(what).encode()).hexdigest()}"
-    theirs = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: ours  # type: ignore[assignment, return-value]
+    name = f"megatron_rlhf {hashlib.sha256(repr(what).encode()).hexdigest()}"
+    original = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore[assignment, return-value]
     try:
         yield
     finally:
-        distributed_c10d._process_group_name = theirs
+        distributed_c10d._process_group_name = original

@@ -96,9 +96,9 @@ def _fix_date(session: Session, tokenizer: Tokenizer) -> None:
 
 def _warn_of_other_template(key: str, start: StartingPoint, tokenizer: Tokenizer) -> None:
     """A model that learned conversations in another form is asked in a form that is new to it."""
-    theirs = None if start.tokenizer is None else template_in(start.tokenizer)
-    ours = tokenizer.hf.chat_template
-    if theirs is not None and isinstance(ours, str) and theirs.strip() != ours.strip():
+    learned = None if start.tokenizer is None else template_in(start.tokenizer)
+    used = tokenizer.hf.chat_template
+    if learned is not None and isinstance(used, str) and learned.strip() != used.strip():
         log.warning("%s: %s came with another chat template than this run uses for messages", key, start.path)
 
 
