@@ -154,10 +154,16 @@ def test_the_folder_of_a_former_run_names_its_file(tmp_path: Path) -> None:
         ("output_dir", "run.dir"),
         ("kl_coef", "ppo.kl_coef"),
         ("ppo.kl_koef", "ppo.kl_coef"),
+        ("train.steps", "ppo.iterations"),
+        ("max_steps", "ppo.iterations"),
     ],
 )
 def test_synonyms_are_understood(name: str, meant: str) -> None:
     assert nearest(name, keys(PPOConfig)) == meant
+
+
+def test_a_word_may_mean_another_key_in_another_stage() -> None:
+    assert nearest("train.steps", keys(SFTConfig)) == "sft.max_steps"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -104,18 +104,25 @@ SYNONYMS = {
     "weight_decay": "optimizer.weight_decay",
     "ptx": "ppo.ptx_coef",
     "num_samples": "ppo.samples_per_prompt",
+    "steps": "max_steps",
+    "num_steps": "max_steps",
+    "train_steps": "max_steps",
+    "total_steps": "max_steps",
+    "max_steps": "iterations",
 }
-"""Last words of keys elsewhere -> ends of ours."""
+"""Last words of keys elsewhere -> ends of ours, or what to try next."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was most likely meant: the same last word or one that means it, else a similar name."""
     known = list(known)
     word = name.lstrip("-").replace("-", "_").lower().rpartition(".")[2]
-    for end in dict.fromkeys([word, SYNONYMS.get(word, word)]):
+    end: str | None = word
+    while end is not None:
         same = [path for path in known if path == end or path.endswith(f".{end}")]
         if same:
             return max(same, key=lambda path: (_common(path, name), path.startswith("policy."), -len(path)))
+        end = SYNONYMS.get(end)
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
