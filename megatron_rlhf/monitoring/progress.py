@@ -109,14 +109,14 @@ class Progress:
 
 
 class Reading:
-    """Lines about records that are read before a run begins: after ten seconds, and then every ten.
+    """Lines about many records that are read before a run begins: after ten seconds, and then every ten.
 
     Args:
-        size: Bytes of the file, where it is known.
+        size: Bytes of the file, where it is known; else `count` may be, the number of records.
     """
 
-    def __init__(self, description: str, size: int | None):
-        self._description, self._size = description, size
+    def __init__(self, description: str, size: int | None = None, count: int | None = None):
+        self._description, self._size, self._count = description, size, count
         self._read = self._made = 0
         self._began = self._line_time = time.monotonic()
 
@@ -125,16 +125,17 @@ class Reading:
         self._read += count
 
     def made(self) -> None:
-        """One more item is made of the records."""
+        """One more record is done."""
         self._made += 1
         now = time.monotonic()
         if now - self._line_time < SECONDS_BETWEEN_LINES:
             return
         self._line_time, elapsed = now, now - self._began
-        parts = [f"{self._description}: {self._made:,} tokenised", f"{_clock(elapsed)} elapsed"]
-        if self._size and self._read:
-            parts.insert(1, f"{self._read / self._size:.0%} of the file")
-            parts.append(f"{_clock(elapsed * max(self._size / self._read - 1, 0))} left")
+        share = self._read / self._size if self._size else self._made / self._count if self._count else 0
+        parts = [f"{self._description}: {self._made:,}", f"{_clock(elapsed)} elapsed"]
+        if share:
+            parts.insert(1, f"{share:.0%}")
+            parts.append(f"{_clock(elapsed * max(1 / share - 1, 0))} left")
         logger.info(" | ".join(parts))
 
 

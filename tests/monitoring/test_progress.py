@@ -63,22 +63,23 @@ def test_the_pace_of_a_resumed_run_is_that_of_this_process(clock: Clock, lines: 
 
 
 def test_a_long_file_is_said_to_be_read_every_ten_seconds(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
-    reading = Reading("prompts", size=4000)
+    reading = Reading("prompts tokenised", size=4000)
     for _ in range(25):
         clock.now += 1
         reading.read(100)
         reading.made()
     assert lines.messages == [
-        "prompts: 10 tokenised | 25% of the file | 0:00:10 elapsed | 0:00:30 left",
-        "prompts: 20 tokenised | 50% of the file | 0:00:20 elapsed | 0:00:20 left",
+        "prompts tokenised: 10 | 25% | 0:00:10 elapsed | 0:00:30 left",
+        "prompts tokenised: 20 | 50% | 0:00:20 elapsed | 0:00:20 left",
     ]
 
 
-def test_of_other_sources_the_end_is_not_known(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
-    reading = Reading("prompts", size=None)
-    clock.now += 70
-    reading.made()
-    assert lines.messages == ["prompts: 1 tokenised | 0:01:10 elapsed"]
+def test_so_are_records_of_another_source(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
+    for count in (4, None):
+        reading = Reading("prompts", count=count)
+        clock.now += 70
+        reading.made()
+    assert lines.messages == ["prompts: 1 | 25% | 0:01:10 elapsed | 0:03:30 left", "prompts: 1 | 0:01:10 elapsed"]
 
 
 def test_disabled_progress_counts_and_says_nothing(lines: pytest.LogCaptureFixture) -> None:

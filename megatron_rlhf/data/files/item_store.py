@@ -1,7 +1,7 @@
 """Tokenised items in a file that all ranks read where they need them: no rank holds them all.
 
 `items.bin` holds one item after another, each as JSON with its arrays behind it; `items.idx` where each begins; `about.json`
-what was dropped on the way. Nothing that is read runs code.
+what was dropped on the way; `facts.json` what was found out about all of them. Nothing that is read runs code.
 """
 
 import datetime
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 FORMAT = 1
 """Changes whenever the same records would be stored as something else."""
 _HEAD = struct.Struct("<I")
-BIN, IDX, ABOUT = "items.bin", "items.idx", "about.json"
+BIN, IDX, ABOUT, FACTS = "items.bin", "items.idx", "about.json", "facts.json"
 
 
 class Chosen(Sequence[Item]):
@@ -107,6 +107,23 @@ class StoredItems(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
 
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` finds out about all items, as JSON: found out once, and kept with them. On one rank.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        known = _read_object(self._folder / FACTS) or {}
+        if name not in known:
+            known[name] = compute()
+            aside = self._folder / f".{FACTS}.{secrets.token_hex(4)}"
+            try:
+                aside.write_text(json.dumps(known))
+                os.replace(aside, self._folder / FACTS)
+            except OSError as error:
+                raise UserError(f"{self._folder / FACTS} cannot be written: {error.strerror}") from error
+        return known[name]
+
 
 class InMemory:
     """Where items go that are few enough."""
@@ -181,11 +198,15 @@ class ItemWriter(InMemory, Generic[Item]):
 
 def read_about(folder: Path) -> dict[str, Any] | None:
     """What describes a whole store; None where there is none."""
+    return _read_object(folder / ABOUT)
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    return about if isinstance(about, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def damaged(folder: Path, problem: str) -> UserError:

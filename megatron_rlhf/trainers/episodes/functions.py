@@ -1,7 +1,7 @@
 """The functions of a run's reward: found, recorded for a resume, started, and tried out before any model is built."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.rewards import NamedReward, named_rewards
@@ -36,8 +36,8 @@ def find_functions(
     for part in asked:
         session.require_same(f"reward function {part.name}", [f"{part.key}.function"], _fingerprint(part))
     if asked:
-        columns = (json.dumps(prompt.record, sort_keys=True, default=str).encode() for prompt in prompts)
-        parts.keep_data(session, "prompts' other columns", ["data.prompts"], (list(column) for column in columns))
+        items = prompts.items if isinstance(prompts, Examples) else prompts
+        parts.keep_data(session, "prompts' other columns", ["data.prompts"], items, _columns)
     reward = Reward(layout, {part.name: part.weight for part in named}, {}, launch_functions(layout, asked))
     first = [prompts[i] for i in range(min(TRIED, len(prompts)))]
     reward.try_functions(
@@ -56,3 +56,7 @@ def _fingerprint(part: NamedReward) -> dict[str, str]:
         return functions.fingerprint(str(part.config.function))
     except functions.Mistake as mistake:
         raise UserError(f"{part.key}.function={part.config.function} {mistake}") from mistake
+
+
+def _columns(prompts: Iterable[Prompt]) -> Iterator[list[int]]:
+    return (list(json.dumps(prompt.record, sort_keys=True, default=str).encode()) for prompt in prompts)

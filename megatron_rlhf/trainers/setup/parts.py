@@ -5,9 +5,9 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,11 @@ from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
 from megatron_rlhf.trainers.setup.machine import check_memory, memory_of_rank
-from megatron_rlhf.trainers.setup.records import load_once, on_first_rank
+from megatron_rlhf.trainers.setup.records import found_once, load_once, on_first_rank, watched
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 
 def find_start(
@@ -81,15 +83,22 @@ def keep_start(
     session.require_same(f"shape of the {role}", [shape_key, key], shape)
 
 
-def keep_data(session: Session, what: str, keys: Sequence[str], examples: Iterable[Sequence[int] | np.ndarray]) -> None:
-    """A resumed run must read the same examples, wherever they are. `examples`: what each is made of, as integers."""
+def keep_data(
+    session: Session,
+    what: str,
+    keys: Sequence[str],
+    items: Sequence[Item],
+    pieces: Callable[[Iterable[Item]], Iterable[Sequence[int] | np.ndarray]],
+) -> None:
+    """A resumed run must read the same items, wherever they are. `pieces`: what items are made of, as integers."""
 
     def describe() -> dict[str, Any]:
         count = itertools.count()
-        checksum = fingerprint(piece for piece, _ in zip(examples, count, strict=False))
+        made_of = pieces(watched(items, f"{what} checked"))
+        checksum = fingerprint(piece for piece, _ in zip(made_of, count, strict=False))
         return {"pieces": next(count), "checksum": f"{checksum:08x}"}
 
-    session.require_same(what, keys, on_first_rank(describe))
+    session.require_same(what, keys, found_once(items, f"checksum of {what}", describe))
 
 
 def make_role(
@@ -163,9 +172,12 @@ def make_prompts(
 
 
 def warn_of_shared_prompts(
-    training: Iterable[Tokens], validation: Iterable[Tokens], *, key: str = "data.validation"
+    session: Session, training: Iterable[Tokens], validation: Iterable[Tokens], *, key: str = "data.validation"
 ) -> None:
-    """A separate validation file, of the key, is used as it is, but with a warning where it repeats training examples."""
+    """A separate validation file, of the key, is used as it is, but with a warning where it repeats training examples, when a
+    run begins."""
+    if session.resume_from is not None:
+        return
 
     def count() -> tuple[int, int]:
         asked = Counter(prompt.tobytes() for prompt in validation)

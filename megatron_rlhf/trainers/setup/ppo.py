@@ -1,5 +1,6 @@
 """PPO's roles and data: checked first, then built."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from megatron_rlhf.trainers.episodes.functions import find_functions
 from megatron_rlhf.trainers.export import require_exportable
 from megatron_rlhf.trainers.ppo import PPOTrainer
 from megatron_rlhf.trainers.setup import parts
-from megatron_rlhf.trainers.setup.records import on_first_rank
+from megatron_rlhf.trainers.setup.records import found_once, watched
 from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 from megatron_rlhf.trainers.step import TrainedRole
 
@@ -56,7 +57,9 @@ def build_ppo(config: PPOConfig, session: Session) -> PPOTrainer:
 
     prompts, pretraining = _read_data(config, tokenizer, policy_start.model, session)
     held_out = _read_held_out(config, tokenizer, session)
-    parts.warn_of_shared_prompts((p.tokens for p in prompts), (p.tokens for p in held_out), key="evaluation.prompts")
+    parts.warn_of_shared_prompts(
+        session, (p.tokens for p in prompts), (p.tokens for p in held_out), key="evaluation.prompts"
+    )
     policy_ranks, critic_ranks = config.placement.ranks(dist.get_world_size())
     layout = ParallelLayout.create(config.parallel, policy_ranks)
     critic_layout = ParallelLayout.create(config.critic_parallel, critic_ranks)
@@ -141,9 +144,13 @@ def _read_data(
     """Prompts and, where there is some, pretraining text; budgets in tokens must have room for both."""
     prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, config.run.dir)
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
-    parts.keep_data(session, "prompts", chosen_by, (np.append(prompt.tokens, prompt.id) for prompt in prompts))
+    parts.keep_data(session, "prompts", chosen_by, prompts.items, _pieces)
     ppo, pretraining = config.ppo, None
-    lengths = on_first_rank(lambda: sorted({len(prompt.tokens) for prompt in prompts}))
+    lengths = found_once(
+        prompts.items,
+        "lengths",
+        lambda: sorted({len(prompt.tokens) for prompt in watched(prompts.items, "prompts measured")}),
+    )
     engine_checks.check_engine_prompts(config, lengths[0], f"data.prompts={config.data.prompts}")
     longest = lengths[-1] + config.rollout.longest_response
     require_room("ppo.micro_batch_tokens", ppo.micro_batch_tokens, longest, "the longest prompt and response")
@@ -168,5 +175,9 @@ def _read_held_out(config: PPOConfig, tokenizer: Tokenizer, session: Session) ->
         config, min(len(prompt.tokens) for prompt in chosen), f"evaluation.prompts={source}"
     )
     keys = ("evaluation.prompts", "data.prompts", "data.part_shares")
-    parts.keep_data(session, "held-out prompts", keys, (np.append(prompt.tokens, prompt.id) for prompt in chosen))
+    parts.keep_data(session, "held-out prompts", keys, chosen, _pieces)
     return chosen
+
+
+def _pieces(prompts: Iterable[Prompt]) -> Iterator[np.ndarray]:
+    return (np.append(prompt.tokens, prompt.id) for prompt in prompts)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ def load_once(
         for left in folder.parent.glob(".*.writing"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         path = Path(source).expanduser()
-        reading = Reading(what, path.stat().st_size if path.is_file() else None)
+        reading = Reading(f"{what} tokenised", path.stat().st_size if path.is_file() else None)
         writer = ItemWriter(folder, kind, reading.read, reading.made)
         try:
             writer.publish(load(writer).about())
@@ -84,6 +84,23 @@ def on_first_rank(compute: Callable[[], Result]) -> Result:
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
+
+
+def found_once(items: Sequence[Any], name: str, compute: Callable[[], Result]) -> Result:
+    """The same, found out at the first start only where the records are on the disk. `name` has what the result, a JSON value,
+    depends on besides the items. Collective over the world."""
+    stored = items.items if isinstance(items, Examples) else items
+    if isinstance(stored, StoredItems):
+        return on_first_rank(lambda: stored.remember(name, compute))
+    return on_first_rank(compute)
+
+
+def watched(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items one by one, with lines in the log where that takes long."""
+    reading = Reading(what, count=len(items))
+    for item in items:
+        yield item
+        reading.made()
 
 
 def _identity(source: str, data: RecordsConfig, tokenizer: Tokenizer, limits: Sequence[object]) -> str:

@@ -29,7 +29,7 @@ from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.setup import parts
 from megatron_rlhf.trainers.setup.evaluation import build_evaluate
 from megatron_rlhf.trainers.setup.ppo import build_ppo
-from megatron_rlhf.trainers.setup.records import load_once, on_first_rank
+from megatron_rlhf.trainers.setup.records import found_once, load_once, on_first_rank, watched
 from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
@@ -61,12 +61,14 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     if data.demonstrations is not None and data.pretraining_mix < 1:
         demonstrations = load(data.demonstrations)
         demonstrations.report()
-        parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], _pieces(demonstrations))
+        parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], demonstrations.items, _pieces)
         if data.validation is not None:
             validation = load(data.validation)
             prompts = ((d.tokens[: d.prompt_length] for d in part) for part in (demonstrations, validation))
-            parts.warn_of_shared_prompts(*prompts)
-        parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _pieces(validation or []))
+            parts.warn_of_shared_prompts(session, *prompts)
+        parts.keep_data(
+            session, "validation data", ["data.validation", *LIMITS], validation.items if validation else [], _pieces
+        )
     mix = Mix(config.sft.batch_size, data.pretraining_mix)
     steps = config.sft.max_steps or mix.steps(len(demonstrations or []), config.sft.epochs)
     checks.check_warmup(config.sft.warmup_steps, steps, "sft.warmup_steps")
@@ -74,9 +76,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     pretraining = None
     if data.pretraining_mix > 0:
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
-    longest = on_first_rank(
-        lambda: max((len(d.tokens) for part in (demonstrations, validation) for d in part or ()), default=0)
-    )
+    longest = max((_longest(part.items) for part in (demonstrations, validation) if part), default=0)
     if pretraining is not None:
         longest = max(longest, data.pretraining.sequence_length)
     require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
@@ -127,7 +127,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     training: Sequence[Comparison] = loaded.items
     if data.validation is not None:
         validation: Sequence[Comparison] = load(data.validation).items
-        parts.warn_of_shared_prompts(*((c.prompt_tokens for c in part) for part in (training, validation)))
+        parts.warn_of_shared_prompts(session, *((c.prompt_tokens for c in part) for part in (training, validation)))
     else:
         fraction, seed = data.validation_fraction, config.run.seed
         held = on_first_rank(lambda: held_out(loaded.items, fraction, seed, lambda c: c.users))
@@ -137,8 +137,8 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     steps = algorithm.max_steps or algorithm.epochs * -(-len(training) // algorithm.batch_size)
     checks.check_warmup(algorithm.warmup_steps, steps, "reward_model.warmup_steps")
     checks.check_profile(config.run, steps)
-    parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], _ranked_pieces(training))
-    parts.keep_data(session, "validation data", ["data.validation", *LIMITS], _ranked_pieces(validation))
+    parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], training, _ranked_pieces)
+    parts.keep_data(session, "validation data", ["data.validation", *LIMITS], validation, _ranked_pieces)
     if data.demonstrations is not None:
         source_of, shape = data.demonstrations, Shape.of(None, data.demonstration_columns.given(), data.chat)
         loaded_demonstrations = load_once(
@@ -155,16 +155,16 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     else:
         best = on_first_rank(lambda: np.array([(n, i) for n, c in enumerate(training) for i in c.best]))
         demonstrations = Mapped(best, lambda pair: _text(training[int(pair[0])], int(pair[1])))
-    longest = on_first_rank(
-        lambda: max(*map(_longest, training), *map(_longest, validation), *map(len, demonstrations))
-    )
+    longest = max(_longest(training), _longest(validation), _longest(demonstrations))
     require_room(
         "reward_model.micro_batch_tokens",
         config.reward_model.micro_batch_tokens,
         longest,
         "the longest prompt and response",
     )
-    parts.keep_data(session, "demonstrations", ["data.demonstrations", *LIMITS], demonstrations)
+    parts.keep_data(
+        session, "demonstrations", ["data.demonstrations", *LIMITS], demonstrations, lambda answers: answers
+    )
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
@@ -190,9 +190,16 @@ def _text(comparison: Comparison, response: int) -> list[int]:
     return [*comparison.prompt_tokens.tolist(), *comparison.responses_tokens[response].tolist()]
 
 
-def _longest(comparison: Comparison) -> int:
-    """Tokens of the prompt and its longest response."""
-    return len(comparison.prompt_tokens) + max(map(len, comparison.responses_tokens))
+def _longest(items: Sequence[Demonstration | Comparison | list[int]]) -> int:
+    """Tokens of the longest sequence among these. Collective."""
+    return found_once(items, "longest", lambda: max(map(_length, watched(items, "sequences measured")), default=0))
+
+
+def _length(item: Demonstration | Comparison | list[int]) -> int:
+    """Tokens; of a comparison those of the prompt and its longest response."""
+    if isinstance(item, Comparison):
+        return len(item.prompt_tokens) + max(map(len, item.responses_tokens))
+    return len(item.tokens if isinstance(item, Demonstration) else item)
 
 
 def _pieces(demonstrations: Iterable[Demonstration]) -> Iterator[np.ndarray]:

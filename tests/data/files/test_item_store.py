@@ -128,6 +128,26 @@ def test_it_is_known_how_far_the_source_is_read(load, limits, kind, record, pass
     writer.discard()
 
 
+def test_what_was_found_out_about_all_items_is_kept_with_them(tmp_path):
+    found: list[int] = []
+
+    def longest() -> int:
+        found.append(max(len(item.tokens) for item in stored))
+        return found[-1]
+
+    for _ in range(2):
+        writer = ItemWriter(tmp_path / "store", Demonstration)
+        writer([ITEMS[0]])
+        writer.publish({})
+        stored = StoredItems(tmp_path / "store", Demonstration)
+        assert [stored.remember("longest", longest) for _ in range(2)] == [5, 5]
+        assert StoredItems(tmp_path / "store", Demonstration).remember("longest", longest) == 5
+    assert len(found) == 2, "once for each time that the store is written"
+    (tmp_path / "store" / "facts.json").write_text("[1")
+    assert stored.remember("longest", longest) == 5 and len(found) == 3, "a damaged one is found out again"
+    assert stored.remember("count", lambda: 1) == 1
+
+
 def test_about_is_plain(tmp_path):
     writer = ItemWriter(tmp_path / "store", Odd)
     writer([Odd(())])
