@@ -148,7 +148,7 @@ def test_cache_is_what_decoding_allocates() -> None:
     from megatron_rlhf.models.cache import KeyValueCache
 
     cache = KeyValueCache(slots=3, capacity=24)
-    cache.prefill(torch.zeros(3, 8))
+    cache.prefill(torch.zeros(3, 8), rows=torch.arange(3))
     for layer in range(4):
         cache.append(layer, torch.zeros(8, 3, 2, 16), torch.zeros(8, 3, 2, 16))
     real = sum(x.untyped_storage().nbytes() for pair in cache.layers.values() for x in pair)
