@@ -13,6 +13,9 @@ from megatron_rlhf.config.errors import RunFailed, UserError
 from megatron_rlhf.config.launch import Launch, expected_nodes, node_names
 from megatron_rlhf.parallel import rendezvous
 
+PATIENCE = 6.0
+"""Seconds in which a rank has tried more than once, and said so, on a busy machine, too."""
+
 
 @pytest.fixture
 def port(monkeypatch) -> int:
@@ -41,20 +44,20 @@ def test_a_node_that_never_starts_is_named(port, monkeypatch, capfd):
     for name, value in (("SLURM_STEP_NODELIST", "gpu[07-09]"), ("SLURM_STEP_TASKS_PER_NODE", "2,1(x2)")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
-    first, second = meet(Launch(0, 4, 0), Launch(1, 4, 1))
+    first, second = meet(Launch(0, 4, 0), Launch(1, 4, 1), timeout_s=PATIENCE)
     assert isinstance(first, RunFailed) and isinstance(second, RunFailed)
     missing = (
         rf"2 of 4 ranks have arrived \(MASTER_ADDR=127\.0\.0\.1, MASTER_PORT={port}\): ranks 0-1 on gpu07\. "
         r"Not arrived: rank 2, expected on gpu08; rank 3, expected on gpu09\."
     )
     assert re.search(missing, str(first))
-    assert str(first).endswith("(run.rendezvous_timeout_s=1.5). At fault: node gpu08,gpu09.")
+    assert str(first).endswith("(run.rendezvous_timeout_s=6). At fault: node gpu08,gpu09.")
     said = capfd.readouterr().err
-    assert re.search("^rendezvous: after [01] s " + missing, said, re.MULTILINE), "before it ends"
+    assert re.search(r"^rendezvous: after \d s " + missing, said, re.MULTILINE), "before it ends"
 
 
 def test_an_address_that_does_not_answer_is_named(port, capfd):
-    (failed,) = meet(Launch(3, 4, 0))
+    (failed,) = meet(Launch(3, 4, 0), timeout_s=PATIENCE)
     assert isinstance(failed, RunFailed)
     assert f"gets no answer from rank 0 at 127.0.0.1:{port}" in str(failed)
     assert "Connection refused" in str(failed)
@@ -67,7 +70,7 @@ def test_a_stranger_at_the_address_is_told_apart(port, capfd):
         stranger.listen()
         greeter = threading.Thread(target=greet, args=(stranger,), daemon=True)
         greeter.start()
-        (failed,) = meet(Launch(3, 4, 0))
+        (failed,) = meet(Launch(3, 4, 0), timeout_s=PATIENCE)
     assert isinstance(failed, RunFailed)
     assert "what listens there is not a rank" in str(failed)
     said = capfd.readouterr().err
