@@ -94,4 +94,4 @@ def test_it_can_be_closed_while_it_waits(launch):
     time.sleep(0.3)
     began = time.monotonic()
     function.close()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50

@@ -98,11 +98,11 @@ def test_hanging_ends_in_time(launch):
         FunctionFailed, match=r"did not return within reward\.timeout_s=1 for 5 responses to prompts 0, 10"
     ):
         scored(function)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_the_time_limit_is_for_each_batch(launch):
-    function = launch("time.sleep(0.7)\nreturn [0.0] * 5", timeout_s=2.0)
+    function = launch("time.sleep(1.5)\nreturn [0.0] * 5", timeout_s=5.0)
     for _ in range(4):
         assert scored(function) == [0.0] * 5
 

@@ -108,7 +108,7 @@ def test_a_program_that_fails_itself_is_run_once(run, program, outcome):
     found = run(program, *["assert True"] * 20)
     assert len(found) == 20 and set(found) == {found[0]}
     assert outcome in found[0]
-    assert time.monotonic() - began < 10, "not twenty times the time limit"
+    assert time.monotonic() - began < 25, "not twenty times the time limit"
 
 
 def test_each_test_has_an_empty_folder_and_nothing_of_the_users(run, monkeypatch):
