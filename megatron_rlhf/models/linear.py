@@ -6,6 +6,7 @@ replaces their autograd functions, whose overhead is as large as a small product
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -18,15 +19,15 @@ _DECODED_ROWS = 32
 """Packed weights are read fastest by products of about so many rows, and serve any number."""
 
 
-class Packable:
+class Packable(ABC):
     """Something whose weight may lie in another order while it does not change."""
 
     packed: Tensor | None = None
     """The weight in oneDNN's order (`packed_weights`)."""
 
+    @abstractmethod
     def weight_to_pack(self) -> Tensor | None:
         """What decoding multiplies with just as it is, if anything."""
-        raise NotImplementedError
 
     def _product(self, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:

@@ -87,11 +87,10 @@ def on_first_rank(compute: Callable[[], Result]) -> Result:
 
 
 def found_once(items: Sequence[Any], name: str, compute: Callable[[], Result]) -> Result:
-    """The same, found out at the first start only where the records are on the disk. `name` has what the result, a JSON value,
-    depends on besides the items. Collective over the world."""
-    stored = items.items if isinstance(items, Examples) else items
-    if isinstance(stored, StoredItems):
-        return on_first_rank(lambda: stored.remember(name, compute))
+    """As `on_first_rank`, but at a run's first start only, where the items are all those of a store on the disk, which keeps the
+    result: a JSON value, under a name that says what it depends on besides the items. Collective over the world."""
+    if isinstance(items, StoredItems):
+        return on_first_rank(lambda: items.remember(name, compute))
     return on_first_rank(compute)
 
 
