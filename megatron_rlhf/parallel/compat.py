@@ -50,11 +50,6 @@ GLOBAL_RANKS = _of_parallel_state(_GLOBAL_RANKS)
 """The same for globals that list a group's ranks."""
 
 
-OVERLAPS_GRADIENTS = torch.cuda.is_available() or not hasattr(parallel_state, "_GTP_WEIGHT_REMAT_GROUP")
-"""Whether sums of gradients may begin during the backward pass: on a CPU not with 0.19, where two of thirty small runs over gloo
-ended with a spoilt heap, though all others had the right figures."""
-
-
 DYNAMIC_ENGINE = importlib.util.find_spec("megatron.core.inference.sampling") is not None
 """Whether its dynamic inference engine lets the caller sample, since 0.19."""
 

@@ -8,9 +8,12 @@ import of `megatron.core` (importing `megatron_rlhf.parallel` does that). Every 
 import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 
 from megatron_rlhf.parallel.accelerators import import_megatron_quietly
@@ -46,6 +49,7 @@ def install() -> bool:
     _map_cuda_devices_to_cpu()
     _answer_cuda_runtime()
     _use_cpu_random_state()
+    _gather_bucket_by_bucket()
     return True
 
 
@@ -123,3 +127,26 @@ def _use_cpu_random_state() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # It warns when the CPU generator moves inside a fork of the device's; here they are one.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def _gather_bucket_by_bucket() -> None:
+    """Weights gathered during a forward pass: each of a group's buckets by a collective of its own.
+
+    Gloo's coalesced all-gather, when several are under way, spoils the heap (torch 2.13): thousands of them end a process
+    within seconds, and two of thirty runs of a few steps died of it. Its plain all-gather and its coalesced sums do not.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    coalescing = param_and_grad_buffer._coalescing_manager
+
+    @contextlib.contextmanager
+    def manager(group: dist.ProcessGroup, async_ops: bool = False) -> Iterator[Any]:
+        with coalescing(group, async_ops=async_ops) as handle:
+            yield handle
+            recorded = distributed_c10d._world.pg_coalesce_state[group]
+            gathers = [call for call in recorded if call.dst_tensor is not None and call.redop is None]
+            recorded[:] = [call for call in recorded if call not in gathers]
+        for call in gathers:
+            handle.append(dist.all_gather_into_tensor(call.dst_tensor, call.tensor, group=group, async_op=async_ops))
+
+    param_and_grad_buffer._coalescing_manager = manager

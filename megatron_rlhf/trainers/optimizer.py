@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.roles import Role
-from megatron_rlhf.parallel import collectives, compat
+from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 
@@ -24,7 +24,7 @@ def wrap(role: Role, config: OptimizerConfig, precision: Precision) -> MegatronO
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=overlaps and parallel.overlap_grad_reduce and compat.OVERLAPS_GRADIENTS,
+        overlap_grad_reduce=overlaps and parallel.overlap_grad_reduce,
         overlap_param_gather=overlaps and parallel.overlap_param_gather,
         align_param_gather=True,  # `gather_weights` begins to gather, not the first pass that needs them
     )

@@ -13,7 +13,6 @@ from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
-from megatron_rlhf.parallel import compat
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.vocab import token_logprobs
 from megatron_rlhf.trainers import optimizer
@@ -95,9 +94,9 @@ def test_overlap_changes_no_number(layout, precision):
     off = run_ranks(ranks, train, model, parallel, precision, False, timeout=200)
     for (figures, _, _, began, several), (expected, *_, none_began, _) in zip(on, off, strict=True):
         assert figures == pytest.approx(expected, rel=2e-6 if precision is Precision.fp32 else 2e-2)
-        assert several or not compat.OVERLAPS_GRADIENTS
+        assert several
         # Megatron-Core counts gradients in the first update, and overlaps from the second.
-        assert began == [False, *[compat.OVERLAPS_GRADIENTS] * 6] and not any(none_began)
+        assert began == [False, *[True] * 6] and not any(none_began)
     tolerance = 2e-6 if precision is Precision.fp32 else 2**-6  # two units in the last place
     for index in (1, 2):
         assert_close(*(assemble([rank[index] for rank in run], 67) for run in (on, off)), relative=tolerance)
