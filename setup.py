@@ -51,6 +51,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "scipy>=1.11",
         # The labeling page.
         "datasketch>=1.6",
         "phonenumbers>=8.13",

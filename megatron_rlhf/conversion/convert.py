@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,8 @@ from megatron_rlhf.conversion.hf.load import is_hf_folder
 from megatron_rlhf.conversion.hf.weights import Described, Weights
 from megatron_rlhf.conversion.nemo import archive as nemo_archive
 from megatron_rlhf.conversion.whole_tensors import CheckpointReader, TensorSource, places, write_checkpoint
+from megatron_rlhf.parallel.collectives import on_first_rank
 from megatron_rlhf.parallel.layout import ParallelLayout
-
-Result = TypeVar("Result")
 
 ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "value"}
 """What users call a role -> its folder in a checkpoint."""
@@ -134,7 +132,7 @@ def import_nemo(archive: Path, output: Path) -> int:
                     raise CheckFailed(f"tensor {place} differs from the archive's")
             return len(every)
 
-        return _on_first_rank(compare)
+        return on_first_rank(compare, (CheckFailed, UserError))
 
 
 def export_huggingface(
@@ -206,7 +204,7 @@ def export_peft(
                 raise CheckFailed(f"read back, the adapters are {again.adapter}, and not {adapter}")
             return f"adapters of rank {adapter.rank}; their base is {base}, whose weights are the checkpoint's"
 
-        return _on_first_rank(write)
+        return on_first_rank(write, (CheckFailed, UserError))
 
 
 def _require_same_base(base: Path, reader: CheckpointReader, model: ModelConfig) -> None:
@@ -278,21 +276,7 @@ def _checked(
             needs_code=needs_code,
         )
 
-    return _on_first_rank(compare)
-
-
-def _on_first_rank(check: Callable[[], Result]) -> Result:
-    """Check on one rank; all ranks return what it returns, or raise as it does."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [check()]
-        except (CheckFailed, UserError) as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    return on_first_rank(compare, (CheckFailed, UserError))
 
 
 def _peak_bytes() -> int:

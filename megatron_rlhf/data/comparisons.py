@@ -175,7 +175,7 @@ def _together(rankings: Sequence[Ranking]) -> Comparison:
     return Comparison.of(read[0].prompt, [(ranking.responses, ranking.ranks) for ranking in read], users)
 
 
-def _alike(prompts: array) -> list[npt.NDArray[np.int64]]:
+def _alike(prompts: array) -> Iterator[npt.NDArray[np.int64]]:
     """Indices of equal prompts (two numbers each), in the order in which they first occur."""
     _, first, group = np.unique(
         np.frombuffer(prompts, np.uint64).reshape(-1, 2), axis=0, return_index=True, return_inverse=True
@@ -184,7 +184,10 @@ def _alike(prompts: array) -> list[npt.NDArray[np.int64]]:
     place[np.argsort(first)] = np.arange(len(first))
     place = place[group.reshape(-1)]
     order = np.argsort(place, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(place[order])) + 1) if len(order) else []
+    begin = 0
+    for end in np.cumsum(np.bincount(place)):
+        yield order[begin:end]
+        begin = end
 
 
 def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> RankedRecord | None:

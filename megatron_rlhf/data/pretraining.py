@@ -120,9 +120,9 @@ def load_pretraining(
     seed: int,
     cache_dir: str | Path,
     held_out_fraction: float = 0.0,
-    is_builder: bool = True,
-    barrier: Callable[[], None] = lambda: None,
     columns: Mapping[str, str] | None = None,
+    on_one_rank: Callable[[Callable[[], None]], object] = lambda work: work(),
+    progress: Progress | None = None,
 ) -> PretrainingData:
     """Makes at least `samples` training sequences and one epoch of held-out ones. Every rank of the world calls it.
 
@@ -134,9 +134,9 @@ def load_pretraining(
         cache_dir: For tokenised text and Megatron's indices; all ranks must see the same folder.
         held_out_fraction: The share of tokens, in whole documents from the corpus's end, never trained on; if positive,
             at least one sequence. With 0 there is no held-out part.
-        is_builder: True on global rank 0 alone: it writes, the others wait at `barrier` and read.
-        barrier: Waits for all ranks. Not needed with one rank.
         columns: How to make `text` of other columns, as in `read_records`.
+        on_one_rank: Has one rank of several call what it is given, and raises its UserError on all.
+        progress: Called with the bytes of text that are read, as in `read_records`.
 
     Raises:
         UserError: A mistake in the source, a corpus smaller than a sequence, tokens of another tokenizer, or a
@@ -145,7 +145,18 @@ def load_pretraining(
     assert samples > 0, samples
     assert 0 <= held_out_fraction < 1, held_out_fraction
     cache = _writable_folder(cache_dir)
-    prefix = _tokenise_once(source, tokenizer, cache, is_builder, barrier, columns)
+    prefix = _tokenised_prefix(source, tokenizer, cache, columns)
+
+    def tokenise() -> None:
+        _require_plain_indices(cache / "indices")
+        if not IndexedDataset.exists(str(prefix)):
+            build_indexed_dataset(read_texts(source, progress, columns), tokenizer, prefix)
+
+    on_one_rank(tokenise)
+    if not IndexedDataset.exists(str(prefix)):
+        raise UserError(
+            f"{source}: not tokenised into {cache}, as this rank sees that folder: all ranks must see the same"
+        )
     lengths = _document_lengths(prefix, tokenizer)
     held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
     trained = int(lengths[: len(lengths) - held_out].sum())
@@ -154,8 +165,6 @@ def load_pretraining(
             f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
             f"them held out), less than one sequence of {sequence_length} + 1; give more text or a shorter sequence"
         )
-    _require_plain_indices(cache / "indices")
-    barrier()  # looked at by all ranks before one of them writes
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -212,28 +221,6 @@ def _writable_folder(folder: str | Path) -> Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"{folder}: this folder cannot be written to")
     return path
-
-
-def _tokenise_once(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    cache: Path,
-    is_builder: bool,
-    barrier: Callable[[], None],
-    columns: Mapping[str, str] | None,
-) -> Path:
-    """The prefix of the source's token files, which the builder makes if they do not exist."""
-    prefix = _tokenised_prefix(source, tokenizer, cache, columns)
-    try:
-        if is_builder and not IndexedDataset.exists(str(prefix)):
-            build_indexed_dataset(read_texts(source, columns=columns), tokenizer, prefix)
-    finally:
-        barrier()  # also when the builder fails: the others must not wait for a rank that has exited
-    if not IndexedDataset.exists(str(prefix)):
-        raise UserError(
-            f"{source}: not tokenised into {cache}; rank 0's log says why, or this rank sees another folder"
-        )
-    return prefix
 
 
 def _tokenised_prefix(source: str | Path, tokenizer: Tokenizer, cache: Path, columns: Mapping[str, str] | None) -> Path:

@@ -1,6 +1,5 @@
 """Prompts for PPO, and the paper's filters for them: a limit per user, near-duplicates removed (splits by user: splits.py)."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, re
 from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
+from megatron_rlhf.data.seen import Seen
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
 
@@ -59,23 +59,22 @@ def load_prompts(
         UserError: A mistake in the source, an empty prompt (with its line), or nothing left.
     """
     dropped: Counter[str] = Counter()
-    of_user: Counter[str] = Counter()
-    prefixes: set[bytes] = set()
+    users, prefixes = Seen(), Seen()
 
     def is_kept(prompt: Prompt) -> bool:
-        user = prompt.user
-        prefix = hashlib.blake2b(prompt.tokens[:deduplicate_prefix_tokens].tobytes(), digest_size=16).digest()
+        user = None if max_per_user is None or prompt.user is None else prompt.user.encode("utf-8", "surrogatepass")
+        prefix = None if deduplicate_prefix_tokens is None else prompt.tokens[:deduplicate_prefix_tokens].tobytes()
         if len(prompt.tokens) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
-        elif deduplicate_prefix_tokens is not None and prefix in prefixes:
+        elif prefix is not None and prefixes.count(prefix):
             dropped["duplicate"] += 1
-        elif user is not None and max_per_user is not None and of_user[user] >= max_per_user:
+        elif user is not None and max_per_user is not None and users.count(user) >= max_per_user:
             dropped["over_user_limit"] += 1
         else:
-            if deduplicate_prefix_tokens is not None:
+            if prefix is not None:
                 prefixes.add(prefix)
             if user is not None:
-                of_user[user] += 1
+                users.add(user)
             return True
         return False
 

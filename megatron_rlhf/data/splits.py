@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.prompts import Prompt
@@ -16,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def held_out(
-    items: Sequence[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
+    items: Iterable[Item], fraction: float, seed: int, owners: Callable[[Item], Iterable[Hashable]] = lambda item: ()
 ) -> npt.NDArray[np.int64]:
     """Indices of a seeded share of the items, ascending, at least one where the fraction is positive.
 
@@ -25,24 +27,24 @@ def held_out(
     Raises:
         UserError: All items belong together.
     """
-    wanted = min(max(round(len(items) * fraction), 1), len(items) - 1) if fraction > 0 else 0
-    owned = [tuple(owners(item)) for item in items]
-    if not any(owned):
-        return np.sort(np.random.default_rng(seed).permutation(len(items))[:wanted])
-    groups = _together(owned)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    held: set[int] = set()
-    for group in (groups[i] for i in order):
-        if len(held) + len(group) <= wanted:
-            held.update(group)
-    if wanted and not held:
-        smallest: list[int] = min(groups, key=len)
-        held.update(smallest)
-    if len(held) == len(items):
+    group_of = _together(items, owners)
+    count = len(group_of)
+    wanted = min(max(round(count * fraction), 1), count - 1) if fraction > 0 else 0
+    sizes = np.bincount(group_of)
+    chosen, left = np.zeros(len(sizes), dtype=bool), wanted
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
+        if sizes[group] <= left:
+            chosen[group] = True
+            left -= sizes[group]
+        if not left:
+            break
+    if wanted and not chosen.any():
+        chosen[np.argmin(sizes)] = True
+    if wanted and chosen.all():
         raise UserError(
-            f"nothing can be held out of {len(items)} prompts of one user; give data.validation, or data.validation_fraction=0"
+            f"nothing can be held out of {count} prompts of one user; give data.validation, or data.validation_fraction=0"
         )
-    return np.array(sorted(held), dtype=np.int64)
+    return np.flatnonzero(chosen[group_of])
 
 
 def split_by_user(prompts: Iterable[Prompt], fractions: Sequence[float], seed: int) -> list[list[Prompt]]:
@@ -73,19 +75,18 @@ def place_of(user: str | None, text: str, fractions: Sequence[float], seed: int)
     return next((i for i, bound in enumerate(bounds) if place < bound), len(fractions) - 1)
 
 
-def _together(owners: Sequence[Iterable[Hashable]]) -> list[list[int]]:
-    """Groups of indices that share an owner, directly or via others."""
-    leaders: dict[Hashable, Hashable] = {}
-
-    def find(member: Hashable) -> Hashable:
-        while leaders.setdefault(member, member) != member:
-            leaders[member] = member = leaders[leaders[member]]
-        return member
-
-    groups: dict[Hashable, list[int]] = {}
-    for index, names in enumerate(owners):
-        for name in names:
-            leaders[find(("owner", name))] = find(("item", index))
-    for index in range(len(owners)):
-        groups.setdefault(find(("item", index)), []).append(index)
-    return list(groups.values())
+def _together(items: Iterable[Item], owners: Callable[[Item], Iterable[Hashable]]) -> npt.NDArray[np.int64]:
+    """Each item's group: those that share an owner, directly or via others. Groups are numbered by their first items."""
+    item_of, owner_of, count = array("q"), array("q"), 0
+    for item in items:
+        for owner in owners(item):
+            item_of.append(count)
+            owner_of.append(hash(owner))
+        count += 1
+    if not owner_of:
+        return np.arange(count)
+    names, nodes = np.unique(np.frombuffer(owner_of, np.int64), return_inverse=True)
+    ends, size = (np.frombuffer(item_of, np.int64), count + nodes), count + len(names)
+    _, component = connected_components(coo_matrix((np.ones(len(nodes), np.int8), ends), (size, size)), directed=False)
+    _, first, group = np.unique(component[:count], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[group]

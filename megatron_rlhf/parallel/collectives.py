@@ -1,6 +1,8 @@
 """The few collectives that the algorithms need, on tensors and on plain Python objects."""
 
+import itertools
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -8,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhf.config.errors import Interrupted, UserError
 from megatron_rlhf.parallel.layout import ParallelLayout
 
 T = TypeVar("T")
 _POSTED = 1201
 """Tag of messages between two ranks; all other traffic between them has torch's, 0."""
+_waits = itertools.count()
 
 
 def device() -> torch.device:
@@ -20,11 +24,34 @@ def device() -> torch.device:
     return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def on_first_rank(function: Callable[[], None]) -> None:
-    """Run it on one rank of the world while the others wait."""
+def on_first_rank(function: Callable[[], T], errors: tuple[type[Exception], ...] = (UserError, Interrupted)) -> T:
+    """What one rank of the world does while the others wait, however long: all return what it returns, or raise its error, if
+    that is one of `errors`. Collective."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        function()
-    dist.barrier()
+        try:
+            outcome[0] = function()
+        except errors as error:
+            outcome[1] = error
+    wait_for_first_rank()
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def wait_for_first_rank() -> None:
+    """Like a barrier, but a collective would end the run after half an hour, and hold up the handlers of signals."""
+    number = next(_waits)
+    if dist.get_world_size() == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"first rank {number}"
+    if dist.get_rank() == 0:
+        store.set(key, "done")
+    pause_s = 0.001
+    while dist.get_rank() > 0 and not store.check([key]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
 
 
 def sum_over(value: Tensor | float, group: dist.ProcessGroup) -> Tensor:

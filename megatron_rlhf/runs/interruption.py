@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rlhf.config.errors import Interrupted
 from megatron_rlhf.parallel import collectives
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,11 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def leave_if_asked(self, while_what: str) -> None:
+        """Before a run's first step, on one rank, where there is nothing to save. Raises Interrupted."""
+        if self._asked:
+            raise Interrupted(f"asked to stop while {while_what}: the run had not begun, and nothing is kept")
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective: signals reach ranks at different times, all agree."""

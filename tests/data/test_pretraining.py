@@ -198,25 +198,25 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer, tmp_path):
         load(tmp_path / "corpus", tokenizer, tmp_path / "cache")
 
 
-def test_other_ranks_do_not_wait_for_a_builder_that_failed(tokenizer, tmp_path, write_records):
-    barriers = []
-    path = write_records({"txt": "a"})
-    for is_builder, expected in [(True, "no column 'text'"), (False, "not tokenised into .*; rank 0's log says why")]:
-        with pytest.raises(UserError, match=expected):
-            load(path, tokenizer, tmp_path / "c", is_builder=is_builder, barrier=lambda: barriers.append(1))
-    assert len(barriers) == 2
+def test_a_rank_that_sees_another_folder_is_told(tokenizer, tmp_path, write_records):
+    path, read = write_records({"text": "a" * 99}), []
+    with pytest.raises(UserError, match=r"not tokenised into .*: all ranks must see the same"):
+        load(path, tokenizer, tmp_path / "c", on_one_rank=lambda work: None)
+    load(path, tokenizer, tmp_path / "c", progress=read.append)
+    assert sum(read) == path.stat().st_size
 
 
 RANK = """
 import sys
 import torch.distributed as dist
+from megatron_rlhf.parallel.collectives import on_first_rank
 from megatron_rlhf.data.pretraining import load_pretraining
 from megatron_rlhf.data.tokenizer import load_tokenizer
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 data = load_pretraining(
     f"{folder}/records.jsonl", load_tokenizer(f"{folder}/tokenizer"), sequence_length=16, samples=20, seed=1,
-    cache_dir=f"{folder}/cache", held_out_fraction=0.2, is_builder=rank == 0, barrier=dist.barrier,
+    cache_dir=f"{folder}/cache", held_out_fraction=0.2, on_one_rank=on_first_rank,
 )
 print([data.train[i].tolist() for i in range(20)], [data.held_out[i].tolist() for i in range(len(data.held_out))])
 """

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_rlhf.checkpoint.integrity import NotWritten, agree
+from megatron_rlhf.config.errors import Interrupted, UserError
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.runs import agreement
 
@@ -98,3 +100,22 @@ def failures() -> tuple[list[tuple[int, str] | None], dict[str, int], str]:
 def test_a_message_of_any_rank_reaches_all_and_silence_takes_one_reduction():
     expected = [None, (1, "of 1"), (0, "of 0")], {"all_reduce": 2}, "disk full (rank 2)"
     assert run_ranks(3, failures) == [expected] * 3
+
+
+def done_on_first_rank() -> list[Any]:
+    calls: list[Any] = []
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    found = [collectives.on_first_rank(lambda: calls.append(dist.get_rank()) or len(calls)) for _ in range(3)]
+    for error in (UserError("a mistake"), Interrupted("asked to stop")):
+        with pytest.raises(type(error), match=str(error)):
+            collectives.on_first_rank(lambda error=error: fail(error))  # type: ignore[misc]
+    with pytest.raises(OSError, match="full"):
+        collectives.on_first_rank(lambda: fail(OSError("full")), (OSError,))
+    return [found, calls]
+
+
+def test_one_rank_works_for_all_and_fails_for_all():
+    assert run_ranks(3, done_on_first_rank) == [[[1, 2, 3], [0, 0, 0]], [[1, 2, 3], []], [[1, 2, 3], []]]

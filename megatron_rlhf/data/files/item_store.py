@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -79,6 +80,23 @@ def choose(items: Sequence[Item], indices: Sequence[int] | npt.NDArray[np.intege
     return Chosen(items, indices) if isinstance(items, Chosen | StoredItems) else [items[int(i)] for i in indices]
 
 
+def remember(items: Sequence[Any], name: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` finds out about all items, as JSON: found out once, and kept beside them where they are on the disk. On one
+    rank; `name` says what it depends on besides the items.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    match items:
+        case StoredItems():
+            return items.remember(name, compute)
+        case Chosen():
+            return remember(items._items, f"{name} of {zlib.crc32(items._indices.tobytes()):08x}", compute)
+        case Mapped():
+            return remember(items._items, f"{name} of what is made of them", compute)
+    return compute()
+
+
 class StoredItems(Sequence[Item]):
     """Items of one dataclass, each made when it is asked for."""
 
@@ -108,11 +126,7 @@ class StoredItems(Sequence[Item]):
         return (self[index] for index in range(len(self)))
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` finds out about all items, as JSON: found out once, and kept with them. On one rank.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """See the function."""
         known = _read_object(self._folder / FACTS) or {}
         if name not in known:
             known[name] = compute()

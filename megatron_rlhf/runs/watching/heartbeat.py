@@ -17,6 +17,8 @@ from megatron_rlhf.config.launch import node_name
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 # Megatron-Core waits here for the gradient reduction that it started earlier.
 _GRADIENTS = ("param_and_grad_buffer.py", "finish_grad_sync")
+# Here a rank waits for the first one, however long that takes: whether that one moves is what counts.
+_PATIENT = ("megatron_rlhf/parallel/collectives.py", "wait_for_first_rank")
 _INNERMOST = 8
 """Frames among which a collective is looked for."""
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
@@ -101,10 +103,11 @@ class MainThread:
         self._seen: tuple[tuple[int, int], ...] = ()
 
     def has_moved(self) -> bool:
-        """Whether it is at a different instruction, in any frame, from the last call."""
-        now = tuple((id(frame.f_code), frame.f_lasti) for frame in self._frames())
+        """Whether it is at a different instruction, in any frame, from the last call, or waits where that tells nothing."""
+        frames = self._frames()
+        now = tuple((id(frame.f_code), frame.f_lasti) for frame in frames)
         moved, self._seen = now != self._seen, now
-        return moved
+        return moved or any(_is_of(frame.f_code, _PATIENT) for frame in frames[:_INNERMOST])
 
     def place(self) -> Place:
         return _place([(frame.f_code, frame.f_lineno) for frame in self._frames()])
@@ -146,9 +149,15 @@ def _collective(codes: Sequence[CodeType]) -> str | None:
     for code in codes[:_INNERMOST]:
         if code.co_filename.endswith(_COLLECTIVES):
             found = code.co_name
-        elif code.co_filename.endswith(_GRADIENTS[0]) and code.co_name == _GRADIENTS[1]:
+        elif _is_of(code, _GRADIENTS):
             return "gradient reduction"
+        elif _is_of(code, _PATIENT):
+            return code.co_name
     return found
+
+
+def _is_of(code: CodeType, function: tuple[str, str]) -> bool:
+    return code.co_filename.endswith(function[0]) and code.co_name == function[1]
 
 
 def role_at_work(phase: str, trained: Sequence[str]) -> str:

@@ -110,7 +110,7 @@ def _questions(
     """The prompts to answer, whose answers fit all models."""
     if config.data.prompts is None:
         return None
-    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, str(session.folder))
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, session)
     chosen = [prompts[i] for i in range(min(config.evaluate.samples, len(prompts)))]
     inputs = [prompt.tokens.tolist() for prompt in chosen]
     which = "the longest prompt"

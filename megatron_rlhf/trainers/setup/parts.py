@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.config.checking import checks, layout_checks
@@ -28,12 +27,14 @@ from megatron_rlhf.data.prompts import Prompt, load_prompts
 from megatron_rlhf.data.splits import parts_by_user
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 from megatron_rlhf.models.roles import Role
+from megatron_rlhf.monitoring.progress import Reading
+from megatron_rlhf.parallel.collectives import on_first_rank
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.agreement import fingerprint
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
 from megatron_rlhf.trainers.setup.machine import check_memory, memory_of_rank
-from megatron_rlhf.trainers.setup.records import found_once, load_once, on_first_rank, watched
+from megatron_rlhf.trainers.setup.records import found_once, load_once, watched
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +90,18 @@ def keep_data(
     keys: Sequence[str],
     items: Sequence[Item],
     pieces: Callable[[Iterable[Item]], Iterable[Sequence[int] | np.ndarray]],
+    source: Sequence[Any] | None = None,
 ) -> None:
-    """A resumed run must read the same items, wherever they are. `pieces`: what items are made of, as integers."""
+    """A resumed run must read the same items, wherever they are. `pieces`: what items are made of, as integers; `source`: what
+    they follow from, if it is not themselves."""
 
     def describe() -> dict[str, Any]:
         count = itertools.count()
-        made_of = pieces(watched(items, f"{what} checked"))
+        made_of = pieces(watched(session, items, what, "checked"))
         checksum = fingerprint(piece for piece, _ in zip(made_of, count, strict=False))
         return {"pieces": next(count), "checksum": f"{checksum:08x}"}
 
-    session.require_same(what, keys, found_once(items, f"checksum of {what}", describe))
+    session.require_same(what, keys, found_once(items if source is None else source, f"checksum of {what}", describe))
 
 
 def make_role(
@@ -143,20 +146,20 @@ def read_text(path: str, key: str) -> str:
 
 
 def make_prompts(
-    source: str, config: PromptRulesConfig, tokenizer: Tokenizer, run_dir: str | None = None
+    source: str, config: PromptRulesConfig, tokenizer: Tokenizer, session: Session | None = None
 ) -> Examples[Prompt]:
     """The prompts that remain of the file (or `datasets` name) `source`, from the requested part: on the disk where there is a
-    run's folder. Collective."""
+    run. Collective."""
     limits = config.longest_prompt, config.max_per_user, config.deduplicate_prefix_tokens
     shape = Shape.of(config.format, config.columns.given(), config.chat)
 
     def load(into: InMemory) -> Examples[Prompt]:
         return load_prompts(source, tokenizer, *limits, shape, into)
 
-    if run_dir is None:
+    if session is None:
         prompts = load(IN_MEMORY)
     else:
-        prompts = load_once("prompts", source, config, tokenizer, limits, run_dir, Prompt, load)
+        prompts = load_once("prompts", source, config, tokenizer, limits, session, Prompt, load)
     prompts.report()
     if config.part is not PromptPart.all:
         place = [PromptPart.train, PromptPart.validation, PromptPart.test].index(config.part)
@@ -164,7 +167,7 @@ def make_prompts(
         def find() -> npt.NDArray[np.int64]:
             return parts_by_user(prompts, config.part_shares, seed=0)[place]
 
-        part = choose(prompts.items, find() if run_dir is None else on_first_rank(find))
+        part = choose(prompts.items, find() if session is None else on_first_rank(find))
         others = {f"outside data.part={config.part.value}": len(prompts) - len(part)}
         prompts = Examples(prompts.source, part, prompts.dropped | others)
         log.info(prompts.describe())
@@ -204,6 +207,14 @@ def make_pretraining(
             f"data.pretraining.sequence_length={config.sequence_length} is more than the model's context of "
             f"{model.max_sequence_length} tokens"
         )
+    source = Path(config.source or "").expanduser()
+    reading = Reading("pretraining text tokenised", source.stat().st_size if source.is_file() else None)
+
+    def read(count: int) -> None:
+        reading.read(count)
+        reading.made()
+        session.interruption.leave_if_asked("pretraining text was tokenised")
+
     loaded = load_pretraining(
         config.source,
         tokenizer,
@@ -212,9 +223,9 @@ def make_pretraining(
         seed=session.config.seed,
         cache_dir=Path(session.config.dir) / "cache",
         held_out_fraction=config.held_out,
-        is_builder=dist.get_rank() == 0,
-        barrier=dist.barrier,
         columns=config.columns.given(),
+        on_one_rank=on_first_rank,
+        progress=read,
     )
     session.require_same("pretraining text", ["data.pretraining.source"], loaded.describes)
     return loaded

@@ -142,14 +142,14 @@ def _read_data(
     config: PPOConfig, tokenizer: Tokenizer, model: ModelConfig, session: Session
 ) -> tuple[Examples[Prompt], PretrainingData | None]:
     """Prompts and, where there is some, pretraining text; budgets in tokens must have room for both."""
-    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, config.run.dir)
+    prompts = parts.make_prompts(config.data.prompts, config.data, tokenizer, session)
     chosen_by = ("data.prompts", "data.max_prompt_tokens", "data.max_per_user", "data.tokenizer")
     parts.keep_data(session, "prompts", chosen_by, prompts.items, _pieces)
     ppo, pretraining = config.ppo, None
     lengths = found_once(
         prompts.items,
         "lengths",
-        lambda: sorted({len(prompt.tokens) for prompt in watched(prompts.items, "prompts measured")}),
+        lambda: sorted({len(prompt.tokens) for prompt in watched(session, prompts.items, "prompts", "measured")}),
     )
     engine_checks.check_engine_prompts(config, lengths[0], f"data.prompts={config.data.prompts}")
     longest = lengths[-1] + config.rollout.longest_response
@@ -169,7 +169,7 @@ def _read_held_out(config: PPOConfig, tokenizer: Tokenizer, session: Session) ->
         return []
     part = PromptPart.validation if evaluation.prompts is None else PromptPart.all
     source = evaluation.prompts or config.data.prompts
-    prompts = parts.make_prompts(source, replace(config.data, part=part), tokenizer)
+    prompts = parts.make_prompts(source, replace(config.data, part=part), tokenizer, session)
     chosen = [prompts[i] for i in range(min(evaluation.samples, len(prompts)))]
     engine_checks.check_engine_prompts(
         config, min(len(prompt.tokens) for prompt in chosen), f"evaluation.prompts={source}"

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from megatron_rlhf.config.data import RecordsConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.examples import Examples
-from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, damaged, read_about
+from megatron_rlhf.data.files.item_store import FORMAT, InMemory, ItemWriter, StoredItems, damaged, read_about, remember
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.monitoring.progress import Reading
-from megatron_rlhf.parallel.collectives import first_message
+from megatron_rlhf.parallel.collectives import first_message, on_first_rank
+from megatron_rlhf.runs.session import Session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +29,7 @@ def load_once(
     data: RecordsConfig,
     tokenizer: Tokenizer,
     limits: Sequence[object],
-    run_dir: str,
+    session: Session,
     kind: type[Item],
     load: Callable[[InMemory], Examples[Item]],
 ) -> Examples[Item]:
@@ -42,25 +43,31 @@ def load_once(
 
     Raises:
         UserError: what `load` raises, on all ranks.
+        Interrupted: the run was asked to stop meanwhile.
     """
-    folder = Path(run_dir) / "cache" / f"{what}-{_identity(source, data, tokenizer, limits)}"
-    problem = None
-    if dist.get_rank() == 0 and (read_about(folder) is None or not Path(source).expanduser().exists()):
+    folder = session.folder / "cache" / f"{what}-{_identity(source, data, tokenizer, limits)}"
+    path = Path(source).expanduser()
+
+    def write() -> None:
+        if read_about(folder) is not None and path.exists():
+            return
         for left in folder.parent.glob(".*.writing"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        path = Path(source).expanduser()
         reading = Reading(f"{what} tokenised", path.stat().st_size if path.is_file() else None)
-        writer = ItemWriter(folder, kind, reading.read, reading.made)
+
+        def made() -> None:
+            reading.made()
+            session.interruption.leave_if_asked(f"{what} were tokenised")
+
+        writer = ItemWriter(folder, kind, reading.read, made)
         try:
             writer.publish(load(writer).about())
-        except UserError as error:
-            problem = str(error)
         except OSError as error:
-            problem = f"{folder}: tokenised records cannot be written: {error.strerror}"
+            raise UserError(f"{folder}: tokenised records cannot be written: {error.strerror}") from error
         finally:
             writer.discard()
-    if (first := first_message(problem)) is not None:
-        raise UserError(first[1])
+
+    on_first_rank(write)
     about = read_about(folder)
     problem = None if about is not None else f"{folder} is not seen by rank {dist.get_rank()}: run.dir must be shared"
     if (first := first_message(problem)) is not None:
@@ -72,39 +79,27 @@ def load_once(
         raise damaged(folder, str(error)) from error
 
 
-def on_first_rank(compute: Callable[[], Result]) -> Result:
-    """What one rank finds out about all records, on all ranks, or the UserError that it raises. Collective over the world."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = compute()
-        except UserError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
-
-
 def found_once(items: Sequence[Any], name: str, compute: Callable[[], Result]) -> Result:
-    """As `on_first_rank`, but at a run's first start only, where the items are all those of a store on the disk, which keeps the
-    result: a JSON value, under a name that says what it depends on besides the items. Collective over the world."""
-    if isinstance(items, StoredItems):
-        return on_first_rank(lambda: items.remember(name, compute))
-    return on_first_rank(compute)
+    """As `collectives.on_first_rank`, but at a run's first start only where the items are on the disk: see `remember`."""
+    return on_first_rank(lambda: remember(items, name, compute))
 
 
-def watched(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """The items one by one, with lines in the log where that takes long."""
-    reading = Reading(what, count=len(items))
+def watched(session: Session, items: Sequence[Item], what: str, done: str) -> Iterator[Item]:
+    """The items one by one, on the first rank, with lines in the log (such as "prompts measured") where that takes long.
+
+    Raises:
+        Interrupted: the run was asked to stop meanwhile.
+    """
+    reading = Reading(f"{what} {done}", count=len(items))
     for item in items:
         yield item
         reading.made()
+        session.interruption.leave_if_asked(f"{what} were {done}")
 
 
 def _identity(source: str, data: RecordsConfig, tokenizer: Tokenizer, limits: Sequence[object]) -> str:
-    """Differs wherever the examples might."""
-    settings = {**dataclasses.asdict(data), "source": source, "limits": list(limits)}
+    """Differs wherever the examples might. The part of them that is used is chosen later."""
+    settings = {**dataclasses.asdict(data), "part": None, "part_shares": None, "source": source, "limits": list(limits)}
     files = [_stamp(Path(source)), _stamp(Path(str(getattr(data, "format", None))))]
     decides = [FORMAT, settings, files, tokenizer.fingerprint, str(tokenizer.hf.chat_template)]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_rlhf.config.budgets import require_room
 from megatron_rlhf.config.checking import checks
@@ -21,6 +22,7 @@ from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.mix import Mix
 from megatron_rlhf.data.splits import held_out
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
+from megatron_rlhf.parallel.collectives import on_first_rank
 from megatron_rlhf.parallel.layout import ParallelLayout
 from megatron_rlhf.runs.session import Session
 from megatron_rlhf.trainers import partial_training
@@ -29,7 +31,7 @@ from megatron_rlhf.trainers.reward_model import RewardModelTrainer
 from megatron_rlhf.trainers.setup import parts
 from megatron_rlhf.trainers.setup.evaluation import build_evaluate
 from megatron_rlhf.trainers.setup.ppo import build_ppo
-from megatron_rlhf.trainers.setup.records import found_once, load_once, on_first_rank, watched
+from megatron_rlhf.trainers.setup.records import found_once, load_once, watched
 from megatron_rlhf.trainers.setup.tokenizer_choice import choose_tokenizer
 from megatron_rlhf.trainers.sft import SFTTrainer, selection_prompts
 from megatron_rlhf.trainers.step import TrainedRole
@@ -56,7 +58,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     tokenizer = choose_tokenizer(data, {"policy.init_from": source, "reward.init_from": judge}, session)
     require_tokenizer_fits(tokenizer, model.vocab_size, "model.vocab_size")
     limits = (data.max_prompt_tokens, data.max_response_tokens, model.max_sequence_length)
-    load = partial(_load_demonstrations, data, tokenizer, limits, config.run.dir)
+    load = partial(_load_demonstrations, data, tokenizer, limits, session)
     demonstrations = validation = None
     if data.demonstrations is not None and data.pretraining_mix < 1:
         demonstrations = load(data.demonstrations)
@@ -76,7 +78,7 @@ def build_sft(config: SFTConfig, session: Session) -> SFTTrainer:
     pretraining = None
     if data.pretraining_mix > 0:
         pretraining = parts.make_pretraining(data.pretraining, tokenizer, model, mix.texts_before(steps), session)
-    longest = max((_longest(part.items) for part in (demonstrations, validation) if part), default=0)
+    longest = max((_longest(session, part.items) for part in (demonstrations, validation) if part), default=0)
     if pretraining is not None:
         longest = max(longest, data.pretraining.sequence_length)
     require_room("sft.micro_batch_tokens", config.sft.micro_batch_tokens, longest, "the longest sequence")
@@ -120,7 +122,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         def read(into: InMemory) -> Examples[Comparison]:
             return load_comparisons(source, tokenizer, *limits, columns, into)
 
-        return load_once("comparisons", source, data, tokenizer, limits, config.run.dir, Comparison, read)
+        return load_once("comparisons", source, data, tokenizer, limits, session, Comparison, read)
 
     loaded = load(data.comparisons)
     loaded.report()
@@ -130,7 +132,13 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
         parts.warn_of_shared_prompts(session, *((c.prompt_tokens for c in part) for part in (training, validation)))
     else:
         fraction, seed = data.validation_fraction, config.run.seed
-        held = on_first_rank(lambda: held_out(loaded.items, fraction, seed, lambda c: c.users))
+
+        def choose_held() -> list[int]:
+            return held_out(
+                watched(session, training, "comparisons", "split"), fraction, seed, lambda c: c.users
+            ).tolist()
+
+        held = found_once(training, f"{fraction} held out by seed {seed}", choose_held)
         training, validation = choose(training, np.setdiff1d(np.arange(len(training)), held)), choose(training, held)
     log.info("%d prompts to train on, %d held out", len(training), len(validation))
     algorithm = config.reward_model
@@ -139,32 +147,12 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
     checks.check_profile(config.run, steps)
     parts.keep_data(session, "comparisons", ["data.comparisons", *LIMITS], training, _ranked_pieces)
     parts.keep_data(session, "validation data", ["data.validation", *LIMITS], validation, _ranked_pieces)
-    if data.demonstrations is not None:
-        source_of, shape = data.demonstrations, Shape.of(None, data.demonstration_columns.given(), data.chat)
-        loaded_demonstrations = load_once(
-            "demonstrations",
-            source_of,
-            data,
-            tokenizer,
-            limits,
-            config.run.dir,
-            Demonstration,
-            lambda into: load_demonstrations(source_of, tokenizer, *limits, shape, into=into),
-        )
-        demonstrations = Mapped(loaded_demonstrations.items, lambda d: d.up_to_end(tokenizer.end_id).tolist())
-    else:
-        best = on_first_rank(lambda: np.array([(n, i) for n, c in enumerate(training) for i in c.best]))
-        demonstrations = Mapped(best, lambda pair: _text(training[int(pair[0])], int(pair[1])))
-    longest = max(_longest(training), _longest(validation), _longest(demonstrations))
-    require_room(
-        "reward_model.micro_batch_tokens",
-        config.reward_model.micro_batch_tokens,
-        longest,
-        "the longest prompt and response",
-    )
-    parts.keep_data(
-        session, "demonstrations", ["data.demonstrations", *LIMITS], demonstrations, lambda answers: answers
-    )
+    demonstrations, follow_from = _answers(config, session, tokenizer, limits, training)
+    keys = ["data.demonstrations", *LIMITS]
+    parts.keep_data(session, "demonstrations", keys, demonstrations, lambda answers: answers, follow_from)
+    longest = max(_longest(session, part) for part in (training, validation, follow_from))
+    room = config.reward_model.micro_batch_tokens
+    require_room("reward_model.micro_batch_tokens", room, longest, "the longest prompt and response")
     layout = ParallelLayout.create(config.parallel)
     layout.seed(config.run.seed)
     role = parts.make_role("reward", model, layout, config, source, scalar=True)
@@ -174,7 +162,7 @@ def build_reward_model(config: RewardModelConfig, session: Session) -> RewardMod
 
 
 def _load_demonstrations(
-    data: DemonstrationDataConfig, tokenizer: Tokenizer, limits: tuple[int, int, int], run_dir: str, source: str
+    data: DemonstrationDataConfig, tokenizer: Tokenizer, limits: tuple[int, int, int], session: Session, source: str
 ) -> Examples[Demonstration]:
     last = data.assistant_turns is AssistantTurns.last
     shape = Shape.of(data.format, data.columns.given(), data.chat)
@@ -182,7 +170,40 @@ def _load_demonstrations(
     def read(into: InMemory) -> Examples[Demonstration]:
         return load_demonstrations(source, tokenizer, *limits, shape, last, into)
 
-    return load_once("demonstrations", source, data, tokenizer, limits, run_dir, Demonstration, read)
+    return load_once("demonstrations", source, data, tokenizer, limits, session, Demonstration, read)
+
+
+def _answers(
+    config: RewardModelConfig,
+    session: Session,
+    tokenizer: Tokenizer,
+    limits: tuple[int, int, int],
+    training: Sequence[Comparison],
+) -> tuple[Sequence[list[int]], Sequence[Any]]:
+    """Texts that shall score 0 on average, and the items that they follow from: demonstrations, or else the best responses."""
+    data, source = config.data, config.data.demonstrations
+    if source is None:
+        best = on_first_rank(partial(_best, session, training))
+        return Mapped(best, lambda pair: _text(training[int(pair[0])], int(pair[1]))), training
+    shape = Shape.of(None, data.demonstration_columns.given(), data.chat)
+
+    def read(into: InMemory) -> Examples[Demonstration]:
+        return load_demonstrations(source, tokenizer, *limits, shape, into=into)
+
+    items = load_once("demonstrations", source, data, tokenizer, limits, session, Demonstration, read).items
+    answers = Mapped[list[int]](items, lambda d: d.up_to_end(tokenizer.end_id).tolist())
+    return answers, answers
+
+
+def _best(session: Session, comparisons: Sequence[Comparison]) -> npt.NDArray[np.int64]:
+    """[n, 2]: each comparison and one of its best responses."""
+    pairs = (
+        number
+        for place, comparison in enumerate(watched(session, comparisons, "comparisons", "searched for their best"))
+        for response in comparison.best
+        for number in (place, response)
+    )
+    return np.fromiter(pairs, np.int64).reshape(-1, 2)
 
 
 def _text(comparison: Comparison, response: int) -> list[int]:
@@ -190,9 +211,11 @@ def _text(comparison: Comparison, response: int) -> list[int]:
     return [*comparison.prompt_tokens.tolist(), *comparison.responses_tokens[response].tolist()]
 
 
-def _longest(items: Sequence[Demonstration | Comparison | list[int]]) -> int:
+def _longest(session: Session, items: Sequence[Demonstration | Comparison | list[int]]) -> int:
     """Tokens of the longest sequence among these. Collective."""
-    return found_once(items, "longest", lambda: max(map(_length, watched(items, "sequences measured")), default=0))
+    return found_once(
+        items, "longest", lambda: max(map(_length, watched(session, items, "sequences", "measured")), default=0)
+    )
 
 
 def _length(item: Demonstration | Comparison | list[int]) -> int:

@@ -1,5 +1,6 @@
 """Ranks that die, freeze, hang or diverge: the job ends in time, with one message that names them."""
 
+import functools
 import os
 import re
 import signal
@@ -25,6 +26,16 @@ HOST = re.escape(socket.gethostname())
 
 def wait_for_godot() -> None:
     time.sleep(120)
+
+
+def read_on_first_rank(hangs: bool) -> None:
+    """What the first rank does for all, for longer than ranks may keep each other waiting."""
+    if hangs:
+        wait_for_godot()
+    until, number = time.monotonic() + 2 * TIMEOUT, 0
+    while time.monotonic() < until:
+        number = number * 7 % 1000003
+        number += len(str(number))
 
 
 def misbehave(rank: int, how: str) -> None:
@@ -55,15 +66,22 @@ def misbehave(rank: int, how: str) -> None:
             step.torch.distributed.broadcast(step.torch.zeros(3), src=0)
         return train_step(self)
 
-    if rank == 1 and how == "another_batch":
+    if how in ("reads_long", "reads_for_ever"):
+        from megatron_rlhf.trainers.setup import records
+
+        first_message = records.first_message
+        read = functools.partial(read_on_first_rank, how == "reads_for_ever")
+        records.first_message = lambda problem: records.on_first_rank(read) or first_message(problem)
+    elif rank == 1 and how == "another_batch":
         ShuffledBatches.take = other_batch  # type: ignore[method-assign]
     elif rank == 1 and how != "well":
         ways = {"hang": hang, "fail": fail, "another_collective": other_collective}
         SFTTrainer.train_step = ways[how]  # type: ignore[method-assign]
 
 
-def start(recipe: Recipe, folder: Path, how: str = "well") -> Run:
-    arguments = recipe.sft(str(folder / "run"), "sft.epochs=400", "run.save_every=0", f"watchdog.timeout_s={TIMEOUT}")
+def start(recipe: Recipe, folder: Path, how: str = "well", *overrides: str) -> Run:
+    settings = "sft.epochs=400", "run.save_every=0", f"watchdog.timeout_s={TIMEOUT}"
+    arguments = recipe.sft(str(folder / "run"), *settings, *overrides)
     return Run.start("sft", arguments, 2, folder, prepare=misbehave, how=how)
 
 
@@ -132,6 +150,20 @@ def test_a_rank_that_keeps_the_others_waiting_ends_the_job(recipe, tmp_path, how
     stacks = [(tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert "in all_reduce" in stacks[0] and "wait_for_godot" not in stacks[0]
     assert ("wait_for_godot" in stacks[1]) == (how == "hang")
+
+
+def test_the_first_rank_may_read_for_longer_than_others_may_wait(recipe, tmp_path):
+    run = start(recipe, tmp_path, "reads_long", "sft.max_steps=2", "data.validation=null")
+    assert run.wait(60 + 4 * TIMEOUT) and run.codes == [0, 0], (tmp_path / "output_0").read_text()
+    assert run.left() == 0
+
+
+def test_a_first_rank_that_reads_for_ever_ends_the_job(recipe, tmp_path):
+    run = start(recipe, tmp_path, "reads_for_ever")
+    (line,) = ended(run, tmp_path, limit=60)
+    says = r"hangs outside of the collective .* rank 0 on .* \(test_watchdog.py:\d+ wait_for_godot\). rank 1 on .*"
+    assert re.search(says + "waiting in wait_for_first_rank", line), line
+    assert run.codes == [EXIT_CODE] * 2
 
 
 def test_a_rank_with_another_batch_ends_the_job_before_it_is_used(recipe, tmp_path):
