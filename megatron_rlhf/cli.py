@@ -134,7 +134,7 @@ def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] 
 
     check_machine(config, detect_launch().world_size)
     planned = _plan_checkpoints(config)
-    runtime.initialize(config.run.rendezvous_timeout_s)
+    runtime.initialize(config.run.rendezvous_timeout_s, config.watchdog.timeout_s)
     with Watchdog(config.watchdog.timeout_s, Path(config.run.dir) / "stacks") as watchdog:
         session = Session.open(stage, config, resolved)
         if planned:

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     rank = 0  # until it is known
     try:
         rank = detect_launch().rank
-        runtime.initialize(timeout_minutes=24 * 60)  # one rank checks while the others wait
+        runtime.initialize(longest_wait_s=24 * 3600)  # one rank writes while the others wait
         message, code = f"{options.output}: {COMMANDS[options.command](options)}", 0
     except (UserError, OSError) as error:  # OSError: no folder to write into, a full disk
         message, code = f"error: {error}", 2

@@ -48,7 +48,7 @@ class Role:
     trains_some_layers: bool = False
     """Not every layer may have an optimizer's state."""
     first: FirstAdapters | None = None
-    """Of a reference whose weights are the policy's, but for the adapters."""
+    """Of a reference whose weights are the policy's, except for the adapters."""
 
     @classmethod
     def build(

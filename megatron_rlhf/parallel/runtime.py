@@ -11,8 +11,10 @@ from megatron_rlhf.config.launch import Launch, detect_launch
 from megatron_rlhf.parallel.rendezvous import address, meet
 
 
-def initialize(rendezvous_timeout_s: float = 300.0, timeout_minutes: float = 30) -> Launch:
+def initialize(rendezvous_timeout_s: float = 300.0, longest_wait_s: float = 1800.0) -> Launch:
     """Join the world (NCCL on GPUs, gloo on CPUs). Calling it again returns the same launch.
+
+    A rank waits for others in a collective for at least half an hour, and for longer than `longest_wait_s`.
 
     Raises:
         RunFailed: naming the ranks that have not arrived after `rendezvous_timeout_s`.
@@ -21,6 +23,7 @@ def initialize(rendezvous_timeout_s: float = 300.0, timeout_minutes: float = 30)
     if dist.is_initialized():
         return launch
     on_gpu = torch.cuda.is_available()
+    timeout = datetime.timedelta(seconds=max(1800.0, 1.25 * longest_wait_s))
     device = None
     if on_gpu:
         for name in (
@@ -39,13 +42,13 @@ def initialize(rendezvous_timeout_s: float = 300.0, timeout_minutes: float = 30)
         store = dist.HashStore()  # no one to meet: a store of its own avoids choosing a port
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's agents have met before
         store = meet(launch, rendezvous_timeout_s)
-        store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
+        store.set_timeout(timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=device,
     )
     return launch

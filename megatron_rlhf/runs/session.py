@@ -99,7 +99,7 @@ class Session:
         dist.barrier()
         setup_logging(folder, dist.get_rank())
         for name, problem in damaged.items():
-            log.warning("checkpoint %s is damaged, and passed over for the one before: %s", name, problem)
+            log.warning("checkpoint %s is damaged, so the one before it is used: %s", name, problem)
         for change in changes:
             log.info(change)
         services = Services(

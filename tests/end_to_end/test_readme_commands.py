@@ -34,7 +34,7 @@ def commands() -> list[tuple[str, int, list[str]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """gpt2/ of the real one's shape but for its sizes, and the files that the commands name."""
+    """gpt2/ of the real one's shape except for its sizes, and the files that the commands name."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     root = tmp_path_factory.mktemp("readme")

@@ -37,7 +37,7 @@ class Simulated:
             self.made.append(ranks)
             return real(ranks, **options)
 
-        def split_group(split_ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        def split_group(split_ranks: list[list[int]], timeout: None) -> dist.ProcessGroup | None:
             self.split.append(split_ranks)
             mine = next((ranks for ranks in split_ranks if dist.get_rank() in ranks), None)
             return None if mine is None else real(mine)
@@ -45,6 +45,7 @@ class Simulated:
         monkeypatch.setattr(dist, "new_group", new_group)
         monkeypatch.setattr(dist, "split_group", split_group)
         monkeypatch.setattr(communicators, "_can_split", lambda world: splits)
+        monkeypatch.setattr(communicators, "_timeout", lambda world: None)  # a simulated world has none
 
 
 def start(rank: int, size: int) -> None:
@@ -87,7 +88,7 @@ def split_groups(size: int) -> None:
         ParallelLayout.create(config)
     assert [77] in counted.made
     assert len(counted.split) <= 12
-    for enumeration in counted.split:  # all ranks of the world are told of all groups, of several ranks each
+    for enumeration in counted.split:  # all ranks of the world learn of all groups, of several ranks each
         together = sorted(rank for ranks in enumeration for rank in ranks)
         assert len(set(together)) == len(together) in (size, size // 4, size // 2)  # without the middle stages
         assert min(map(len, enumeration)) > 1

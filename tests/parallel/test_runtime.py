@@ -11,6 +11,7 @@ from ranks import run_ranks
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.launch import Launch
 from megatron_rlhf.parallel import rendezvous, runtime
+from megatron_rlhf.parallel.groups import communicators
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
 
@@ -18,6 +19,31 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_S
 def test_initialize_twice_is_one_world(world):
     assert runtime.initialize() == runtime.initialize() == Launch(0, 1, 0)
     assert dist.get_world_size() == 1
+
+
+def timeouts_s() -> list[float]:
+    groups = dist.group.WORLD, communicators.own_group([[0, 1], [2]])
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups if group.size() > 1
+    ]
+
+
+def test_groups_wait_for_as_long_as_the_world():
+    assert run_ranks(3, timeouts_s, timeout=77) == [[77.0] * 2] * 2 + [[77.0]]
+
+
+@pytest.mark.parametrize(("longest_wait_s", "expected"), [(0, 1800), (1800, 2250), (7200, 9000)])
+def test_collectives_wait_for_longer_than_the_watchdog(monkeypatch, longest_wait_s, expected):
+    """Else they would end the run before it, with a message that names no rank."""
+    waits = []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda **arguments: waits.append(arguments["timeout"].total_seconds())
+    )
+    runtime.initialize(longest_wait_s=longest_wait_s)
+    assert waits == [expected]
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(8, 5), (1, 0), (4, 1)])

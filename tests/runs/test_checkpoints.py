@@ -156,8 +156,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(recipe, undisturbed):
     (recipe.root / name / "checkpoints" / "step_3" / "policy" / ".metadata").unlink()
     run_ranks(2, run_stage, "sft", sft(recipe, name, "run.auto_resume=true"), timeout=120)
     log = (recipe.root / name / "log.txt").read_text()
-    assert f"checkpoint step_4 is damaged, and passed over for the one before: {victim} is not what" in log
-    assert "checkpoint step_3 is damaged, and passed over for the one before: policy/.metadata is missing" in log
+    assert f"checkpoint step_4 is damaged, so the one before it is used: {victim} is not what" in log
+    assert "checkpoint step_3 is damaged, so the one before it is used: policy/.metadata is missing" in log
     assert "checkpoints/step_2 at step 2" in log
     assert read_metrics(recipe.root / name) == read_metrics(undisturbed)
 

@@ -98,7 +98,7 @@ class PPOAlgorithmConfig:
     """Iterations between measurements of the held-out pretraining loss (the alignment tax); 0 for never."""
     old_logprobs: OldLogprobs = OldLogprobs.recomputed
     """recomputed: the policy reads the whole rollout once more; sampled: as they were when the tokens were drawn, which
-    saves that pass. In fp32 both are equal but for rounding; in bf16 the rounding of decoding enters the ratios."""
+    saves that pass. In fp32 both are equal except for rounding; in bf16 the rounding of decoding enters the ratios."""
     recheck_every: int = 10
     """With old_logprobs=sampled: iterations between rollouts that are recomputed all the same, only to compare. The
     first update's ratios are compared in every iteration."""

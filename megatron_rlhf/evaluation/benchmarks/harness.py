@@ -1,7 +1,7 @@
 """A model in its layout as lm-evaluation-harness sees one.
 
 All ranks run the harness, with the same requests in the same order; inside a request's pass they work together, and all
-get its result. So the harness is told of a world of one, and scores are those of a single rank.
+get its result. So the harness sees a world of one rank, and scores are those of a single rank.
 """
 
 import copy

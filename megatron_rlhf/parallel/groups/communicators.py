@@ -6,11 +6,13 @@ dimension at once; elsewhere (gloo) a rank meets only the members of its own gro
 """
 
 import contextlib
+import datetime
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed import distributed_c10d
@@ -34,14 +36,14 @@ def _shared(world: dist.ProcessGroup, enumeration: Enumeration) -> dist.ProcessG
         return world
     if _can_split(world):
         with _named((enumeration, mine)):
-            return dist.split_group(split_ranks=[list(ranks) for ranks in enumeration])
+            return dist.split_group(split_ranks=[list(ranks) for ranks in enumeration], timeout=_timeout(world))
     return None if mine is None else _among(world, mine)
 
 
 @functools.cache
 def _among(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     with _named(ranks):
-        return dist.new_group(list(ranks), use_local_synchronization=True)
+        return dist.new_group(list(ranks), timeout=_timeout(world), use_local_synchronization=True)
 
 
 @functools.cache
@@ -56,6 +58,11 @@ def _alone(world: dist.ProcessGroup) -> dist.ProcessGroup:
 def _without_communicator(options: Any, _: Any) -> Any:
     create = getattr(FakeProcessGroup, "_create_internal", FakeProcessGroup)
     return create(options.group_rank, options.group_size)
+
+
+def _timeout(world: dist.ProcessGroup) -> datetime.timedelta:
+    """torch gives groups half an hour, whatever the world has."""
+    return world._get_backend(torch.device("cpu")).options._timeout
 
 
 def _can_split(world: dist.ProcessGroup) -> bool:

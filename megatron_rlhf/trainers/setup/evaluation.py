@@ -134,7 +134,7 @@ def _questions(
 
 
 def _answers_to_come(config: EvaluateConfig, prompts: Sequence[Prompt], policy: str) -> list[Task]:
-    """What the evaluation will add to a labeling project, but for the texts."""
+    """What the evaluation will add to a labeling project, except for the texts."""
     asked = config.evaluate
     of_each = [policy] * asked.samples_per_prompt + [policy + GREEDY] * asked.greedy
     times = Counter(prompt.text for prompt in prompts)

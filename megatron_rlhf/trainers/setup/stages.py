@@ -180,7 +180,7 @@ def _answers(
     limits: tuple[int, int, int],
     training: Sequence[Comparison],
 ) -> tuple[Sequence[list[int]], Sequence[Any]]:
-    """Texts that shall score 0 on average, and the items that they follow from: demonstrations, or else the best responses."""
+    """The texts whose mean score becomes 0, and the items that they follow from: demonstrations, or else the best responses."""
     data, source = config.data, config.data.demonstrations
     if source is None:
         best = on_first_rank(partial(_best, session, training))

@@ -1,4 +1,4 @@
-"""Old log-probabilities as they were sampled: the run is the same but for rounding, and a pass of the policy is saved."""
+"""Old log-probabilities as they were sampled: the run is the same except for rounding, and a pass of the policy is saved."""
 
 import pytest
 from ranks import RankFailed, run_ranks
