@@ -129,7 +129,8 @@ class Session:
             profile=Profile(config.profiled_steps(), folder, dist.get_rank()),
             peak_flops_per_s=peak_flops_per_s(config.cluster, whole.precision),
         )
-        session.interruption.listen()
+        if stage != EVALUATION:  # it has nothing to save: a signal ends it as any program
+            session.interruption.listen()
         session.waiting.start()
         log.info(describe_accelerators())
         log.info("run folder %s, %d ranks%s", folder, dist.get_world_size(), " (resumed)" if resume_from else "")

@@ -12,6 +12,8 @@ import pytest
 from ranks import run_ranks
 from recipe import Recipe, read_metrics, run_stage
 
+from megatron_rlhf import cli
+
 
 def signalled(overrides: Sequence[str], number: int, at_step: int) -> str:
     """One rank gets the signal while it logs a step; returns how the run ended."""
@@ -96,6 +98,21 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) != before
     interruption.ignore()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_ends_an_evaluation_as_any_program(recipe: Recipe, world, monkeypatch, tmp_path) -> None:
+    """It has no checkpoint to write, and no step between which to stop."""
+    from megatron_rlhf.evaluation.evaluator import Evaluator
+
+    run_stage("sft", recipe.sft(str(tmp_path / "sft"), "sft.max_steps=1"))
+    before, handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)], []
+    monkeypatch.setattr(
+        Evaluator, "run", lambda self: handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1)))
+    )
+    start = f"policy.init_from={tmp_path / 'sft/checkpoints/step_1'}"
+    prompts = f"data.prompts={recipe.root / 'prompts.jsonl'}"
+    cli.run_stage("evaluate", [f"run.dir={tmp_path / 'evaluation'}", start, *recipe.data, prompts])
+    assert handlers == before
 
 
 def test_no_helper_outlives_a_rank() -> None:
