@@ -184,7 +184,10 @@ def warn_of_shared_prompts(
 
     def count() -> tuple[int, int]:
         asked = Counter(prompt.tobytes() for prompt in validation)
-        seen = {text for prompt in training if (text := prompt.tobytes()) in asked}
+        if not asked:
+            return 0, 0
+        compared = watched(session, training, "prompts", f"compared with {key}")
+        seen = {text for prompt in compared if (text := prompt.tobytes()) in asked}
         return sum(asked[text] for text in seen), asked.total()
 
     shared, asked = on_first_rank(count)

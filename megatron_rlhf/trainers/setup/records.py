@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,13 +84,13 @@ def found_once(items: Sequence[Any], name: str, compute: Callable[[], Result]) -
     return on_first_rank(lambda: remember(items, name, compute))
 
 
-def watched(session: Session, items: Sequence[Item], what: str, done: str) -> Iterator[Item]:
+def watched(session: Session, items: Iterable[Item], what: str, done: str) -> Iterator[Item]:
     """The items one by one, on the first rank, with lines in the log (such as "prompts measured") where that takes long.
 
     Raises:
         Interrupted: the run was asked to stop meanwhile.
     """
-    reading = Reading(f"{what} {done}", count=len(items))
+    reading = Reading(f"{what} {done}", count=len(items) if isinstance(items, Sized) else None)
     for item in items:
         yield item
         reading.made()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_rlhf import cli
 from megatron_rlhf.config.errors import Interrupted
 from megatron_rlhf.data.files.item_store import StoredItems
 from megatron_rlhf.monitoring.progress import Reading
+from megatron_rlhf.trainers.setup.parts import warn_of_shared_prompts
 
 
 def test_a_resumed_run_does_not_read_all_records_again(tmp_path, world, monkeypatch):
@@ -42,6 +44,14 @@ def test_nor_does_one_of_a_reward_model(tmp_path, world, monkeypatch):
         if not resumes:
             assert {"comparisons split", "comparisons checked", "sequences measured"} < set(read)
     assert set(read) == {"comparisons searched for their best"}
+
+
+def test_all_prompts_are_not_read_to_compare_them_with_none(world):
+    def prompts():
+        pytest.fail("all records are read")
+        yield
+
+    warn_of_shared_prompts(SimpleNamespace(resume_from=None), prompts(), [])
 
 
 def stopped_while_reading(overrides: list[str]) -> str:
