@@ -168,8 +168,7 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard master weights and moments over the data-parallel ranks."""
     overlap_grad_reduce: bool = True
-    """With distributed_optimizer: sum gradients over the data-parallel ranks while the last backward
-    pass goes on."""
+    """With distributed_optimizer: sum gradients over the data-parallel ranks while the last backward pass goes on."""
     overlap_param_gather: bool = True
     """With distributed_optimizer: gather updated weights while the next forward pass goes on, which waits for those it uses."""
     fused_kernels: FusedKernels = FusedKernels.auto

@@ -68,11 +68,8 @@ def _on_cpu(device: Any) -> bool:
 
 
 def _map_cuda_devices_to_cpu() -> None:
-    def redirect(
-        function,
-    ):  # torch.zeros(..., device="cuda") allocates on the CPU, and nothing there is pinned for a GPU
+    def redirect(function):  # torch.zeros(..., device="cuda") allocates on the CPU
         def wrapped(*args, **kwargs):
-            kwargs.pop("pin_memory", None)
             if _on_cpu(kwargs.get("device")):
                 kwargs["device"] = _CPU
             kwargs.pop("pin_memory", None)  # pinned memory: requested for rotary positions under context parallelism

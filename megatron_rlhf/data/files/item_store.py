@@ -126,7 +126,7 @@ class StoredItems(Sequence[Item]):
         return (self[index] for index in range(len(self)))
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """See the function."""
+        """As the function `remember`, which also takes a part of these items, or what is made of them."""
         known = _read_object(self._folder / FACTS) or {}
         if name not in known:
             known[name] = compute()
