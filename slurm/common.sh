@@ -24,6 +24,7 @@ fail() {
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "submit this script with sbatch"
 # In a batch job $0 is Slurm's copy of the script; this file was found by the path that was submitted.
 REPOSITORY=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)")
+NODE=${SLURMD_NODENAME:-$HOSTNAME}
 # shellcheck source=slurm/restarts.sh
 source "$REPOSITORY/slurm/restarts.sh" # first: signals are heard from here on
 
@@ -34,12 +35,14 @@ set_environment() {
 }
 
 choose_python() {
+    local options
     CONTAINER=()
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         if [[ $CONTAINER_IMAGE == [./]* && ! -e $CONTAINER_IMAGE ]]; then
             fail "CONTAINER_IMAGE=$CONTAINER_IMAGE: no such file; build it from $REPOSITORY/Dockerfile"
         fi
-        [[ $(ask srun --help 2>&1) == *--container-image* ]] ||
+        ask options options_of_srun
+        [[ $options == *--container-image* ]] ||
             fail "CONTAINER_IMAGE is set, but this cluster's srun has no --container-image (pyxis); use VENV instead"
         CONTAINER=(
             "--container-image=$CONTAINER_IMAGE"
@@ -52,9 +55,13 @@ choose_python() {
         VENV=$REPOSITORY/.venv
     fi
     [[ -n ${VENV:-} ]] || fail "set VENV (a virtual environment) or CONTAINER_IMAGE (a container): docs/cluster.md"
-    [[ -f $VENV/bin/activate ]] || fail "VENV=$VENV: no virtual environment there (on node $(hostname))"
+    [[ -f $VENV/bin/activate ]] || fail "VENV=$VENV: no virtual environment there (on node $NODE)"
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
+}
+
+options_of_srun() {
+    srun --help 2>&1
 }
 
 # A recipe among the arguments is meant like the variable: Hydra takes only one.
@@ -72,7 +79,7 @@ take_recipe() {
 
 require_gpus() {
     if [[ ${CLUSTER:-h100_80gb} != laptop && -z ${SLURM_GPUS_ON_NODE:-}${CUDA_VISIBLE_DEVICES:-} ]]; then
-        fail "node $(hostname) of partition $SLURM_JOB_PARTITION gives this job no GPUs: choose a partition with GPUs" \
+        fail "node $NODE of partition $SLURM_JOB_PARTITION gives this job no GPUs: choose a partition with GPUs" \
             "(sbatch --partition=... --gpus-per-node=...), or CLUSTER=laptop to run on CPUs"
     fi
 }
@@ -86,7 +93,7 @@ address_of_first() { # NODES
 
 # The batch script runs on the first node: rank 0's address and a free port are known here, also for containers.
 choose_rendezvous() {
-    MASTER_ADDR=${MASTER_ADDR:-$(ask address_of_first "$SLURM_JOB_NODELIST")}
+    [[ -n ${MASTER_ADDR:-} ]] || ask MASTER_ADDR address_of_first "$SLURM_JOB_NODELIST"
     undisturbed getent ahosts "$MASTER_ADDR" >/dev/null ||
         fail "rank 0's node ($MASTER_ADDR) cannot be resolved: set MASTER_ADDR to an address that all nodes reach"
     if [[ -z ${MASTER_PORT:-} ]]; then
@@ -95,7 +102,7 @@ choose_rendezvous() {
             MASTER_PORT=$((MASTER_PORT + 1))
         done
     elif port_in_use "$MASTER_PORT"; then
-        fail "MASTER_PORT=$MASTER_PORT is in use on $(hostname); leave it unset to have a free one chosen"
+        fail "MASTER_PORT=$MASTER_PORT is in use on $NODE; leave it unset to have a free one chosen"
     fi
     export MASTER_ADDR MASTER_PORT
 }
@@ -112,23 +119,26 @@ find_parts() {
     fi
 }
 
-of_part() { # NAME PART
-    local name=$1
-    ((PARTS == 1)) || name="$1_HET_GROUP_$2"
-    echo "${!name:?}"
+of_part() { # VARIABLE NAME PART
+    local name=$2
+    ((PARTS == 1)) || name="$2_HET_GROUP_$3"
+    printf -v "$1" '%s' "${!name:?}"
 }
 
-common_divisor() {
-    if (($2 == 0)); then echo "$1"; else common_divisor "$2" $(($1 % $2)); fi
+common_divisor() { # VARIABLE NUMBER NUMBER
+    if (($3 == 0)); then printf -v "$1" '%s' "$2"; else common_divisor "$1" "$3" $(($2 % $3)); fi
 }
 
 # One task a node, with all its GPUs, however the job shares them out.
 check_nodes() {
-    local part nodes group address code=0
+    local part nodes names group address code=0
     for ((part = 0; part < PARTS; part++)); do
-        nodes=$(of_part SLURM_JOB_NUM_NODES "$part") group=() address=$MASTER_ADDR
+        of_part nodes SLURM_JOB_NUM_NODES "$part"
+        group=() address=$MASTER_ADDR
         if ((PARTS > 1)); then
-            group=("--het-group=$part") address=$(ask address_of_first "$(of_part SLURM_JOB_NODELIST "$part")")
+            of_part names SLURM_JOB_NODELIST "$part"
+            ask address address_of_first "$names"
+            group=("--het-group=$part")
         fi
         MASTER_ADDR=$address SLURM_GPUS_PER_TASK='' run TERM "${group[@]}" --ntasks-per-node=1 --ntasks="$nodes" \
             "${CONTAINER[@]}" python "$REPOSITORY/tools/doctor.py" || code=$?
@@ -146,9 +156,11 @@ check_nodes() {
 ask_planner() {
     local code=0 tasks=0 per_node=0 part in_part nodes
     for ((part = 0; part < PARTS; part++)); do
-        in_part=$(of_part SLURM_NTASKS "$part") nodes=$(of_part SLURM_JOB_NUM_NODES "$part")
+        of_part in_part SLURM_NTASKS "$part"
+        of_part nodes SLURM_JOB_NUM_NODES "$part"
         tasks=$((tasks + in_part))
-        per_node=$(common_divisor "$per_node" "$(common_divisor "$in_part" $(((in_part + nodes - 1) / nodes)))")
+        common_divisor per_node "$per_node" "$in_part"
+        common_divisor per_node "$per_node" $(((in_part + nodes - 1) / nodes))
     done
     run TERM --nodes=1 --ntasks=1 "${CONTAINER[@]}" python "$REPOSITORY/tools/plan.py" --stage "$STAGE" --layouts 0 \
         "cluster=${CLUSTER:-h100_80gb}" "cluster.nodes=$((tasks / per_node))" \
@@ -168,8 +180,8 @@ find_parts
 choose_python
 require_gpus
 choose_rendezvous
-echo "$(date '+%F %T') $STAGE, recipe $RECIPE, on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT," \
-    "${ARGUMENTS[*]@Q}"
+printf '%(%F %T)T %s, recipe %s, on %s, rendezvous %s, %s\n' -1 "$STAGE" "$RECIPE" "$SLURM_JOB_NODELIST" \
+    "$MASTER_ADDR:$MASTER_PORT" "${ARGUMENTS[*]@Q}"
 begin "${ARGUMENTS[@]}"
 if [[ ${DOCTOR:-0} == 1 ]]; then
     check_nodes

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# shellcheck disable=SC2154,SC2317 # variables of common.sh; functions that `ask` calls
+# shellcheck disable=SC2154,SC2317,SC2034 # variables of common.sh; functions that `ask` calls, and what it sets
 # Sourced by common.sh: runs srun, hears signals, and decides at the end of a start whether the job is queued again.
 #
 # Signals (--signal=B:..., a time limit, preemption, requeue, scancel) come to this shell, and go from here to the tasks,
@@ -20,12 +20,15 @@ trap 'hear USR1' USR1
 trap 'hear TERM' TERM
 
 hear() { # SIGNAL
+    local reason=''
     HEARD=1
     if [[ -z $SIGNALLED ]]; then
-        SIGNALLED=$1 LEFT=$(ask time_of_job %L) || LEFT=''
+        SIGNALLED=$1
+        ask LEFT time_of_job %L
     fi
     forward
-    if [[ $1 == TERM && $(ask of_job %r) == TimeLimit ]]; then
+    [[ $1 != TERM ]] || ask reason of_job %r
+    if [[ $reason == TimeLimit ]]; then
         conclude_at_the_limit # now: there may be no time later
     fi
 }
@@ -45,9 +48,16 @@ undisturbed() { # PROGRAM ARGUMENTS...
     )
 }
 
-ask() { # FUNCTION ARGUMENTS...: only inside $(...), or in the background
-    trap '' TERM USR1
-    "$@"
+# Bash 5.2 parses $(...) again whenever it expands it, and a trap that is due just then is parsed as a part of it: "trap:
+# unexpected EOF", the end of the script. The shell that hears signals therefore asks through files.
+ask() { # VARIABLE FUNCTION ARGUMENTS...: what the function prints, or nothing if it fails
+    local answer=$ASIDE/$1
+    (
+        trap '' TERM USR1
+        "${@:2}"
+    ) >"$answer" || : >"$answer"
+    IFS= read -r -d '' "$1" <"$answer" || true # there is no NUL to find
+    printf -v "$1" '%s' "${!1%$'\n'}"
 }
 
 of_job() { # FORMAT of squeue
@@ -88,7 +98,7 @@ run() { # SIGNAL-FOR-SRUN ARGUMENTS...
     reader=$!
     srun "$@" >&7 2>&1 7>&- 8<&- &
     SRUN=$!
-    (ask end_if_lost "$SRUN") >/dev/null 2>&1 7>&- 8<&- & # ends by itself when srun has
+    (end_if_lost "$SRUN") >/dev/null 2>&1 7>&- 8<&- & # ends by itself when srun has
     if [[ -n $SIGNALLED ]]; then # before there was an srun
         sleep 1 # until the child has become one
         forward
@@ -104,18 +114,21 @@ run() { # SIGNAL-FOR-SRUN ARGUMENTS...
     while kill -0 "$reader" 2>/dev/null; do # a signal ends this `wait`, too
         wait "$reader" 2>/dev/null || true
     done
-    told=$(ask code_of_tasks "$code") || told=$code
-    return "$told"
+    ask told code_of_tasks "$code"
+    return "${told:-$code}"
 }
 
 # A process whose end comes together with a signal that interrupts `wait` is lost to bash: it takes it for a running one,
 # and waits for it without end.
 ended_unseen() { # PROCESS
-    ! kill -0 "$1" 2>/dev/null && [[ $'\n'$(jobs -pr)$'\n' == *$'\n'"$1"$'\n'* ]]
+    ! kill -0 "$1" 2>/dev/null || return 1
+    jobs -pr >"$ASIDE/jobs"
+    undisturbed grep -qx "$1" "$ASIDE/jobs"
 }
 
 # srun waits for the tasks of a slurmstepd that is gone for as long as the job lasts.
-end_if_lost() { # PROCESS
+end_if_lost() { # PROCESS; in the background
+    trap '' TERM USR1
     until grep -qE '^srun: (error: [^ ]+: tasks? [0-9]|First task exited)' "$MESSAGES" 2>/dev/null; do
         sleep 5
         kill -0 "$1" 2>/dev/null || return 0
@@ -159,24 +172,25 @@ failed_nodes() { # CODE: the nodes that the rendezvous or the watchdog names, el
 
 # What there is at the beginning of a start, to see afterwards what it came to.
 begin() { # OVERRIDES...
-    local argument
+    local argument ended
     for argument in "$@"; do
         argument=${argument#+} argument=${argument#+} # Hydra's ++run.dir=
         [[ $argument != run.dir=* ]] || RUN_DIR=${argument#run.dir=}
     done
     if [[ $RUN_DIR == *[\'\"\$\\]* ]]; then # Hydra's quotes, or another key's value
-        argument=$(ask composed_run_dir "$@") || argument=''
+        ask argument composed_run_dir "$@"
         if [[ -z $argument && -n $SIGNALLED ]]; then # which has ended its task
-            argument=$(ask composed_run_dir "$@") || argument=''
+            ask argument composed_run_dir "$@"
         fi
         RUN_DIR=${argument#\'} RUN_DIR=${RUN_DIR%\'}
     fi
     [[ -z $RUN_DIR || $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR # awk would take "a=b/file" for an assignment
-    LIMIT=$(ask time_of_job %l) || LIMIT=''
-    FROM=$(ask newest_checkpoint) || FROM=''
-    FILE=$(ask state_of_metrics) || FILE=''
+    ask LIMIT time_of_job %l
+    ask FROM newest_checkpoint
+    ask METRICS state_of_metrics
     if ((START > 1)); then
-        echo "start $START of job $JOB, from ${FROM:-the beginning}$(ask last_end)"
+        ask ended last_end
+        echo "start $START of job $JOB, from ${FROM:-the beginning}$ended"
     fi
 }
 
@@ -197,7 +211,7 @@ state_of_metrics() {
 
 steps_done() { # by this start, after the checkpoint that it began from
     local first=${FROM#step_} last=0
-    if [[ $(state_of_metrics) != "$FILE" ]]; then
+    if [[ $(state_of_metrics) != "$METRICS" ]]; then
         last=$(tail -n 1 "$RUN_DIR/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\).*/\1/p')
     fi
     echo $((last > first ? last - first : 0))
@@ -211,7 +225,7 @@ last_end() {
 # A time limit that leaves no time for a step is refused: before a GPU works, if it is shorter than a step,
 require_time_for_a_step() {
     local printed
-    printed=$(ask planned_step) || printed=0
+    ask printed planned_step
     printed=${printed//,/}
     PLANNED_STEP=${printed%.*}
     if [[ -n $LIMIT ]] && ((LIMIT <= PLANNED_STEP)); then

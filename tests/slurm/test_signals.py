@@ -5,6 +5,7 @@ Whatever it was, the script has heard the signal, and the job is queued again.
 """
 
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 SLURM = Path(__file__).parents[2] / "slurm"
 PROGRAMS = (
-    "awk cat date dirname getent grep head hostname mkdir mkfifo mktemp scontrol sed squeue srun stat tail".split()
+    "awk cat dirname getent grep head mkdir mkfifo mktemp scontrol sed squeue srun stat tail".split()
 )
 # What stands for Slurm's own: enough of each for a job of one node.
 OWN = {
@@ -42,12 +43,12 @@ fi
 """
 
 
-def run(folder: Path, strike: int, name: str = "undisturbed") -> tuple[int, list[str], str]:
+def run(folder: Path, strike: int, name: str = "undisturbed", first: str = "") -> tuple[int, list[str], str]:
     """A job in which the process group is signalled during a call of a program: exit code, calls, output."""
     bin, calls = folder / "bin", folder / f"{name}.calls"
     run_dir = folder / name
     script = folder / f"{name}.sh"
-    script.write_text(f'#SBATCH --signal=B:USR1@600\nSTAGE=ppo RECIPE=none\nsource "{SLURM}/common.sh"\n')
+    script.write_text(f'#SBATCH --signal=B:USR1@600\nSTAGE=ppo RECIPE=none\n{first}\nsource "{SLURM}/common.sh"\n')
     environment = {
         "PATH": f"{bin}:/usr/bin:/bin",
         **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2"},
@@ -97,3 +98,23 @@ def test_a_signal_at_any_moment_queues_the_job_again(programs: Path) -> None:
         if (code, again) not in ([(0, 0)] if trained else [(75, 1), (143, 1)]):
             wrong[f"{strike}: {done[strike - 1]}"] = (code, done[strike:], output)
     assert not wrong
+
+
+TRACE = "PS4='+ $BASH_SUBSHELL ${FUNCNAME[*]}: '; set -x"
+TRACED = re.compile(r"(\++) (\d+) ([\w ]*): (.*)")
+
+
+def test_the_shell_that_hears_signals_substitutes_no_commands(programs: Path) -> None:
+    """Bash 5.2 would parse a trap as a part of what is in `$(...)`; a substitution is one level (a plus) deeper."""
+    launch = 1 + next(number for number, call in enumerate(run(programs, 0)[1], 1) if call.startswith("mkfifo"))
+    for strike in 0, launch:
+        output = run(programs, strike, name=f"traced {strike}", first=TRACE)[2]
+        lines = [found.groups() for found in map(TRACED.fullmatch, output.splitlines()) if found]
+        level = next(pluses for pluses, _, _, command in lines if command.startswith("take_recipe"))
+        hears = False
+        for pluses, depth, functions, command in lines:
+            if depth == "0" and command.startswith("trap "):
+                hears = "hear" in command
+            asked = {"ask", "undisturbed"} & set(functions.split())
+            assert not hears or depth == "0" or asked or pluses == level, (functions, command)
+        assert strike == 0 or any("hear" in functions for _, _, functions, _ in lines)
