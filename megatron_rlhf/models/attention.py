@@ -88,10 +88,14 @@ class ScaledDotProductAttention(MegatronModule):
         keys, values = key_s1gd.split(sizes), value_s1gd.split(sizes)
         attended = []
         for block, queries in zip(blocks, query_s1nd.split([sizes[block.part] for block in blocks]), strict=True):
-            key, value = (torch.cat([parts[i] for i in block.keys]) for parts in (keys, values))
+            key, value = (_joined([parts[i] for i in block.keys]) for parts in (keys, values))
             mask = segments.mask(len(queries), len(key), key.device) if len(block.keys) > 1 else None
             attended.append(self._attend(queries, key, value, mask))
-        return torch.cat(attended).flatten(2)
+        return _joined(attended).flatten(2)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def kernels_refuse_groups_with_a_mask(device: torch.device) -> bool:

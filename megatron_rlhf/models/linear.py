@@ -19,6 +19,26 @@ _DECODED_ROWS = 32
 """Packed weights are read fastest by products of about so many rows, and serve any number."""
 
 
+_WORTH_A_KERNEL = 2**25
+"""Multiplications for which oneDNN may make a kernel, which takes it 0.3 ms for each new number of rows."""
+
+
+def product(input_: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input @ weight.T + bias. On a CPU oneDNN's takes a tenth to a third less time than torch's own choice, MKL's."""
+    if input_.numel() * len(weight) < _WORTH_A_KERNEL or not _onednn_serves(weight):
+        return F.linear(input_, weight, bias)
+    return _onednn(input_, weight, bias)
+
+
+def _onednn(input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input_, weight, bias, "none", [], "")
+
+
+def _onednn_serves(weight: Tensor) -> bool:
+    # For other types it asks for instructions that not every processor has.
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+
+
 class Packable(ABC):
     """Something whose weight may lie in another order while it does not change."""
 
@@ -31,8 +51,8 @@ class Packable(ABC):
 
     def _product(self, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:
-            return F.linear(input_, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(input_, self.packed, bias, "none", [], "")
+            return product(input_, weight, bias)
+        return _onednn(input_, self.packed, bias)
 
 
 class _Layer(Packable):
@@ -76,7 +96,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input_, weight)
-        return F.linear(input_, weight, bias)
+        return product(input_, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -94,7 +114,7 @@ class _Product(torch.autograd.Function):
             else:
                 grad_weight = grad_no.t().mm(input_ni)
         grad_bias = grad_no.sum(dim=0) if needs_bias else None
-        return grad.matmul(weight) if needs_input else None, grad_weight, grad_bias
+        return product(grad, weight.t()) if needs_input else None, grad_weight, grad_bias
 
 
 @contextlib.contextmanager
@@ -106,17 +126,12 @@ def packed_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
         for module in packable:
             await_weights(module)
             weight = module.weight_to_pack()
-            if weight is not None and _is_packed_faster(weight):
+            if weight is not None and _onednn_serves(weight):
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _DECODED_ROWS)
         yield
     finally:
         for module in packable:
             module.packed = None
-
-
-def _is_packed_faster(weight: Tensor) -> bool:
-    # The packing of other types asks for instructions that not every processor has.
-    return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def await_weights(module: torch.nn.Module) -> None:

@@ -236,17 +236,17 @@ def _fill(tokens: Sequence[int], counts: Sequence[int], budget: Budget, items: S
 
 
 def arrange(sequences: Sequences, rows: Sequence[int], multiple: int, packed: bool) -> Arrangement:
-    """Some of the sequences as the model reads them; if packed, or if a prompt is shared, in one row.
+    """Some of the sequences as the model reads them; in one row if a prompt is shared, or if packed and rows would have padding.
 
     Args:
         multiple: the model needs the tokens of a row to be a multiple of this.
     """
     groups = sequences.groups(rows)
-    if packed or any(sequences.shared(group) for group in groups):
-        return _in_one_row(sequences, rows, groups, multiple)
     lengths = torch.tensor([sequences.lengths[row] for row in rows])
     longest = int(lengths.max())
     width = -(-longest // multiple) * multiple
+    if any(sequences.shared(group) for group in groups) or (packed and bool((lengths < width).any())):
+        return _in_one_row(sequences, rows, groups, multiple)
     tokens = sequences.tokens_ns[list(rows), :longest]
     place = torch.arange(len(rows)).unsqueeze(-1) * width + torch.arange(longest)
     place = torch.where(torch.arange(longest) < lengths.unsqueeze(-1), place, -1)

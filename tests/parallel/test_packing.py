@@ -117,6 +117,14 @@ def test_a_packed_row_restarts_its_positions():
     assert set(made.segments.prefixes) == {None}
 
 
+def test_rows_that_need_no_padding_stay_rows():
+    """Attention then takes them all at once, and counts positions itself."""
+    made = arrange(sequences([3, 4, 4]), [1, 2], 2, packed=True)
+    assert made.tokens_bs.shape == (2, 4) and made.segments is None
+    assert arrange(sequences([3, 3]), [0, 1], 2, packed=True).tokens_bs.shape == (1, 6)
+    assert arrange(sequences([4, 3]), [0, 1], 2, packed=True).tokens_bs.shape == (1, 8)
+
+
 def test_a_shared_prompt_stands_once_and_positions_go_on_from_its_end():
     asked = sequences([4, 5, 3], prompt_lengths=[2, 2, 2], prompt_index=[0, 0, 0])
     made = arrange(asked, [0, 1, 2], 1, packed=False)

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 SLURM = Path(__file__).parents[2] / "slurm"
-PROGRAMS = (
-    "awk cat dirname getent grep head mkdir mkfifo mktemp scontrol sed squeue srun stat tail".split()
-)
+PROGRAMS = "awk cat dirname getent grep head mkdir mkfifo mktemp scontrol sed squeue srun stat tail".split()
 # What stands for Slurm's own: enough of each for a job of one node.
 OWN = {
     "squeue": 'case "$*" in *%T*) echo RUNNING ;; *%r*) echo None ;; *%l*) echo 1:00:00 ;; *%L*) echo 50:00 ;; esac',

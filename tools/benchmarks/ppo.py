@@ -37,6 +37,9 @@ PEER = Path(__file__).parent / "peers" / "trl_ppo.py"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Shape, lengths, and where TRL is."""
     parser.add_argument("--peer-python", help="python of an environment with trl 1.12.0")
+    parser.add_argument(
+        "--peer-micro-batch", type=int, default=32, help="rows of TRL's microbatches at most, default 32"
+    )
     parser.add_argument("--varied", action="store_true", help="texts of many lengths")
     parser.add_argument("--old-logprobs", choices=("sampled", "recomputed"), default="sampled")
     parser.add_argument("--set", nargs="*", default=[], help="more keys of ours")
@@ -128,7 +131,7 @@ class Peer:
         settings = {
             "threads": options.threads,
             "batch": options.batch,
-            "micro_batch": options.batch,
+            "micro_batch": math.gcd(options.batch, options.peer_micro_batch),
             "response": options.response,
             "varied": options.varied,
             "lr": LR,
