@@ -2,7 +2,7 @@
 # shellcheck disable=SC2317 # functions that `ask` calls
 # Shared by the job scripts of this folder. A script sets STAGE and RECIPE and sources this file; the script's
 # arguments are Hydra overrides. It plans the memory, runs the stage with one task per GPU, and queues the job again if
-# it was interrupted or a rank died (restarts.sh). The environment says how to run Python and where:
+# it was interrupted or a rank died (srun.sh, restarts.sh). The environment says how to run Python and where:
 #
 #   VENV               a virtual environment (default: .venv of the repository, if there is one), or
 #   CONTAINER_IMAGE    a container image, run with pyxis; CONTAINER_MOUNTS (default: repository and submission folder)
@@ -26,7 +26,7 @@ fail() {
 REPOSITORY=$(dirname "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)")
 NODE=${SLURMD_NODENAME:-$HOSTNAME}
 # shellcheck source=slurm/restarts.sh
-source "$REPOSITORY/slurm/restarts.sh" # first: signals are heard from here on
+source "$REPOSITORY/slurm/restarts.sh" # first: it hears signals
 
 set_environment() {
     export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
@@ -61,7 +61,7 @@ choose_python() {
 }
 
 options_of_srun() {
-    srun --help 2>&1
+    srun --help 2>&1 || true
 }
 
 # A recipe among the arguments is meant like the variable: Hydra takes only one.
