@@ -33,7 +33,7 @@ class FakeWandb(ModuleType):
     def finish(self) -> None:
         self.finished = True
 
-    def Table(self, columns: list[str], data: list[list]) -> dict:  # noqa: N802 -- its name there
+    def Table(self, columns: list[str], data: list[list]) -> dict:
         return {"columns": columns, "data": data}
 
 
