@@ -91,7 +91,7 @@ class ScaledDotProductAttention(MegatronModule):
             key, value = (_joined([parts[i] for i in block.keys]) for parts in (keys, values))
             mask = segments.mask(len(queries), len(key), key.device) if len(block.keys) > 1 else None
             attended.append(self._attend(queries, key, value, mask))
-        return _joined(attended).flatten(2)
+        return torch.cat(attended).flatten(2)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -20,6 +20,8 @@ OWN = {
     "scontrol": 'case "$*" in "show hostnames"*) echo n1 ;; "show node"*) echo "  NodeAddr=127.0.0.1 x" ;; esac',
     "getent": "exit 0",
     "srun": """case "$*" in
+        *--help*) echo --container-image ;;
+        *doctor.py*) ;;
         *--cfg*) printf 'run:\\n  dir: %s\\nseed: 1\\n' "$RUN" ;;
         *plan.py*) echo "rollout: 3 steps of 0.5 s = 2 s" ;;
         *) trap 'exit 75' TERM USR1
@@ -98,21 +100,37 @@ def test_a_signal_at_any_moment_queues_the_job_again(programs: Path) -> None:
     assert not wrong
 
 
-TRACE = "PS4='+ $BASH_SUBSHELL ${FUNCNAME[*]}: '; set -x"
+TRACE = "PS4='+ $BASH_SUBSHELL ${FUNCNAME[*]}: '; set -x\n"
 TRACED = re.compile(r"(\++) (\d+) ([\w ]*): (.*)")
+# A job of one part; one of two parts, whose nodes are checked first, in a container.
+JOBS = {
+    "plain": "",
+    "parts": "DOCTOR=1 CONTAINER_IMAGE=image SLURM_HET_SIZE=2 "
+    + " ".join(
+        f"SLURM_JOB_NUM_NODES_HET_GROUP_{n}=1 SLURM_JOB_NODELIST_HET_GROUP_{n}=n1 SLURM_NTASKS_HET_GROUP_{n}=2"
+        for n in range(2)
+    ),
+}
 
 
-def test_the_shell_that_hears_signals_substitutes_no_commands(programs: Path) -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_the_shell_that_hears_signals_substitutes_no_commands(programs: Path, job: str) -> None:
     """Bash 5.2 would parse a trap as a part of what is in `$(...)`; a substitution is one level (a plus) deeper."""
-    launch = 1 + next(number for number, call in enumerate(run(programs, 0)[1], 1) if call.startswith("mkfifo"))
-    for strike in 0, launch:
-        output = run(programs, strike, name=f"traced {strike}", first=TRACE)[2]
-        lines = [found.groups() for found in map(TRACED.fullmatch, output.splitlines()) if found]
+    first = f"{JOBS[job]}\n{TRACE}"
+    _, calls, output = run(programs, 0, first=first)
+    traces = [output]
+    launch = 1 + next(number for number, call in enumerate(calls, 1) if call.startswith("mkfifo"))
+    traces.append(run(programs, launch, name="signalled", first=first)[2])
+    for trace in traces:
+        lines = [found.groups() for found in map(TRACED.fullmatch, trace.splitlines()) if found]
         level = next(pluses for pluses, _, _, command in lines if command.startswith("take_recipe"))
-        hears = False
+        hears, heard = False, 0
         for pluses, depth, functions, command in lines:
             if depth == "0" and command.startswith("trap "):
                 hears = "hear" in command
             asked = {"ask", "undisturbed"} & set(functions.split())
+            heard += hears and depth != "0"
             assert not hears or depth == "0" or asked or pluses == level, (functions, command)
-        assert strike == 0 or any("hear" in functions for _, _, functions, _ in lines)
+        assert heard, "subshells of a shell that hears signals"
+    assert not any(" hear " in line for line in traces[0].splitlines() if line.startswith("+")), "undisturbed"
+    assert any(" hear " in line for line in traces[1].splitlines() if line.startswith("+"))

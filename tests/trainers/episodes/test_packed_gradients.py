@@ -32,3 +32,11 @@ def test_packed_sequences_at_every_layout(layout, kind, plain):
     results = run_ranks(ranks, trained_gradients, kind, parallel, 3, Budget(tokens=25), model)
     # The policy's loss is a sum of terms of size 1 that nearly cancel.
     check(results, *plain(kind, 3, model), absolute=1e-6 if kind == "policy" else 1e-7)
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_rows_of_equal_length_beside_packed_ones(layout, plain):
+    """Two texts of 12 tokens stay rows, those of 12 and 9 are packed: stages exchange both shapes in one schedule."""
+    ranks, model, parallel = PACKED_LAYOUTS[layout]
+    results = run_ranks(ranks, trained_gradients, "text", parallel, 4, Budget(tokens=24), model)
+    check(results, *plain("text", 4, model))
