@@ -119,8 +119,7 @@ class ChatRoom:
         responses = Responses.pack(
             [prompt] * len(completions), completions, self.tokenizer.pad_id, collectives.device()
         )
-        values_bs = self.reward.values(responses.sequences, MICRO_BATCH_SIZE)
-        return values_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1).tolist()
+        return self.reward.scores(responses.sequences, MICRO_BATCH_SIZE).tolist()
 
     def _prompt(self) -> list[int]:
         """Through the chat template; without one, the last turn is a text to go on from."""

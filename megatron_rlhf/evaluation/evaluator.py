@@ -139,7 +139,7 @@ class Evaluator:
         columns = [dict(prompt.record) for prompt in prompts]
         asked = Answers([prompt.text for prompt in prompts], texts, columns, [prompt.id for prompt in prompts])
         reward.ask_functions(lambda: asked)
-        return reward.scores(reward.read(responses.sequences, responses.last_b, MICRO_BATCH_SIZE))
+        return reward.scores(reward.read(responses.sequences, MICRO_BATCH_SIZE))
 
     def _sample(self, questions: Questions, places: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
         if not places:  # no greedy answers

@@ -25,8 +25,7 @@ def judged(reward: Role, rankings: Sequence[tuple[Record, Ranking]], micro_batch
         texts = [[*r.prompt.tolist(), *response.tolist()] for _, r in part for response in r.responses]
         lengths = [len(r.prompt) for _, r in part for _ in r.responses]
         index = [i for i, (_, r) in enumerate(part) for _ in r.responses]
-        values_ns = reward.values(texts_to_score(texts, lengths, index), micro_batch_size)
-        scores = iter(values_ns.sum(dim=1).tolist())  # zero except at the last token
+        scores = iter(reward.scores(texts_to_score(texts, lengths, index), micro_batch_size).tolist())
         for record, ranking in part:
             fields = record.fields
             rows.append(

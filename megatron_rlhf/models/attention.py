@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_rlhf.models.wanted import at_places, wanted_of
 from megatron_rlhf.parallel import context
 from megatron_rlhf.parallel.packing import Segments
 
@@ -28,6 +29,7 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.grouped = config.num_query_groups != config.num_attention_heads
         assert pg_collection is not None
@@ -43,15 +45,27 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Segments | None = None,
     ) -> Tensor:
-        """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d].
+        """[q, b, heads, d] and [k, b, groups, d] -> [q, b, heads * d], or [n, 1, heads * d] of wanted tokens.
 
         Without a mask ([b, 1, q, k], True = attend) it is causal; a single query is the newest token and sees all keys.
         Under context parallelism each rank's queries see the keys of all ranks that come before them. In a packed row,
         the segments determine who sees whom.
         """
-        if packed_seq_params is not None:
+        attended_sbe = self._all(query_sbnd, key_sbgd, value_sbgd, attention_mask, packed_seq_params)
+        wanted_n = wanted_of(packed_seq_params, self.layer_number)
+        return attended_sbe if wanted_n is None else at_places(attended_sbe, wanted_n)
+
+    def _all(
+        self,
+        query_sbnd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        attention_mask: Tensor | None,
+        segments: Segments | None,
+    ) -> Tensor:
+        if segments is not None and segments.lengths:
             assert attention_mask is None and query_sbnd.shape[1] == 1, "a packed row is one row, and causal"
-            return self._by_segment(query_sbnd, key_sbgd, value_sbgd, packed_seq_params)
+            return self._by_segment(query_sbnd, key_sbgd, value_sbgd, segments)
         if self.context.size() > 1:
             assert attention_mask is None and len(key_sbgd) == len(query_sbnd), "decoding needs a layout with context=1"
             key_sbgd = context.gather(key_sbgd, 0, self.context, sum_gradients=True)

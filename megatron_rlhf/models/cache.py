@@ -26,6 +26,8 @@ class KeyValueCache(BaseInferenceContext):
         self.sequence_len_offset = 0
         self._cos_sin: tuple[Tensor, Tensor] | None = None
         self._decodes = False
+        self.wanted_n: Tensor | None = None
+        """Places in [s, b], flattened, of the prompts' tokens whose logits are wanted. None: the pass reads no others."""
 
     def prefill(
         self, positions_bs: Tensor, last_b: Tensor | None = None, rows: Tensor | None = None, first: int = 0
@@ -38,7 +40,10 @@ class KeyValueCache(BaseInferenceContext):
             rows: rows of the pass to keep, in slots `first`, `first + 1`, ...; a row may go into several slots.
         """
         self._positions_bs, self._cos_sin, self._decodes = positions_bs, None, False
-        self._last_b, self._rows = last_b, rows
+        self._rows = rows
+        count, length = positions_bs.shape
+        row_b = torch.arange(count, device=positions_bs.device)
+        self.wanted_n = (length - 1 if last_b is None else last_b) * count + row_b
         self._into = slice(first, first + (0 if rows is None else len(rows)))
         assert self._into.stop <= self.slots, f"cache of {self.slots} slots asked to fill slot {self._into.stop - 1}"
 
@@ -51,7 +56,7 @@ class KeyValueCache(BaseInferenceContext):
             aligned: all lengths are `longest`.
         """
         assert longest < self.capacity, f"cache of {self.capacity} tokens asked to hold {longest + 1}"
-        self._positions_bs, self._cos_sin, self._decodes = lengths_b.unsqueeze(-1), None, True
+        self._positions_bs, self._cos_sin, self._decodes, self.wanted_n = lengths_b.unsqueeze(-1), None, True, None
         self._lengths_b, self._longest, self._aligned = lengths_b, longest, aligned
         self._row_indices = torch.arange(len(lengths_b), device=lengths_b.device)
 
@@ -60,12 +65,6 @@ class KeyValueCache(BaseInferenceContext):
 
     def is_decode_only(self) -> bool:
         return self._decodes
-
-    def last_hidden(self, hidden_sbh: Tensor) -> Tensor:
-        """Hidden states of the tokens whose logits are wanted: [1, b, h]."""
-        if self._decodes or self._last_b is None:
-            return hidden_sbh[-1:]
-        return hidden_sbh[self._last_b, torch.arange(hidden_sbh.shape[1], device=hidden_sbh.device)].unsqueeze(0)
 
     def rotation(self, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, [s, b, 1, d], of the current positions, for `rotate`; the first layer computes them for all layers.

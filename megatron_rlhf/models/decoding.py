@@ -1,4 +1,4 @@
-"""Layers that decode by themselves: one new token of each sequence passes, written out.
+"""Layers that compute what is wanted of them, and no more; when decoding, one new token of each sequence, written out.
 
 Megatron-Core's modules do around four products and an attention what training may ask for. For a whole sequence that is nothing;
 of a decoded token it is about a tenth of the time on a CPU.
@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from megatron_rlhf.models.attention import rotate
 from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.models.wanted import at_places, wanted_of
+
+_TOLD_ATTENTION = ("attention_mask", "rotary_pos_emb", "inference_context", "packed_seq_params")
 
 
 class DecodingLayer(TransformerLayer):
@@ -28,7 +31,19 @@ class DecodingLayer(TransformerLayer):
         return self.config.num_query_groups >= self.pg_collection.tp.size()
 
     def _read(self, hidden_sbh: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        return super().forward(hidden_sbh, **kwargs)
+        wanted_n = wanted_of(kwargs.get("packed_seq_params"), self.layer_number)
+        if wanted_n is None:
+            return super().forward(hidden_sbh, **kwargs)
+        residual_n1h = at_places(hidden_sbh, wanted_n)
+        return self._forward_mlp(self._attended(hidden_sbh, residual_n1h, **kwargs)), None
+
+    def _attended(self, hidden_sbh: Tensor, residual_n1h: Tensor, **kwargs) -> Tensor:
+        """The sum after attention for wanted tokens alone: [n, 1, h]. Attention computes no other here."""
+        told = {name: kwargs.get(name) for name in _TOLD_ATTENTION}
+        attended_with_bias = self.self_attention(self.input_layernorm(hidden_sbh), **told)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(attended_with_bias, residual_n1h, self.hidden_dropout)
 
     def _decode(self, x_1bh: Tensor, cache: KeyValueCache, angles: Tensor | None, mask: Tensor | None) -> Tensor:
         x_1bh = x_1bh + self._attend(x_1bh, cache, angles, mask)
@@ -66,8 +81,13 @@ class ParallelResidualLayer(DecodingLayer):
     """x + attention(norm(x)) + mlp(norm'(x)), as in GPT-NeoX; Megatron-Core's own layer passes the first sum to the MLP."""
 
     def _read(self, hidden_sbh: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        attended, context = self._forward_attention(hidden_sbh, **kwargs)
-        return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_sbh)), attended), context
+        wanted_n = wanted_of(kwargs.get("packed_seq_params"), self.layer_number)
+        if wanted_n is None:
+            attended, _ = self._forward_attention(hidden_sbh, **kwargs)
+        else:
+            residual_n1h = at_places(hidden_sbh, wanted_n)
+            attended, hidden_sbh = self._attended(hidden_sbh, residual_n1h, **kwargs), residual_n1h
+        return self._forward_post_mlp(self.mlp(self._forward_pre_mlp_layernorm(hidden_sbh)), attended), None
 
     def _decode(self, x_1bh: Tensor, cache: KeyValueCache, angles: Tensor | None, mask: Tensor | None) -> Tensor:
         return x_1bh + self._attend(x_1bh, cache, angles, mask) + self._transform(x_1bh)

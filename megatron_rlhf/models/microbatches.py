@@ -24,11 +24,9 @@ def texts_to_score(
     """Texts whose last token is scored."""
     lengths = [len(row) for row in rows]
     tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    last = torch.zeros(tokens.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-        last[i, len(row) - 1] = True
-    return Sequences(tokens.to(collectives.device()), lengths, last, prompt_lengths, prompts)
+    return Sequences(tokens.to(collectives.device()), lengths, None, prompt_lengths, prompts).at_ends()
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from megatron_rlhf.models.cache import KeyValueCache
 from megatron_rlhf.models.linear import Packable, await_weights
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
+from megatron_rlhf.models.wanted import at_places, narrowed, places_sb, wanted_of
+from megatron_rlhf.parallel.packing import Segments
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 
 class PackedModel(GPTModel, ABC):
-    """GPTModel that reads packed rows, and whose output layer sees only the requested tokens.
+    """GPTModel that reads packed rows, and whose last layer and output layer see only the requested tokens.
 
     Their places in [b, s], flattened, come as `loss_mask`: Megatron-Core passes that to `_postprocess`, and does not
     use it when there are no labels. The output is then [1, places, ...]: scalars, or what `logits` makes logits of.
@@ -29,10 +31,29 @@ class PackedModel(GPTModel, ABC):
     gradient_is_partial: ClassVar[bool]
     """Each tensor-parallel rank's output layer has a part of the gradient of its input."""
 
+    def forward(self, input_ids: Tensor, *args, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """As GPTModel's, for requested tokens; of prompts that are read before decoding, the last one of each."""
+        rows, length = input_ids.shape
+        cache, place_n = kwargs.get("inference_context"), None
+        if loss_mask is not None:
+            loss_mask = place_n = places_sb(loss_mask, length, rows)
+        elif isinstance(cache, KeyValueCache):
+            place_n, length = cache.wanted_n, cache.capacity
+        if self.post_process and self._narrows and place_n is not None and len(place_n) < input_ids.numel():
+            segments = kwargs.get("packed_seq_params")
+            kwargs["packed_seq_params"] = narrowed(segments, self.config.num_layers, place_n, length)
+        return super().forward(input_ids, *args, loss_mask=loss_mask, **kwargs)
+
+    @property
+    def _narrows(self) -> bool:
+        """The last layer may choose tokens. Where they are split over ranks it cannot, and fp8 wants multiples of them."""
+        config = self.config
+        return not (config.sequence_parallel or config.context_parallel_size > 1 or config.fp8 or config.fp4)
+
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple:
         prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         segments = kwargs.get("packed_seq_params")
-        if segments is None or self.position_embedding_type != "rope":
+        if segments is None or not segments.lengths or self.position_embedding_type != "rope":
             return prepared
         table_s11d = self.rotary_pos_emb.get_emb(segments.max_seqlen_q)
         return (prepared[0], table_s11d[position_ids[0]], *prepared[2:])
@@ -40,17 +61,18 @@ class PackedModel(GPTModel, ABC):
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         if not self.post_process or loss_mask is None:
             return super()._postprocess(hidden_states=hidden_states, **kwargs)
-        return self._read(self._places(hidden_states, loss_mask)).unsqueeze(0)
+        hidden_n1h = self._requested(hidden_states, loss_mask, kwargs.get("packed_seq_params"))
+        return self._read(hidden_n1h.squeeze(1)).unsqueeze(0)
 
-    def _places(self, hidden_sbh: Tensor, place_n: Tensor) -> Tensor:
-        """Hidden states [n, h] at places in [b, s], on every tensor-parallel rank."""
+    def _requested(self, hidden_sbh: Tensor, place_n: Tensor, segments: Segments | None) -> Tensor:
+        """Hidden states [n, 1, h] at places in [s, b], on every tensor-parallel rank."""
+        if wanted_of(segments, self.config.num_layers) is not None:  # the last layer gave no others
+            return hidden_sbh
         if self.config.sequence_parallel:
             hidden_sbh = gather_from_sequence_parallel_region(
                 hidden_sbh, tensor_parallel_output_grad=self.gradient_is_partial, group=self.pg_collection.tp
             )
-        length, rows, _ = hidden_sbh.shape
-        place_n = place_n if rows == 1 else place_n % length * rows + place_n // length
-        return hidden_sbh.flatten(0, 1).index_select(0, place_n)
+        return at_places(hidden_sbh, place_n)
 
     @abstractmethod
     def _read(self, hidden_nh: Tensor) -> Tensor:
@@ -70,8 +92,12 @@ class LanguageModel(Packable, PackedModel):
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         cache = kwargs.get("inference_context")
         if self.post_process and isinstance(cache, KeyValueCache):  # only the next token's logits are wanted
-            part_1bv = self._product(cache.last_hidden(hidden_states), self._unembedding(), None)
-            output = gather_from_tensor_model_parallel_region(part_1bv, group=self.pg_collection.tp).transpose(0, 1)
+            if cache.wanted_n is None:  # one token each of the sequences
+                hidden_states = hidden_states.transpose(0, 1)
+            else:
+                hidden_states = self._requested(hidden_states, cache.wanted_n, kwargs.get("packed_seq_params"))
+            part_b1v = self._product(hidden_states, self._unembedding(), None)
+            output = gather_from_tensor_model_parallel_region(part_b1v, group=self.pg_collection.tp)
         else:
             output = super()._postprocess(hidden_states, loss_mask, **kwargs)
         if not self.post_process or loss_mask is not None:

@@ -71,9 +71,8 @@ class Role:
     def know_only(self, tokens: Sequence[int]) -> None:
         """Declares these the only tokens: other rows of the embedding are never sampled.
 
-        The distribution of responses is over these, when they are sampled and in every pass that is compared with
-        sampling (`respond`). The loss on text stays over all rows, as in pretraining and in transformers: it teaches
-        the model that the others do not occur.
+        The distribution of responses is over these, when they are sampled and in every pass that is compared with sampling
+        (`respond`). The loss on text stays over all rows, as in transformers: it teaches that the others do not occur.
         """
         rows = self.model.padded_vocab_size(self.layout.config.tensor)
         unknown_v = torch.ones(rows, dtype=torch.bool)
@@ -96,7 +95,7 @@ class Role:
             adapters.reset(chunk, seed)
 
     def merge_adapters(self) -> None:
-        """Add the adapters to the weights beside them: from then on it is a model without any."""
+        """Add the adapters to the weights beside them: it is then a model without any."""
         for chunk in self.modules:
             adapters.merge(chunk)
         self.adapter = None
@@ -199,8 +198,7 @@ class Role:
     @contextlib.contextmanager
     def evaluating(self, decoding: bool = False) -> Iterator[None]:
         """Dropout off, no gradients; decoding also switches sequence parallelism off: one token cannot be split."""
-        modes = [chunk.training for chunk in self.chunks]
-        modules = self.unwrapped
+        modes, modules = [chunk.training for chunk in self.chunks], self.unwrapped
         sequence_parallel = decoding and any(module.config.sequence_parallel for module in modules)
         for chunk in self.chunks:
             chunk.eval()
@@ -216,10 +214,13 @@ class Role:
                 chunk.train(mode)
 
     def values(self, sequences: Sequences | Tensor, micro_batch_size: Budget | int) -> Tensor:
-        """The scalar head's output at every wanted token, [b, s] fp32; zeros elsewhere. The whole batch on every rank
-        of the layout."""
+        """The scalar head's output at wanted tokens, [b, s] fp32, zeros elsewhere; the whole batch on the layout's ranks."""
         assert self.scalar, f"{self.name} has no scalar head"
-        return self._read(as_sequences(sequences), lambda output_n1, targets_n: output_n1.squeeze(-1), micro_batch_size)
+        return self._read(as_sequences(sequences), lambda output_n1, _: output_n1.squeeze(-1), micro_batch_size)
+
+    def scores(self, sequences: Sequences, micro_batch_size: Budget | int) -> Tensor:
+        """The scalar head's output at each sequence's last token, [b] fp32; otherwise as `values`."""
+        return self.values(sequences.at_ends(), micro_batch_size).sum(dim=1)  # zeros elsewhere
 
     def logprobs(
         self,

@@ -43,6 +43,11 @@ class Sequences:
             self, tokens_ns=self.tokens_ns[:, :stop], lengths=[n + stop for n in self.lengths], wanted_ns=wanted
         )
 
+    def at_ends(self) -> "Sequences":
+        """Only the output of each one's last token is requested."""
+        until_s = torch.arange(1, 1 + self.tokens_ns.shape[1])
+        return replace(self, wanted_ns=until_s == torch.tensor(self.lengths).unsqueeze(-1))
+
     def rows(self, rows: Sequence[int]) -> "Sequences":
         """Some of them."""
         lengths, prompt_lengths, prompt_index = (
@@ -96,17 +101,19 @@ class Block:
 class Segments(PackedSeqParams):
     """Megatron-Core's parameters of packed sequences, for rows in which segments may continue an earlier one.
 
-    A segment's tokens attend to those before them in the segment, and to all of the segment that it continues: this way
-    several completions continue one prompt. Megatron-Core passes this on to the attention; its rotary embeddings would
-    count from 0 in every segment, so positions are computed here (`models.gpt`).
+    A segment's tokens attend to those before them in it, and to all of the segment that it continues: this way several
+    completions continue one prompt. Megatron-Core passes this on to the layers; its rotary embeddings would count from 0 in
+    every segment, so positions are given with the tokens (`Arrangement`).
     """
 
     lengths: tuple[int, ...] = ()
-    """Tokens of each segment; their sum is the row's."""
+    """Tokens of each segment; their sum is the row's. No segments: rows are not packed, each is one sequence."""
     prefixes: tuple[int | None, ...] = ()
     """The segment that each continues."""
     masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Causal masks of blocks, by queries and keys; the first layer makes them for all layers."""
+    wanted: tuple[int, Tensor] | None = None
+    """The number of a layer that computes its output only at some places, and these, in [s, b], flattened."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], prefixes: Sequence[int | None], longest: int) -> "Segments":

@@ -75,12 +75,9 @@ class Reward:
             for function in here:
                 self._attempt(partial(function.start, asked))
 
-    def read(self, sequences: Sequences, last_b: Tensor, micro_batch_size: Budget | int) -> dict[str, Tensor]:
-        """Each model's score at the last token, [b]; zeros on ranks outside its layout."""
-        return {
-            name: role.values(sequences, micro_batch_size).gather(1, last_b.unsqueeze(-1)).squeeze(-1)
-            for name, role in self.models.items()
-        }
+    def read(self, sequences: Sequences, micro_batch_size: Budget | int) -> dict[str, Tensor]:
+        """Each model's score, [b]; zeros on ranks outside its layout."""
+        return {name: role.scores(sequences, micro_batch_size) for name, role in self.models.items()}
 
     def scores(self, read: Mapping[str, Tensor]) -> Scores:
         """Of all parts, from what `read` returned; waits for the functions. Collective over the world.

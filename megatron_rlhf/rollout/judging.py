@@ -38,7 +38,7 @@ class Judge:
 
     def read(self, portion: Portion, responses: Responses) -> None:
         """`responses`: the portion, packed."""
-        scores = self.reward.read(responses.sequences, responses.last_b, self.budget)
+        scores = self.reward.read(responses.sequences, self.budget)
         values = torch.zeros(0)
         if self.value is not None:
             values = self.value.values(responses.sequences, self.budget)

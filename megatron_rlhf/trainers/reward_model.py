@@ -171,8 +171,7 @@ class RewardModelTrainer(Trainer):
         }
 
     def _scores(self, sequences: Sequences) -> Tensor:
-        values_ns = self.reward.role.values(sequences, self.config.reward_model.micro_batch * SCORED_AT_ONCE)
-        return values_ns.sum(dim=1)  # zero except at the last token
+        return self.reward.role.scores(sequences, self.config.reward_model.micro_batch * SCORED_AT_ONCE)
 
     @torch.no_grad()
     def _center_on_demonstrations(self) -> None:
@@ -246,7 +245,7 @@ def _large_prompts(
     score when recomputed, has the same gradient with respect to the weights as the loss.
     """
     role, batch = reward.role, RankedBatch.pack(comparisons)
-    scores_n = role.values(batch.sequences, at_once).sum(dim=1).requires_grad_()
+    scores_n = role.scores(batch.sequences, at_once).requires_grad_()
     with torch.enable_grad():
         loss, statistics = comparison_loss(batch.margins(scores_n), batch.prompt_index_q, prompts)
     (slope_n,) = torch.autograd.grad(loss, scores_n)

@@ -176,8 +176,7 @@ class SFTTrainer(Trainer):
         scores = None
         if self.reward is not None:
             responses = Responses.pack(prompts, completions, tokenizer.pad_id, collectives.device())
-            scores_bs = self.reward.values(responses.sequences, self.config.sft.micro_batch)
-            scores = scores_bs.gather(1, responses.last_b.unsqueeze(-1)).squeeze(-1)
+            scores = self.reward.scores(responses.sequences, self.config.sft.micro_batch)
         rows = [
             {
                 "prompt": tokenizer.decode(prompt),

@@ -42,8 +42,11 @@ def test_later_prompts_take_free_slots():
 
 def test_logits_are_wanted_at_the_last_real_token():
     cache = filled()
-    hidden_sbh = torch.tensor([[[1.0], [3.0]], [[2.0], [0.0]]])
-    assert cache.last_hidden(hidden_sbh).flatten().tolist() == [2, 3]
+    hidden_sb = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
+    assert cache.wanted_n is not None
+    assert hidden_sb.flatten()[cache.wanted_n].tolist() == [2, 3]
+    cache.decode(torch.tensor([2, 1, 1]), longest=2, aligned=False)
+    assert cache.wanted_n is None, "there are no others"
 
 
 def test_a_full_cache_says_so():
