@@ -64,16 +64,16 @@ class BeamRunner(ModelRunner):
                 self.seen_bv[into] = self.seen_bv[rows].scatter(1, self.tokens_b[into].unsqueeze(-1), True)
         return going
 
-    def _sample(self, logits_bv: Tensor, slots: slice) -> None:
+    def _sample(self, logits_bv: Tensor, step: Step) -> None:
         logprobs_bv = torch.log_softmax(logits_bv.float(), dim=-1)
         wanted_bv = logprobs_bv
         if self.seen_bv is not None:
             penalised_bv = penalise(logprobs_bv, self.config.repetition_penalty)
-            wanted_bv = torch.where(self.seen_bv[slots], penalised_bv, logprobs_bv)
+            wanted_bv = torch.where(self.seen_bv[step.slots], penalised_bv, logprobs_bv)
         if int(self.counts_b[0]) < self.config.min_response_tokens - 1:
             wanted_bv = wanted_bv.index_fill(-1, self.stops, -torch.inf)
         width = self.config.beams * logprobs_bv.shape[-1]
-        totals_gn = (self.totals_b[slots].unsqueeze(-1) + wanted_bv).view(-1, width)
+        totals_gn = (self.totals_b[step.slots].unsqueeze(-1) + wanted_bv).view(-1, width)
         best_gk, index_gk = totals_gn.topk(self.kept)
         own_gk = logprobs_bv.reshape(-1, width).gather(1, index_gk)
         self.sampled = torch.stack([best_gk.double(), index_gk.double(), own_gk.double()])

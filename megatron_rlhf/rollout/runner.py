@@ -55,7 +55,7 @@ class ModelRunner:
             self.sampled = torch.zeros(2, count, dtype=torch.float64, device=self.keys_b.device)
         # Tokens are exact in fp64, and both travel in one message.
         self.sampled = collectives.from_last_stage(self.sampled, self.role.layout)
-        slots = slice(step.first_slot, step.first_slot + count)
+        slots = step.slots
         if not step.prefill:
             self.lengths_b[slots] += 1
         self.tokens_b[slots] = self.sampled[0].long()
@@ -79,7 +79,7 @@ class ModelRunner:
         prompts = list(dict.fromkeys(tuple(sequence.prompt) for sequence in step.sequences))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        device, slots = self.keys_b.device, slice(step.first_slot, step.first_slot + len(step.sequences))
+        device, slots = self.keys_b.device, step.slots
         rows = torch.tensor([row_of[tuple(sequence.prompt)] for sequence in step.sequences], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.keys_b[slots] = torch.tensor([sequence.key for sequence in step.sequences], device=device)
@@ -93,7 +93,7 @@ class ModelRunner:
         positions = self.places[: tokens.shape[1]].expand_as(tokens)
         # Padding is on the right, where no real token attends to it: causal attention needs no mask.
         self.cache.prefill(positions, lengths - 1, rows, step.first_slot)
-        return self._microbatch(tokens, positions, None, lambda logits_bv: self._sample(logits_bv[rows], slots))
+        return self._microbatch(tokens, positions, None, lambda logits_bv: self._sample(logits_bv[rows], step))
 
     def _decode(self, step: Step) -> Microbatch:
         count = self.slots if self.static_shapes else len(step.sequences)
@@ -103,9 +103,10 @@ class ModelRunner:
         lengths_b = self.lengths_b[:count]
         mask = None if aligned else (self.places[: longest + 1] <= lengths_b.unsqueeze(-1)).view(count, 1, 1, -1)
         self.cache.decode(lengths_b, longest, aligned)
-        slots = slice(0, len(step.sequences))
         tokens, positions_b1 = self.tokens_b[:count].unsqueeze(-1), lengths_b.unsqueeze(-1)
-        return self._microbatch(tokens, positions_b1, mask, lambda logits_bv: self._sample(logits_bv[slots], slots))
+        return self._microbatch(
+            tokens, positions_b1, mask, lambda logits_bv: self._sample(logits_bv[: len(step.sequences)], step)
+        )
 
     def _microbatch(self, tokens_bs: Tensor, positions_bs: Tensor, mask: Tensor | None, sample) -> Microbatch:
         inference = {"position_ids": positions_bs, "attention_mask": mask, "inference_context": self.cache}
@@ -116,9 +117,10 @@ class ModelRunner:
 
         return Microbatch(tokens_bs, draw, inference)
 
-    def _sample(self, logits_bv: Tensor, slots: slice) -> None:
+    def _sample(self, logits_bv: Tensor, step: Step) -> None:
+        slots, enough = step.slots, self.config.min_response_tokens - 1
         counts_b = self.counts_b[slots]
-        too_early_b = counts_b < self.config.min_response_tokens - 1 if self.config.min_response_tokens > 1 else None
+        too_early_b = counts_b < enough if any(len(each.tokens) < enough for each in step.sequences) else None
         seen_bv = None if self.seen_bv is None else self.seen_bv[slots]
         tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b[slots], counts_b, self.stops, too_early_b, seen_bv)
         self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])

@@ -18,6 +18,10 @@ class Step:
     prefill: bool
     """The pass reads their prompts; otherwise their last tokens."""
 
+    @property
+    def slots(self) -> slice:
+        return slice(self.first_slot, self.first_slot + len(self.sequences))
+
 
 @dataclass
 class Scheduler:

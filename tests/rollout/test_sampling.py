@@ -145,7 +145,7 @@ def test_the_ends_of_the_interval_are_never_reached(bits, monkeypatch):
     """A number that rounds to 0 or 1 would make its token win, or lose, regardless of its probability."""
     import megatron_rlhf.rollout.sampling as sampling
 
-    monkeypatch.setattr(sampling, "_scramble", lambda x: torch.full_like(x, bits))
+    monkeypatch.setattr(sampling, "_scramble", lambda x: torch.full_like(x, bits, dtype=torch.long).int())
     numbers = uniform_numbers(torch.tensor([0]), 3)
     assert (numbers > 0).all()
     assert (numbers < 1).all()
