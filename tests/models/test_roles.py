@@ -12,6 +12,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 from megatron_rlhf.config.model import ParallelConfig, Precision
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
+from megatron_rlhf.parallel.packing import Sequences
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 
 
@@ -89,6 +90,18 @@ def test_values_are_fp32_in_half_precision(world):
     values = values_at(ParallelConfig(), Precision.bf16)
     assert values.dtype is torch.float32
     assert_close(values, values_at(ParallelConfig()), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shared", [None, [4, 4, 4]], ids=["own prompts", "one prompt"])
+def test_a_score_is_the_value_at_the_last_token(shared, world):
+    """One text ends with its prompt."""
+    role = make_role(LLAMA_LIKE, name="reward", scalar=True)
+    texts, lengths = tokens(), [9, 6, 4]
+    texts[:, :4] = texts[0, :4]
+    asked = Sequences(texts, lengths, None, shared, shared and [0, 0, 0])
+    assert asked.at_ends().wanted_ns.nonzero().tolist() == [[0, 8], [1, 5], [2, 3]]
+    alone = [role.values(texts[[i], :n], 1)[0, -1] for i, n in enumerate(lengths)]
+    assert_close(role.scores(asked, 3), torch.stack(alone), rtol=1e-5, atol=1e-6)
 
 
 def test_a_language_model_has_no_values(world):
