@@ -39,7 +39,7 @@ class PackedModel(GPTModel, ABC):
             loss_mask = place_n = places_sb(loss_mask, length, rows)
         elif isinstance(cache, KeyValueCache):
             place_n, length = cache.wanted_n, cache.capacity
-        if self.post_process and self._narrows and place_n is not None and len(place_n) < input_ids.numel():
+        if self.post_process and self._narrows and place_n is not None and 0 < len(place_n) < input_ids.numel():
             segments = kwargs.get("packed_seq_params")
             kwargs["packed_seq_params"] = narrowed(segments, self.config.num_layers, place_n, length)
         return super().forward(input_ids, *args, loss_mask=loss_mask, **kwargs)

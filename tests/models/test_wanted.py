@@ -1,6 +1,8 @@
 """The last layer computes its output only for the requested tokens, and nothing else changes. (What a whole update's gradients
 are at every layout: tests/trainers/episodes.)"""
 
+import dataclasses
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -64,6 +66,18 @@ def test_numbers_and_gradients_are_those_of_a_pass_over_all_tokens(model, scalar
             whole = numbers_and_gradients(role, asked, SIZES[size])
         assert len(narrow) == len(whole) > 10
         torch.testing.assert_close(narrow, whole, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["logits", "scalars"])
+def test_texts_of_which_nothing_is_wanted(scalar, world):
+    """A microbatch may consist of texts without targets."""
+    role = make_role(GPT2_LIKE, scalar=scalar)
+    nothing = dataclasses.replace(sequences(), wanted_ns=torch.zeros(3, 7, dtype=torch.bool))
+    said, alone, *gradients = numbers_and_gradients(role, nothing, SIZES["packed"])
+    assert len(said) == 0
+    assert not alone.any()
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients), "nor NaN, which counts as true"
 
 
 def test_adapters_of_the_last_layer(world, monkeypatch):
