@@ -106,7 +106,11 @@ def work(shape: Shape) -> float:
         return flops(argparse.Namespace(**vars(shape)))[1] / shape.ranks
     tokens = PROMPT + shape.k * RESPONSE
     attended = PROMPT**2 / 2 + shape.k * RESPONSE * (PROMPT + RESPONSE / 2)
-    return 6 * shape.batch * shape.layers * (12 * shape.hidden**2 * tokens + 2 * shape.hidden * attended)
+    layers = shape.layers * (12 * shape.hidden**2 * tokens + 2 * shape.hidden * attended)
+    unasked = (
+        9 * shape.hidden**2 * (tokens - shape.k)
+    )  # the last layer projects, and transforms, only tokens with a score
+    return 6 * shape.batch * (layers - unasked)
 
 
 def measure(shapes: Sequence[Shape], repeats: int) -> list[tuple[float, int]]:

@@ -9,8 +9,15 @@ from recipe import read_metrics, run_stage, whole_weights
 from toys import assert_close
 
 SIDES = ["placement=disaggregated", "placement.critic_ranks=1", "ppo.micro_batch_size=1"]
-# rounding of the differences of nearly equal numbers: tests/distributed/test_layout_matrix.py
-ABSOLUTE = {"policy/loss": 1e-6, "value/explained_variance": 2e-6, "policy/approx_kl": 1e-7}
+# Rounding of the differences of nearly equal numbers: tests/distributed/test_layout_matrix.py. A portion of one text has other
+# shapes, whose scores differ by 3e-7; after Adam's first step the KL divergence, summed over a response, differs by 4e-7.
+ABSOLUTE = {
+    "policy/loss": 1e-6,
+    "value/explained_variance": 2e-6,
+    "policy/approx_kl": 1e-7,
+    "policy/first_ratio_max_gap": 2e-6,
+    "kl/mean": 2e-6,
+}
 
 
 def run(recipe, name, *more, ranks=2):
