@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models import adapters, trainable
-from megatron_rlhf.models.fusions import fusions
-from megatron_rlhf.models.layers import block_spec
+from megatron_rlhf.models.layers.fusions import fusions
+from megatron_rlhf.models.layers.spec import block_spec
 from megatron_rlhf.models.packed import LanguageModel, ScalarModel
 from megatron_rlhf.parallel.layout import ParallelLayout
 

@@ -12,11 +12,11 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_rlhf.models.cache import KeyValueCache
-from megatron_rlhf.models.linear import Packable, await_weights
+from megatron_rlhf.models.layers.cache import KeyValueCache
+from megatron_rlhf.models.layers.linear import Packable, await_weights
+from megatron_rlhf.models.layers.wanted import at_places, narrowed, places_sb, wanted_of
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.models.scalar_head import ScalarHead
-from megatron_rlhf.models.wanted import at_places, narrowed, places_sb, wanted_of
 from megatron_rlhf.parallel.packing import Segments
 from megatron_rlhf.parallel.vocab import PADDED_LOGIT
 

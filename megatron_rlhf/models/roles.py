@@ -18,7 +18,7 @@ from megatron_rlhf.config.model import Fp8Recipe, ModelConfig, Precision
 from megatron_rlhf.models import adapters, fp8, trainable
 from megatron_rlhf.models.adapters import FirstAdapters
 from megatron_rlhf.models.gpt import build_chunks
-from megatron_rlhf.models.linear import packed_weights
+from megatron_rlhf.models.layers.linear import packed_weights
 from megatron_rlhf.models.logits import Logits
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout

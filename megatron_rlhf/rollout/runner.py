@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.models.layers.cache import KeyValueCache
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch

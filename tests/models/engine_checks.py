@@ -12,7 +12,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, weight_blocks
 from megatron_rlhf.checkpoint import sharded
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig, Positions, Precision
-from megatron_rlhf.models import layers
+from megatron_rlhf.models.layers import spec
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel.layout import ParallelLayout
 
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def build(model, layout, scalar, engine):
-    layers.transformer_engine_serves = lambda: engine
+    spec.transformer_engine_serves = lambda: engine
     role = Role.build("policy", model, layout, Precision.fp32, scalar)
     (module,) = role.modules
     assert isinstance(module.decoder.layers[0].mlp.linear_fc1, TELayerNormColumnParallelLinear) is engine

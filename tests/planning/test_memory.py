@@ -145,7 +145,7 @@ def test_peak_of_a_policy_update_is_what_the_allocator_saw(world: None) -> None:
 
 
 def test_cache_is_what_decoding_allocates() -> None:
-    from megatron_rlhf.models.cache import KeyValueCache
+    from megatron_rlhf.models.layers.cache import KeyValueCache
 
     cache = KeyValueCache(slots=3, capacity=24)
     cache.prefill(torch.zeros(3, 8), rows=torch.arange(3))

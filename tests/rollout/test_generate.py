@@ -7,7 +7,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.models.layers.cache import KeyValueCache
 from megatron_rlhf.rollout.collect import deal_by_length, sample_responses
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys

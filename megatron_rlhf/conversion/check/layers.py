@@ -24,8 +24,8 @@ from megatron_rlhf.conversion.hf.folder import CONFIG, read_json
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.hf.weights import Described, Weights
 from megatron_rlhf.conversion.whole_tensors import Place, TensorSource
-from megatron_rlhf.models.cache import KeyValueCache
 from megatron_rlhf.models.gpt import build_chunks
+from megatron_rlhf.models.layers.cache import KeyValueCache
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.layout import ParallelLayout
 

@@ -7,7 +7,7 @@ import torch
 from toys import GPT2_LIKE, LLAMA_LIKE, assemble, assert_close, gradient_blocks, make_role, train, weight_blocks
 
 from megatron_rlhf.config.model import Activation, FusedKernels, ParallelConfig
-from megatron_rlhf.models import fusions
+from megatron_rlhf.models.layers import fusions
 from megatron_rlhf.parallel.pipeline import Microbatch
 from megatron_rlhf.parallel.vocab import token_logprobs
 

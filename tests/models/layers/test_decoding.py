@@ -10,7 +10,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 from megatron_rlhf.config.lora import Adapter, projections
 from megatron_rlhf.config.model import Activation, FusedKernels, ParallelConfig, Precision
 from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.models.decoding import DecodingLayer
+from megatron_rlhf.models.layers.decoding import DecodingLayer
 from megatron_rlhf.rollout.generate import generate
 from megatron_rlhf.rollout.sampling import row_keys
 

@@ -7,7 +7,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import Precision
 from megatron_rlhf.config.training import OptimizerConfig
-from megatron_rlhf.models.linear import ColumnLinear, RowLinear, _Product
+from megatron_rlhf.models.layers.linear import ColumnLinear, RowLinear, _Product
 from megatron_rlhf.trainers.step import TrainedRole
 
 

@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_rlhf.models.attention import rotate
-from megatron_rlhf.models.cache import KeyValueCache
-from megatron_rlhf.models.wanted import at_places, wanted_of
+from megatron_rlhf.models.layers.attention import rotate
+from megatron_rlhf.models.layers.cache import KeyValueCache
+from megatron_rlhf.models.layers.wanted import at_places, wanted_of
 
 _TOLD_ATTENTION = ("attention_mask", "rotary_pos_emb", "inference_context", "packed_seq_params")
 

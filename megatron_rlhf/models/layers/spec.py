@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_rlhf.config.model import ModelConfig
-from megatron_rlhf.models.attention import CachedSelfAttention, ScaledDotProductAttention
-from megatron_rlhf.models.decoding import DecodingLayer, ParallelResidualLayer
-from megatron_rlhf.models.linear import ColumnLinear, RowLinear
+from megatron_rlhf.models.layers.attention import CachedSelfAttention, ScaledDotProductAttention
+from megatron_rlhf.models.layers.decoding import DecodingLayer, ParallelResidualLayer
+from megatron_rlhf.models.layers.linear import ColumnLinear, RowLinear
 from megatron_rlhf.parallel import compat
 from megatron_rlhf.parallel.accelerators import transformer_engine_serves
 from megatron_rlhf.parallel.layout import ParallelLayout

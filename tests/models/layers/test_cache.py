@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rlhf.models.cache import KeyValueCache
+from megatron_rlhf.models.layers.cache import KeyValueCache
 
 
 def keys(*rows):

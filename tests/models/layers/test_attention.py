@@ -8,7 +8,7 @@ from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.config.training import SamplingConfig
-from megatron_rlhf.models import attention
+from megatron_rlhf.models.layers import attention
 from megatron_rlhf.rollout import runner
 from megatron_rlhf.rollout.generate import generate
 

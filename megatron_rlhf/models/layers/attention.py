@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_rlhf.models.wanted import at_places, wanted_of
+from megatron_rlhf.models.layers.wanted import at_places, wanted_of
 from megatron_rlhf.parallel import context
 from megatron_rlhf.parallel.packing import Segments
 
