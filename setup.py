@@ -71,7 +71,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.15"],
         "dev": [
-            *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8", "mypy>=1.13", "types-tqdm"),
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "types-tqdm"),
             *("peft>=0.15", "playwright>=1.50"),
         ],
     },

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests. Arguments go to pytest: bash tests/run.sh tests/algorithms -k gae
+# All tests, in two processes. Arguments go to pytest: bash tests/run.sh tests/algorithms -k gae
+# -n 0 runs them in one, as a debugger wants it; -n 8 in more, where there are the cores.
 # PYTHON=python3.12 bash tests/run.sh runs them on another Python (tools/venv.sh).
 set -euo pipefail
 source "$(dirname "$0")/../tools/venv.sh" requirements.lock requirements-dev.lock
@@ -9,4 +10,4 @@ engine="$VIRTUAL_ENV/transformer_engine"
 if [ ! -d "$engine" ]; then
     python -m pip install --quiet --no-deps --target "$engine" --requirement tests/models/engine.lock
 fi
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses 2 --dist loadgroup "$@"

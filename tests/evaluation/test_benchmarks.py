@@ -165,7 +165,8 @@ def test_a_file_that_is_not_the_benchmark_is_named(tmp_path, files, says):
         Benchmarks.load(["instructgpt_hellaswag"], None, None if files is None else str(tmp_path))
 
 
-def test_tasks_of_ones_own(tmp_path):
+def test_tasks_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a task without data files is looked for in the current folder, however large
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
     )
