@@ -12,22 +12,7 @@ import pytest
 from ranks import run_ranks
 from recipe import Recipe, make_data, run_stage
 
-# Files that must not run beside each other, when tests run in several processes: those of the one Slurm cluster; those that
-# run programs in a sandbox, and the one that looks for what such programs leave.
-IN_ONE_PROCESS = {
-    "tests/slurm/*": "slurm",
-    "tests/rewards/test_sandbox.py": "sandbox",
-    "tests/end_to_end/test_*_commands.py": "sandbox",
-}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-@pytest.hookimpl(tryfirst=True)  # before the hook that reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share fixtures: the same process runs them all."""
-    for item in items:
-        groups = (group for pattern, group in IN_ONE_PROCESS.items() if item.path.match(pattern))
-        item.add_marker(pytest.mark.xdist_group(next(groups, str(item.path))))
 
 
 @pytest.fixture(scope="session")

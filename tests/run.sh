@@ -10,4 +10,4 @@ engine="$VIRTUAL_ENV/transformer_engine"
 if [ ! -d "$engine" ]; then
     python -m pip install --quiet --no-deps --target "$engine" --requirement tests/models/engine.lock
 fi
-exec python -m pytest --numprocesses 2 --dist loadgroup "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"
