@@ -1,6 +1,5 @@
 """GPTModel from a ModelConfig."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import Activation, Fp8Recipe, ModelConfig, Norm, Positions, Precision, RopeScaling
 from megatron_rlhf.models import adapters, trainable
+from megatron_rlhf.models.layers.activations import gelu_tanh
 from megatron_rlhf.models.layers.fusions import fusions
 from megatron_rlhf.models.layers.spec import block_spec
 from megatron_rlhf.models.packed import LanguageModel, ScalarModel
@@ -21,7 +21,7 @@ FP8_FORMAT = "hybrid"
 FP4_FORMAT = "e2m1"
 
 _ACTIVATIONS = {
-    Activation.gelu: partial(F.gelu, approximate="tanh"),
+    Activation.gelu: gelu_tanh,
     Activation.gelu_exact: F.gelu,
     Activation.relu: F.relu,
     Activation.swiglu: F.silu,
