@@ -24,7 +24,7 @@ class BeamRunner(ModelRunner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.totals_b = torch.zeros(self.slots, device=self.keys_b.device)
+        self.totals_b = torch.zeros(self.slots, device=self.places.device)
         beams = self.config.beams
         # Every stop token may end every beam; as many again go on.
         self.kept = min(max(2, 1 + len(self.stop_ids)), self.role.model.vocab_size) * beams
@@ -33,7 +33,7 @@ class BeamRunner(ModelRunner):
         """Of each prompt of the step, best first, on all stages."""
         groups = len(step.sequences) // self.config.beams
         if not self.role.layout.is_last_stage:
-            self.sampled = torch.zeros(3, groups, self.kept, dtype=torch.float64, device=self.keys_b.device)
+            self.sampled = torch.zeros(3, groups, self.kept, dtype=torch.float64, device=self.places.device)
         self.sampled = collectives.from_last_stage(self.sampled, self.role.layout)
         vocab = self.role.model.vocab_size
         return [
@@ -46,7 +46,7 @@ class BeamRunner(ModelRunner):
 
     def keep(self, step: Step, searches: Sequence[BeamSearch]) -> list[int]:
         """Bring the beams that go on, of the searches that are not over, to the first slots; returns which of the searches."""
-        count, device = len(step.sequences), self.keys_b.device
+        count, device = len(step.sequences), self.places.device
         if not step.prefill:
             self.lengths_b[:count] += 1
         going = [i for i, search in enumerate(searches) if not search.is_over]

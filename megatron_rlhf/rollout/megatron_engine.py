@@ -27,7 +27,7 @@ from megatron_rlhf.config.rollout import BLOCK
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
-from megatron_rlhf.rollout.sampling import Sampler
+from megatron_rlhf.rollout.sampling import Sampler, mix
 from megatron_rlhf.rollout.sequences import SampledSequence, StopWatch, in_reading_order, sequences_of, tokens_done
 from megatron_rlhf.rollout.types import Completion
 
@@ -73,7 +73,9 @@ class _Draws:
         keys_b, counts_b = numbers.unbind(dim=1)
         minimum = self.config.min_response_tokens
         too_early_b = counts_b < minimum - 1 if minimum > 1 else None
-        tokens_b, logprobs_b = self.sampler(logits_bv, keys_b, counts_b, self.stops, too_early_b, self._seen(active))
+        tokens_b, logprobs_b = self.sampler(
+            logits_bv, mix(keys_b, counts_b), self.stops, too_early_b, self._seen(active)
+        )
         output.copy_(tokens_b)
         stops = frozenset(self.stop_ids)
         for sequence, token, logprob in zip(active, tokens_b.tolist(), logprobs_b.tolist(), strict=True):

@@ -10,13 +10,13 @@ from megatron_rlhf.models.layers.cache import KeyValueCache
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import Microbatch
-from megatron_rlhf.rollout.sampling import Sampler
+from megatron_rlhf.rollout.sampling import Sampler, mix
 from megatron_rlhf.rollout.scheduler import Step
 
 
 @dataclass
 class ModelRunner:
-    """One batch of slots on the device: the cache, and for each slot its key, its length and its last token."""
+    """One batch of slots on the device: the cache, and for each slot its keys, its length and its last token."""
 
     role: Role
     config: SamplingConfig
@@ -37,10 +37,10 @@ class ModelRunner:
         if config.repetition_penalty != 1:
             self.seen_bv = torch.zeros(self.slots, self.role.model.vocab_size, dtype=torch.bool, device=device)
         self.stops = torch.tensor(self.stop_ids, device=device, dtype=torch.long)
-        self.keys_b, self.lengths_b, self.counts_b, self.tokens_b = torch.zeros(
-            4, self.slots, dtype=torch.long, device=device
-        )
-        """For each slot: random key, tokens in the cache, tokens sampled, and the one sampled last."""
+        self.lengths_b, self.counts_b, self.tokens_b = torch.zeros(3, self.slots, dtype=torch.long, device=device)
+        """For each slot: tokens in the cache, tokens sampled, and the one sampled last."""
+        self.keys_bt = torch.zeros(self.slots, config.longest_response, dtype=torch.long, device=device)
+        """For each slot: random keys of its response's tokens. Made together: a hash is two dozen kernels, for any number."""
         self.places = torch.arange(self.capacity, device=device)
         self.sampled = torch.zeros(0)
 
@@ -52,7 +52,7 @@ class ModelRunner:
         """Token and log-probability of each of the step's sequences, on all stages."""
         count = len(step.sequences)
         if not self.role.layout.is_last_stage:
-            self.sampled = torch.zeros(2, count, dtype=torch.float64, device=self.keys_b.device)
+            self.sampled = torch.zeros(2, count, dtype=torch.float64, device=self.places.device)
         # Tokens are exact in fp64, and both travel in one message.
         self.sampled = collectives.from_last_stage(self.sampled, self.role.layout)
         slots = step.slots
@@ -69,7 +69,7 @@ class ModelRunner:
         """Moves sequences to other slots."""
         if sources:
             self.cache.move(sources, targets)
-            for values_b in (self.keys_b, self.lengths_b, self.counts_b, self.tokens_b):
+            for values_b in (self.keys_bt, self.lengths_b, self.counts_b, self.tokens_b):
                 values_b[targets] = values_b[sources]
             if self.seen_bv is not None:
                 self.seen_bv[targets] = self.seen_bv[sources]
@@ -79,10 +79,11 @@ class ModelRunner:
         prompts = list(dict.fromkeys(tuple(sequence.prompt) for sequence in step.sequences))
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        device, slots = self.keys_b.device, step.slots
+        device, slots = self.places.device, step.slots
         rows = torch.tensor([row_of[tuple(sequence.prompt)] for sequence in step.sequences], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.keys_b[slots] = torch.tensor([sequence.key for sequence in step.sequences], device=device)
+        keys_b = torch.tensor([sequence.key for sequence in step.sequences], device=device)
+        self.keys_bt[slots] = mix(keys_b.unsqueeze(-1), torch.arange(self.keys_bt.shape[1], device=device))
         self.lengths_b[slots], self.counts_b[slots] = lengths[rows], 0
         if self.seen_bv is not None:
             read = torch.zeros(len(prompts), self.role.model.vocab_size, dtype=torch.bool)
@@ -122,5 +123,6 @@ class ModelRunner:
         counts_b = self.counts_b[slots]
         too_early_b = counts_b < enough if any(len(each.tokens) < enough for each in step.sequences) else None
         seen_bv = None if self.seen_bv is None else self.seen_bv[slots]
-        tokens_b, logprobs_b = self.sampler(logits_bv, self.keys_b[slots], counts_b, self.stops, too_early_b, seen_bv)
+        keys_b = self.keys_bt[slots].gather(1, counts_b.unsqueeze(-1)).squeeze(-1)
+        tokens_b, logprobs_b = self.sampler(logits_bv, keys_b, self.stops, too_early_b, seen_bv)
         self.sampled = torch.stack([tokens_b.double(), logprobs_b.double()])

@@ -1,6 +1,6 @@
 """Choosing the next token. Its randomness depends on what is sampled, never on which rank or batch samples it.
 
-Shapes: logits [b, v] over the whole vocabulary; one key per row.
+Shapes: logits [b, v] over the whole vocabulary; one key per token that is drawn.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ class Sampler:
     """Temperature, top-k and top-p sampling with counter-based random numbers.
 
     A token is argmax_v log p_v - log(e_v) with independent exponentials e_v, which is a draw from p (the Gumbel-max trick).
-    Each e_v is a hash of (row key, position, v). Rounding differences between layouts change the outcome only where two
-    candidates tie to within rounding; an inverse-CDF draw would also change with every sum before it.
+    Each e_v is a hash of (the token's key, v), and that key a hash of (row key, position). Rounding differences between layouts
+    change the outcome only where two candidates tie to within rounding; an inverse-CDF draw would also change with every sum
+    before it.
     """
 
     temperature: float = 1.0
@@ -29,12 +30,11 @@ class Sampler:
         self,
         logits_bv: Tensor,
         keys_b: Tensor,
-        positions_b: Tensor,
         banned: Tensor | None = None,
         banned_b: Tensor | None = None,
         seen_bv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature).
+        """Tokens [b] and their log-probabilities [b] under softmax(logits / temperature), from the tokens' keys [b] (`mix`).
 
         In rows where `banned_b` is true, none of the tokens `banned` is drawn. The repetition penalty is on the tokens `seen_bv`.
 
@@ -53,7 +53,7 @@ class Sampler:
             tokens_b = candidates_bv.argmax(dim=-1)
         else:
             candidates_bv = filter_top_p(filter_top_k(candidates_bv, self.top_k), self.top_p)
-            uniform_bv = uniform_numbers(mix(keys_b, positions_b), logits_bv.shape[-1])
+            uniform_bv = uniform_numbers(keys_b, logits_bv.shape[-1])
             exponential_bv = uniform_bv.neg_().log1p_().neg_()  # -log(1 - u): most precise where small, and small wins
             tokens_b = (candidates_bv - exponential_bv.log_()).max(dim=-1).indices  # faster than argmax
         return tokens_b, logprobs_bv.gather(-1, tokens_b.unsqueeze(-1)).squeeze(-1)

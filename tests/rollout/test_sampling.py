@@ -18,7 +18,7 @@ def log(*probabilities):
 def draws(sampler, logits, count):
     """Tokens of `count` rows that differ only in their key."""
     keys = row_keys(7, 0, torch.arange(count), torch.zeros(count, dtype=torch.long))
-    tokens, _ = sampler(logits.expand(count, -1), keys, torch.zeros(count, dtype=torch.long))
+    tokens, _ = sampler(logits.expand(count, -1), keys)
     return tokens
 
 
@@ -77,7 +77,7 @@ def test_top_k_and_top_p_renormalise_what_is_left():
 
 def test_positions_draw_independently():
     keys = row_keys(1, 0, torch.zeros(40_000, dtype=torch.long), torch.zeros(40_000, dtype=torch.long))
-    tokens, _ = Sampler()(torch.zeros(40_000, 2), keys, torch.arange(40_000))
+    tokens, _ = Sampler()(torch.zeros(40_000, 2), mix(keys, torch.arange(40_000)))
     pairs = tokens[:-1] * 2 + tokens[1:]
     assert chi_square(tokens, [0.5, 0.5]) < 10.8
     assert chi_square(pairs[::2], [0.25] * 4) < 16.3
@@ -88,13 +88,13 @@ def test_logprobs_are_of_the_whole_distribution_at_the_temperature():
     keys = torch.tensor([5])
     whole = torch.log_softmax(logits / 2, -1)
     for sampler in (Sampler(temperature=2.0), Sampler(temperature=2.0, top_k=1), Sampler(temperature=2.0, top_p=0.1)):
-        tokens, logprobs = sampler(logits, keys, torch.tensor([0]))
+        tokens, logprobs = sampler(logits, keys)
         assert_close(logprobs, whole[0, tokens])
 
 
 def test_temperature_zero_is_greedy():
     logits = torch.randn(8, 11)
-    tokens, logprobs = Sampler(temperature=0)(logits, torch.arange(8), torch.zeros(8, dtype=torch.long))
+    tokens, logprobs = Sampler(temperature=0)(logits, torch.arange(8))
     assert_close(tokens, logits.argmax(-1))
     assert_close(logprobs, torch.log_softmax(logits, -1).amax(-1))
 
@@ -103,9 +103,9 @@ def test_a_row_does_not_depend_on_its_batch():
     logits = torch.randn(16, 33)
     keys = row_keys(3, 2, torch.arange(16), torch.arange(16) % 3)
     positions = torch.arange(16)
-    tokens, logprobs = Sampler()(logits, keys, positions)
+    tokens, logprobs = Sampler()(logits, mix(keys, positions))
     order = torch.randperm(16)[:5]
-    again, logprobs_again = Sampler()(logits[order], keys[order], positions[order])
+    again, logprobs_again = Sampler()(logits[order], mix(keys[order], positions[order]))
     assert_close(again, tokens[order])
     assert_close(logprobs_again, logprobs[order])
 
@@ -149,9 +149,9 @@ def test_the_ends_of_the_interval_are_never_reached(bits, monkeypatch):
     numbers = uniform_numbers(torch.tensor([0]), 3)
     assert (numbers > 0).all()
     assert (numbers < 1).all()
-    tokens, _ = Sampler()(torch.tensor([[0.0, -50.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))
+    tokens, _ = Sampler()(torch.tensor([[0.0, -50.0, 1.0]]), torch.tensor([0]))
     assert tokens.tolist() == [2], "equal random numbers leave the likeliest token"
-    tokens, _ = Sampler(top_k=1)(torch.tensor([[0.0, -50.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))
+    tokens, _ = Sampler(top_k=1)(torch.tensor([[0.0, -50.0, 1.0]]), torch.tensor([0]))
     assert tokens.tolist() == [2]
 
 
@@ -162,7 +162,7 @@ def test_an_impossible_token_is_never_drawn_in_a_large_vocabulary():
     assert all((draws(Sampler(), logits, 100) == 7).all() for _ in range(1))
     for start in range(4):
         keys = mix(torch.arange(100), torch.full((100,), start))
-        tokens, _ = Sampler()(logits.expand(100, -1), keys, torch.zeros(100, dtype=torch.long))
+        tokens, _ = Sampler()(logits.expand(100, -1), keys)
         assert (tokens == 7).all()
 
 
@@ -170,12 +170,12 @@ def test_a_banned_token_is_not_drawn_but_keeps_its_share_of_the_logprobs():
     logits = log(0.7, 0.2, 0.1).unsqueeze(0)
     banned = torch.tensor([0])
     for sampler in (Sampler(), Sampler(temperature=0), Sampler(top_k=1), Sampler(top_p=0.5)):
-        token, logprob = sampler(logits, torch.tensor([3]), torch.tensor([0]), banned, torch.tensor([True]))
+        token, logprob = sampler(logits, torch.tensor([3]), banned, torch.tensor([True]))
         assert int(token) in (1, 2)
         assert_close(logprob, logits[0, token])
     keys = row_keys(7, 0, torch.arange(20_000), torch.zeros(20_000, dtype=torch.long))
     too_early = torch.arange(20_000) < 10_000
-    tokens, _ = Sampler()(logits.expand(20_000, -1), keys, torch.zeros_like(keys), banned, too_early)
+    tokens, _ = Sampler()(logits.expand(20_000, -1), keys, banned, too_early)
     assert chi_square(tokens[:10_000], [0, 2 / 3, 1 / 3]) < 10.8
     assert chi_square(tokens[10_000:], [0.7, 0.2, 0.1]) < 13.8
 
@@ -189,7 +189,7 @@ def test_the_repetition_penalty_is_that_of_transformers():
     seen = torch.zeros(6, 30, dtype=torch.bool).scatter(1, held, True)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(held, logits.clone())
     zeros = torch.zeros(6, dtype=torch.long)
-    tokens, logprobs = Sampler(0.0, repetition_penalty=1.7)(logits, zeros, zeros, seen_bv=seen)
+    tokens, logprobs = Sampler(0.0, repetition_penalty=1.7)(logits, zeros, seen_bv=seen)
     assert tokens.tolist() == expected.argmax(dim=-1).tolist()
     assert tokens.tolist() != logits.argmax(dim=-1).tolist()
     own = logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(-1)).squeeze(-1)

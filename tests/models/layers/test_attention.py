@@ -11,6 +11,7 @@ from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.layers import attention
 from megatron_rlhf.rollout import runner
 from megatron_rlhf.rollout.generate import generate
+from megatron_rlhf.rollout.sampling import mix
 
 MODELS = {"gpt2": GPT2_LIKE, "llama": LLAMA_LIKE}
 STOP = 66
@@ -52,9 +53,16 @@ def decoded_logprobs(model, parallel, lengths, responses, slots, static_shapes=F
     prompts = [numbers(n).tolist() for n in lengths]
     seen = [[] for _ in prompts]
 
-    def forced(logits_bv, keys_b, positions_b, *_):
+    rows, steps = torch.arange(len(prompts)), torch.arange(max(map(len, responses)))
+    keys = {
+        key: (row, step)
+        for row, of_row in enumerate(mix(rows.unsqueeze(-1), steps).tolist())
+        for step, key in enumerate(of_row)
+    }
+
+    def forced(logits_bv, keys_b, *_):
         assert logits_bv.shape[-1] == 67, "padding is cut off"
-        places = list(zip(keys_b.tolist(), positions_b.tolist(), strict=True))
+        places = [keys[key] for key in keys_b.tolist()]
         for (row, step), logits in zip(places, logits_bv, strict=True):
             assert len(seen[row]) == step
             seen[row].append(logits.log_softmax(-1))
@@ -62,7 +70,7 @@ def decoded_logprobs(model, parallel, lengths, responses, slots, static_shapes=F
 
     runner.Sampler = lambda *settings: forced
     config = SamplingConfig(max_response_tokens=max(map(len, responses)), batch_size=slots)
-    done = generate(role, prompts, torch.arange(len(prompts)), config, (STOP,), static_shapes=static_shapes)
+    done = generate(role, prompts, rows, config, (STOP,), static_shapes=static_shapes)
     assert [completion.tokens for completion in done] == responses, "on every stage"
     return [torch.stack(rows) for rows in seen] if role.layout.is_last_stage else None
 
