@@ -83,7 +83,7 @@ class ModelRunner:
         rows = torch.tensor([row_of[tuple(sequence.prompt)] for sequence in step.sequences], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         keys_b = torch.tensor([sequence.key for sequence in step.sequences], device=device)
-        self.keys_bt[slots] = mix(keys_b.unsqueeze(-1), torch.arange(self.keys_bt.shape[1], device=device))
+        self.keys_bt[slots] = mix(keys_b.unsqueeze(-1), self.places[: self.config.longest_response])
         self.lengths_b[slots], self.counts_b[slots] = lengths[rows], 0
         if self.seen_bv is not None:
             read = torch.zeros(len(prompts), self.role.model.vocab_size, dtype=torch.bool)
