@@ -73,9 +73,9 @@ def test_a_signal_while_planning_does_not_end_the_job(stub: Stub) -> None:
 
 
 def test_time_limits(stub: Stub) -> None:
-    """Slurm looks at time limits every half a minute."""
+    """Slurm looks at time limits every half a minute, and warns as much earlier: a minute's with @1 after 29 s at least."""
     useless = stub.submit("useless", "stub.steps=1000", flags=["--time=1", "--signal=B:USR1@60"])
-    short = stub.submit("short", flags=["--time=1"], **{"PLAN": "1"})
+    short = stub.submit("short", flags=["--time=1", "--signal=B:USR1@1"], **{"PLAN": "1"})
     middle = stub.submit("middle", "stub.first=hang@1", flags=["--time=1", "--signal=B:USR1@1"])
     shorter = stub.submit("shorter", "stub.planned=61", flags=["--time=1", "--signal=B:USR1@1"])
 
