@@ -89,6 +89,24 @@ class LanguageModel(Packable, PackedModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+        """As PackedModel's. fp8 decodes in the contexts that Megatron-Core's block makes for its layers."""
+        cache = kwargs.get("inference_context")
+        if isinstance(cache, KeyValueCache) and cache.is_decode_only() and not (self.config.fp8 or self.config.fp4):
+            return self._decode(input_ids, position_ids, attention_mask, cache)
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
+    def _decode(self, tokens_b1: Tensor, positions_b1: Tensor, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """This stage's part of a pass over one token of each sequence, without what the block does around training layers."""
+        decoder = self.decoder
+        x_1bh = self.embedding(tokens_b1, positions_b1) if self.pre_process else decoder.input_tensor
+        angles = self.rotary_pos_emb(cache.capacity) if self.position_embedding_type == "rope" else None
+        for layer in decoder.layers:
+            x_1bh = layer.decode(x_1bh, cache, angles, mask)
+        if decoder.final_layernorm is not None:
+            x_1bh = decoder.final_layernorm(x_1bh)
+        return self._postprocess(x_1bh, inference_context=cache) if self.post_process else x_1bh
+
     def _postprocess(self, hidden_states: Tensor, loss_mask: Tensor | None = None, **kwargs) -> Tensor:
         cache = kwargs.get("inference_context")
         if self.post_process and isinstance(cache, KeyValueCache):  # only the next token's logits are wanted

@@ -59,6 +59,8 @@ def forward_backward(
     forward_only: bool = False,
 ) -> list[Statistics]:
     """Run all microbatches in one schedule (one fill, one drain). Returns their statistics, on the last stage only."""
+    if forward_only and layout.config.pipeline == 1:
+        return _forward(chunks[0], microbatches, layout)
     config = get_model_config(chunks[0])
     virtual = layout.virtual_stages
     count = len(microbatches)
@@ -81,6 +83,16 @@ def forward_backward(
         arguments["data_iterator"] = arguments["data_iterator"][0]
     with layout, torch.set_grad_enabled(not forward_only):
         return schedule(**arguments)[:count]
+
+
+def _forward(model: torch.nn.Module, microbatches: Sequence[Microbatch], layout: ParallelLayout) -> list[Statistics]:
+    """One after the other: a schedule's own work is a twentieth of a decoded token's, and here is nothing to schedule."""
+    if hasattr(model, "set_is_first_microbatch"):
+        model.set_is_first_microbatch()  # Transformer Engine's weights in fp8 are those of now
+    told = _told(microbatches, layout)
+    with layout, torch.no_grad():
+        passes = (_forward_step(told, model) for _ in microbatches)
+        return [loss_of(output)[-1] for output, loss_of in passes]
 
 
 def _told(microbatches: Sequence[Microbatch], layout: ParallelLayout) -> Iterator[Microbatch]:

@@ -22,9 +22,16 @@ class DecodingLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Hidden states [s, b, h] through one layer; other arguments as in TransformerLayer."""
         cache = kwargs.get("inference_context")
-        if not isinstance(cache, KeyValueCache) or not cache.is_decode_only() or not self._has_whole_groups():
-            return self._read(hidden_states, **kwargs)
-        return self._decode(hidden_states, cache, kwargs["rotary_pos_emb"], kwargs["attention_mask"]), None
+        if isinstance(cache, KeyValueCache) and cache.is_decode_only():
+            return self.decode(hidden_states, cache, kwargs["rotary_pos_emb"], kwargs["attention_mask"]), None
+        return self._read(hidden_states, **kwargs)
+
+    def decode(self, x_1bh: Tensor, cache: KeyValueCache, angles: Tensor | None, mask: Tensor | None) -> Tensor:
+        """One token of each sequence: [1, b, h]. `angles`: the rotary table, if positions are rotary; `mask`: keys attended to,
+        [b, 1, 1, s], or None for all."""
+        if self._has_whole_groups():
+            return self._decode(x_1bh, cache, angles, mask)
+        return self._read(x_1bh, attention_mask=mask, rotary_pos_emb=angles, inference_context=cache)[0]
 
     def _has_whole_groups(self) -> bool:
         """Else ranks share a key's heads, and Megatron-Core gathers them."""
