@@ -89,12 +89,12 @@ class LanguageModel(Packable, PackedModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+    def forward(self, input_ids: Tensor, *args, **kwargs) -> Tensor:
         """As PackedModel's. fp8 decodes in the contexts that Megatron-Core's block makes for its layers."""
         cache = kwargs.get("inference_context")
         if isinstance(cache, KeyValueCache) and cache.is_decode_only() and not (self.config.fp8 or self.config.fp4):
-            return self._decode(input_ids, position_ids, attention_mask, cache)
-        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+            return self._decode(input_ids, kwargs["position_ids"], kwargs["attention_mask"], cache)
+        return super().forward(input_ids, *args, **kwargs)
 
     def _decode(self, tokens_b1: Tensor, positions_b1: Tensor, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
         """This stage's part of a pass over one token of each sequence, without what the block does around training layers."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
 from torch import Tensor
 
@@ -87,12 +87,16 @@ def forward_backward(
 
 def _forward(model: torch.nn.Module, microbatches: Sequence[Microbatch], layout: ParallelLayout) -> list[Statistics]:
     """One after the other: a schedule's own work is a twentieth of a decoded token's, and here is nothing to schedule."""
-    if hasattr(model, "set_is_first_microbatch"):
-        model.set_is_first_microbatch()  # Transformer Engine's weights in fp8 are those of now
+    if isinstance(model, MegatronModule):
+        model.set_is_first_microbatch()  # weights that Transformer Engine keeps in fp8 are made anew
     told = _told(microbatches, layout)
+
+    def one() -> Statistics:
+        output, loss_of = _forward_step(told, model)
+        return loss_of(output)[-1]
+
     with layout, torch.no_grad():
-        passes = (_forward_step(told, model) for _ in microbatches)
-        return [loss_of(output)[-1] for output, loss_of in passes]
+        return [one() for _ in microbatches]
 
 
 def _told(microbatches: Sequence[Microbatch], layout: ParallelLayout) -> Iterator[Microbatch]:
@@ -103,15 +107,17 @@ def _told(microbatches: Sequence[Microbatch], layout: ParallelLayout) -> Iterato
         yield microbatch
 
 
-def _forward_step(data_iterator, model: GPTModel):
-    microbatch: Microbatch = next(data_iterator)
+def _forward_step(
+    data_iterator: Iterator[Microbatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Statistics]]]:
+    microbatch = next(data_iterator)
     tokens, group = microbatch.tokens_bs, get_attr_wrapped_model(model, "pg_collection").cp
     if microbatch.inference is not None:
         output = model(tokens, **microbatch.inference, runtime_gather_output=True)
     else:
         output = _read(model, microbatch, group)
 
-    def loss_of(output: Tensor):
+    def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Statistics]:
         logits_of = getattr(unwrap_model(model), "logits", None) if microbatch.wanted_n is not None else None
         if microbatch.inference is None:
             # Of hidden states, each rank will use its own: it shares the work on logits with the others.
@@ -127,7 +133,7 @@ def _forward_step(data_iterator, model: GPTModel):
     return output, loss_of
 
 
-def _read(model: GPTModel, microbatch: Microbatch, group: dist.ProcessGroup) -> Tensor:
+def _read(model: torch.nn.Module, microbatch: Microbatch, group: dist.ProcessGroup) -> Tensor:
     tokens, arrangement = microbatch.tokens_bs, microbatch.arrangement
     packed: dict[str, Any] = {}
     if arrangement is not None and arrangement.segments is not None:

@@ -2,12 +2,13 @@
 
 import argparse
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.side_by_side import alternate, report, sizes
+from benchmarks.side_by_side import InAnotherProcess, alternate, report, sizes
 from megatron_rlhf.config.model import Activation, ModelConfig, Norm, ParallelConfig, Positions, Precision
 from megatron_rlhf.config.training import SamplingConfig
 from megatron_rlhf.models.roles import Role
@@ -29,13 +30,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Sampling with our key/value cache against `transformers`' generate: same shape, batch, length, one process."""
+    """Sampling with our key/value cache against `transformers`' generate: same shape, batch and lengths."""
     runtime.initialize()
     torch.set_num_threads(options.threads)
     layout = ParallelLayout.create(ParallelConfig())
     layout.seed(0)
     role = Role.build("policy", shape(options), layout, Precision.fp32).frozen()
-    model = peer(options).eval()
     generator = torch.Generator().manual_seed(1)
     count = 4 * options.batch if options.varied else options.batch
     lengths = [options.prompt] * count
@@ -45,19 +45,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     stops = list(range(options.vocab // 64)) if options.varied else [0]
     prompts = [torch.randint(len(stops), options.vocab, (n,), generator=generator).tolist() for n in lengths]
     keys = row_keys(0, 0, torch.arange(count), torch.zeros(count, dtype=torch.long))
-    minimum = 1 if options.varied else options.response
     sampling = SamplingConfig(
-        max_response_tokens=options.response, min_response_tokens=minimum, batch_size=options.batch
+        max_response_tokens=options.response, min_response_tokens=minimum(options), batch_size=options.batch
     )
+    other = InAnotherProcess(transformers_sampling, options, prompts, stops)
     tokens: dict[str, list[int]] = {"megatron_rlhf": [], "transformers": []}
 
     def sample() -> None:
         completions = generate(role, prompts, keys, sampling, stops)
         tokens["megatron_rlhf"].append(sum(len(completion.tokens) for completion in completions))
 
-    def sample_by_transformers() -> None:
+    contenders = {"megatron_rlhf": sample, "transformers": lambda: tokens["transformers"].append(other())}
+    seconds = alternate(contenders, options.rounds)
+    # Each round samples a different number of tokens: its time is scaled to the usual number.
+    usual = statistics.mean(tokens["megatron_rlhf"])
+    for name, values in seconds.items():
+        seconds[name] = [value * usual / count for value, count in zip(values, tokens[name][1:], strict=True)]
+    runtime.shutdown()
+    return report(seconds, usual, "tokens/s")
+
+
+def minimum(options: argparse.Namespace) -> int:
+    """Tokens of the shortest response."""
+    return 1 if options.varied else options.response
+
+
+def transformers_sampling(options: argparse.Namespace, prompts: list[list[int]], stops: list[int]) -> Callable[[], int]:
+    """Batch by batch; tells how many tokens were sampled up to where responses stop."""
+    torch.set_num_threads(options.threads)
+    model = peer(options).eval()
+
+    def sample() -> int:
         done = 0
-        for start in range(0, count, options.batch):
+        for start in range(0, len(prompts), options.batch):
             batch = prompts[start : start + options.batch]
             width = max(map(len, batch))
             padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
@@ -68,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     attention_mask=attends,
                     do_sample=True,
                     top_k=0,
-                    min_new_tokens=minimum,
+                    min_new_tokens=minimum(options),
                     max_new_tokens=options.response,
                     pad_token_id=0,
                     eos_token_id=stops,
@@ -76,15 +96,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ends = torch.isin(output[:, width:], torch.tensor(stops))
             stopped = torch.where(ends.any(1), ends.int().argmax(1) + 1, output.shape[1] - width)
             done += int(stopped.sum())
-        tokens["transformers"].append(done)
+        return done
 
-    seconds = alternate({"megatron_rlhf": sample, "transformers": sample_by_transformers}, options.rounds)
-    # Each round samples a different number of tokens: its time is scaled to the usual number.
-    usual = statistics.mean(tokens["megatron_rlhf"])
-    for name, values in seconds.items():
-        seconds[name] = [value * usual / count for value, count in zip(values, tokens[name][1:], strict=True)]
-    runtime.shutdown()
-    return report(seconds, usual, "tokens/s")
+    return sample
 
 
 def shape(options: argparse.Namespace) -> ModelConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.side_by_side import alternate, report, sizes
+from benchmarks.side_by_side import InAnotherProcess, alternate, report, sizes
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
 from megatron_rlhf.config.training import OptimizerConfig
 from megatron_rlhf.models.microbatches import TokenBatch, language_model_microbatches
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     contenders: dict[str, Callable[[], object]] = {"megatron_rlhf": megatron_update(options, tokens)}
     if options.bf16:
         contenders["megatron_rlhf, bf16"] = megatron_update(options, tokens, Precision.bf16)
-    contenders["transformers"] = transformers_update(options, tokens)
+    contenders["transformers"] = InAnotherProcess(transformers_update, options, tokens)
     seconds = alternate({**contenders, "bare products": bare_products(options)}, options.rounds)
     runtime.shutdown()
     made = report({name: seconds[name] for name in contenders}, tokens.numel(), "tokens/s")
@@ -80,6 +80,7 @@ def megatron_update(
 
 def transformers_update(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], None]:
     """GPT-2 of the same shape, its own loss, gradients clipped as in megatron_update."""
+    torch.set_num_threads(options.threads)
     config = GPT2Config(
         vocab_size=options.vocab,
         n_positions=options.length,
