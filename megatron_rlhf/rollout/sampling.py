@@ -3,6 +3,7 @@
 Shapes: logits [b, v] over the whole vocabulary; one key per token that is drawn.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +101,14 @@ def mix(keys: Tensor, values: Tensor) -> Tensor:
 
 def uniform_numbers(keys_b: Tensor, count: int) -> Tensor:
     """[b, count] numbers in (0, 1), fp32, from keys [b]: number j hashes (key, j)."""
-    counters = torch.arange(1, count + 1, device=keys_b.device) * 0x9E3779B1
-    bits = _scramble(keys_b.int().unsqueeze(-1) + counters.int()).long().bitwise_and_(_MASK)
+    bits = _scramble(keys_b.int().unsqueeze(-1) + _counters(count, keys_b.device))
     # The half excludes 0. Numbers next to 1 round to 1 in fp32, and are clamped to the largest number below it.
-    return bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return bits.view(torch.uint32).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+
+
+@functools.lru_cache(maxsize=4)
+def _counters(count: int, device: torch.device) -> Tensor:
+    return (torch.arange(1, count + 1, device=device) * 0x9E3779B1).int()
 
 
 def _scramble(x: Tensor) -> Tensor:
