@@ -2,11 +2,17 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 
 from megatron_rlhf.rollout.sequences import SampledSequence
 
 REFILL_SHARE = 8
 """New prompts are read when one in this many slots is free: a pass for every single one would cost as much as it gains."""
+
+MOST_PADDING = 0.2
+"""Share of a pass over prompts that may be padding to the longest of them, where that is more than `WORTH_A_PASS`."""
+WORTH_A_PASS = 256
+"""Tokens of padding that cost about as much as another pass."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,18 @@ class Scheduler:
         free = self.slots - len(self.active)
         enough = min(len(self.waiting), max(self.slots // REFILL_SHARE, 1))
         if self.waiting and (not self.active or free >= enough):
-            new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+            new = [self.waiting.popleft() for _ in range(self._alike(free))]
             self.active += new
             return Step(new, len(self.active) - len(new), prefill=True)
         return Step(list(self.active), 0, prefill=False) if self.active else None
+
+    def _alike(self, most: int) -> int:
+        """How many of the first waiting prompts are read together: one, or more that are about as long."""
+        lengths = [len(sequence.prompt) for sequence in islice(self.waiting, most)]
+        for count, (longest, tokens) in enumerate(zip(accumulate(lengths, max), accumulate(lengths), strict=True), 1):
+            if count * longest - tokens > max(MOST_PADDING * count * longest, WORTH_A_PASS):
+                return count - 1
+        return len(lengths)
 
     def drop_finished(self) -> tuple[list[int], list[int]]:
         """Free the slots of finished sequences: (sources, targets) of the moves that close the gaps."""

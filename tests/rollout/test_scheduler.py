@@ -7,8 +7,8 @@ from megatron_rlhf.rollout.scheduler import REFILL_SHARE, Scheduler
 from megatron_rlhf.rollout.sequences import SampledSequence
 
 
-def sequences(count):
-    return [SampledSequence(i, [1], key=i) for i in range(count)]
+def sequences(count, prompt_tokens=None):
+    return [SampledSequence(i, [1] * n, key=i) for i, n in enumerate(prompt_tokens or [1] * count)]
 
 
 def run(scheduler, lengths, limit=64):
@@ -31,6 +31,17 @@ def test_by_hand():
     """Two slots; lengths 1, 3, 2: the first leaves at once, the third takes its slot."""
     scheduler = Scheduler(deque(sequences(3)), slots=2)
     assert list(run(scheduler, [1, 3, 2])) == [(True, 2), (True, 1), (False, 2), (False, 1)]
+
+
+def test_prompts_of_other_lengths_are_read_in_passes_of_their_own():
+    """600 + 700 + 800 of 3 x 800 tokens, with 1200 only 3300 of 4 x 1200: more than a fifth, and 256, would be padding."""
+    scheduler = Scheduler(deque(sequences(5, [600, 700, 800, 1200, 2500])), slots=5)
+    assert list(run(scheduler, [2] * 5)) == [(True, 3), (True, 1), (True, 1), (False, 5)]
+
+
+def test_a_little_padding_is_not_worth_a_pass():
+    scheduler = Scheduler(deque(sequences(3, [1, 9, 130])), slots=3)
+    assert list(run(scheduler, [2] * 3)) == [(True, 3), (False, 3)]
 
 
 def test_the_limit_ends_a_sequence():
