@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from megatron_rlhf.models.layers.cache import KeyValueCache
+from megatron_rlhf.models.layers.cache import KeyValueCache, decodes
 from megatron_rlhf.models.layers.linear import Packable, await_weights
 from megatron_rlhf.models.layers.wanted import at_places, narrowed, places_sb, wanted_of
 from megatron_rlhf.models.logits import Logits
@@ -92,7 +92,7 @@ class LanguageModel(Packable, PackedModel):
     def forward(self, input_ids: Tensor, *args, **kwargs) -> Tensor:
         """As PackedModel's. fp8 decodes in the contexts that Megatron-Core's block makes for its layers."""
         cache = kwargs.get("inference_context")
-        if isinstance(cache, KeyValueCache) and cache.is_decode_only() and not (self.config.fp8 or self.config.fp4):
+        if decodes(cache) and not (self.config.fp8 or self.config.fp4):
             return self._decode(input_ids, kwargs["position_ids"], kwargs["attention_mask"], cache)
         return super().forward(input_ids, *args, **kwargs)
 

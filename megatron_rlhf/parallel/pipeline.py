@@ -58,7 +58,8 @@ def forward_backward(
     layout: ParallelLayout,
     forward_only: bool = False,
 ) -> list[Statistics]:
-    """Run all microbatches in one schedule (one fill, one drain). Returns their statistics, on the last stage only."""
+    """Run all microbatches in one schedule (one fill, one drain), where there is something to schedule: gradients, or stages.
+    Returns their statistics, on the last stage only."""
     if forward_only and layout.config.pipeline == 1:
         return _forward(chunks[0], microbatches, layout)
     config = get_model_config(chunks[0])
@@ -86,7 +87,7 @@ def forward_backward(
 
 
 def _forward(model: torch.nn.Module, microbatches: Sequence[Microbatch], layout: ParallelLayout) -> list[Statistics]:
-    """One after the other: a schedule's own work is a twentieth of a decoded token's, and here is nothing to schedule."""
+    """One after the other, without a schedule, whose own work would be some hundredths of a decoded token's."""
     if isinstance(model, MegatronModule):
         model.set_is_first_microbatch()  # weights that Transformer Engine keeps in fp8 are made anew
     told = _told(microbatches, layout)

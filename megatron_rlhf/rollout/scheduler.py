@@ -2,7 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import groupby, islice
 
 from megatron_rlhf.rollout.sequences import SampledSequence
 
@@ -51,11 +51,13 @@ class Scheduler:
 
     def _alike(self, most: int) -> int:
         """How many of the first waiting prompts are read together: one, or more that are about as long."""
-        lengths = [len(sequence.prompt) for sequence in islice(self.waiting, most)]
-        for count, (longest, tokens) in enumerate(zip(accumulate(lengths, max), accumulate(lengths), strict=True), 1):
-            if count * longest - tokens > max(MOST_PADDING * count * longest, WORTH_A_PASS):
-                return count - 1
-        return len(lengths)
+        longest = tokens = rows = count = 0
+        for prompt, same in groupby(islice(self.waiting, most), key=lambda sequence: tuple(sequence.prompt)):
+            longest, tokens, rows = max(longest, len(prompt)), tokens + len(prompt), rows + 1
+            if rows * longest - tokens > max(MOST_PADDING * rows * longest, WORTH_A_PASS):
+                break
+            count += len(list(same))  # samples of one prompt, which is read once
+        return count
 
     def drop_finished(self) -> tuple[list[int], list[int]]:
         """Free the slots of finished sequences: (sources, targets) of the moves that close the gaps."""

@@ -44,6 +44,12 @@ def test_a_little_padding_is_not_worth_a_pass():
     assert list(run(scheduler, [2] * 3)) == [(True, 3), (False, 3)]
 
 
+def test_samples_of_one_prompt_are_padded_once():
+    """100 + 300 tokens in two rows, 200 of them padding, however often the shorter prompt is sampled."""
+    scheduler = Scheduler(deque(sequences(9, [100] * 8 + [300])), slots=9)
+    assert list(run(scheduler, [2] * 9)) == [(True, 9), (False, 9)]
+
+
 def test_the_limit_ends_a_sequence():
     scheduler = Scheduler(deque(sequences(1)), slots=1)
     assert len(list(run(scheduler, [99], limit=3))) == 3

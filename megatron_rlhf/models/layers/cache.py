@@ -1,6 +1,7 @@
 """Keys and values of the sequences that are being decoded."""
 
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
@@ -118,3 +119,8 @@ class KeyValueCache(BaseInferenceContext):
         for stored in self.layers.values():
             for cache in stored:
                 cache[targets] = cache[sources]
+
+
+def decodes(context: object) -> TypeGuard[KeyValueCache]:
+    """Whether a pass with this inference context reads one token each of the sequences in a cache."""
+    return isinstance(context, KeyValueCache) and context.is_decode_only()

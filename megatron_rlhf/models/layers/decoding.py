@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_rlhf.models.layers.attention import rotate
-from megatron_rlhf.models.layers.cache import KeyValueCache
+from megatron_rlhf.models.layers.cache import KeyValueCache, decodes
 from megatron_rlhf.models.layers.wanted import at_places, wanted_of
 
 _TOLD_ATTENTION = ("attention_mask", "rotary_pos_emb", "inference_context", "packed_seq_params")
@@ -22,7 +22,7 @@ class DecodingLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Hidden states [s, b, h] through one layer; other arguments as in TransformerLayer."""
         cache = kwargs.get("inference_context")
-        if isinstance(cache, KeyValueCache) and cache.is_decode_only():
+        if decodes(cache):
             return self.decode(hidden_states, cache, kwargs["rotary_pos_emb"], kwargs["attention_mask"]), None
         return self._read(hidden_states, **kwargs)
 
