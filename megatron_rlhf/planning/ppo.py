@@ -57,7 +57,10 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     reward = replace(value, precision=config.precision_of("reward"), adapter=None, trainable=())
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
     roles = _ppo_roles(config, policy, reference, reward, value)
-    critics = [*[reward] * len(_reward_models(config)), *([value] if config.ppo.has_critic else [])]
+    critics = [
+        *[reward] * len(_reward_models(config)),
+        *([value] if config.ppo.has_critic and not config.values_in_update else []),
+    ]
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
         sampling = place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
         sampling = replace(sampling, adapter=policy.adapter)

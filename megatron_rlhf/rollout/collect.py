@@ -38,6 +38,12 @@ class Roles:
     """Of responses to the ranks of reward and value model, where they are others than the sampler's."""
 
     @property
+    def dp_sizes(self) -> dict[str, int]:
+        """In how many parts each role reads a rollout."""
+        policy, critic = self.policy.layout.dp_size, self.reward.layout.dp_size
+        return {"policy": policy, "reference": self.reference.layout.dp_size, "reward": critic, "value": critic}
+
+    @property
     def sides(self) -> dict[str, int]:
         """Roles that share ranks, and the first of these."""
         if self.delivery is None:

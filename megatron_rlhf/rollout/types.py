@@ -177,19 +177,23 @@ class Experience:
         place = (index[row_n].to(self.tokens_bs.device), column_n.to(self.tokens_bs.device))
         targets_n = self.tokens_bs[place[0], self.positions_bt[place] + 1]
         floats = (getattr(self, field.name)[place] for field in fields(self)[3:])
-        return ExperienceTokens(targets_n, torch.full_like(targets_n, counts, dtype=torch.bool), *floats)
+        return ExperienceTokens(place, targets_n, torch.full_like(targets_n, counts, dtype=torch.bool), *floats)
 
-    def minibatches(self, size: int, seed: tuple[int, ...]) -> Iterator["Experience"]:
-        """Shuffled minibatches; `seed` is hashed, so (run seed, step, epoch) gives the same order on every rank."""
-        generator = torch.Generator().manual_seed(hash(seed) % 2**63)
-        for indices in torch.randperm(len(self), generator=generator).split(size):
-            yield self.rows(indices.to(self.tokens_bs.device))
+    def minibatches(self, size: int, seed: tuple[int, ...], epochs: int) -> Iterator["Experience"]:
+        """Minibatches of all epochs, shuffled anew in each; `seed` is hashed, so (run seed, step) gives the same order on
+        every rank."""
+        for epoch in range(epochs):
+            generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
+            for indices in torch.randperm(len(self), generator=generator).split(size):
+                yield self.rows(indices.to(self.tokens_bs.device))
 
 
 @dataclass(frozen=True)
 class ExperienceTokens:
     """Response tokens of a microbatch and what is known of each, [n]."""
 
+    place_n: tuple[Tensor, Tensor]
+    """Their row and column in [b, t]."""
     targets_n: Tensor
     """Their ids."""
     mask_n: Tensor

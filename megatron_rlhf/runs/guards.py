@@ -105,15 +105,13 @@ class Guard:
                 path,
             )
 
-    def require_finite(
-        self, rollout: Rollout, prompt_ids: Sequence[int], micro_batch: Budget | int, dp_sizes: Mapping[str, int]
-    ) -> None:
+    def require_finite(self, rollout: Rollout, micro_batch: Budget | int, dp_sizes: Mapping[str, int]) -> None:
         """Raise NotFinite, on every rank, where a role produced a non-finite number for a rollout.
 
         Args:
             dp_sizes: by role, to find the microbatch that a row was in.
         """
-        recomputed_bt = rollout.recomputed_logprobs_bt
+        recomputed_bt, prompt_ids = rollout.recomputed_logprobs_bt, rollout.prompts_b.tolist()
         judged = {
             ("policy", "log-probability at sampling"): rollout.sampled_logprobs_bt,
             **({} if recomputed_bt is None else {("policy", "log-probability"): recomputed_bt}),

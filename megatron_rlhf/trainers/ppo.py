@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -37,12 +37,13 @@ from megatron_rlhf.trainers.episodes.metrics import (
     sample_rows,
     value_metrics,
 )
-from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches
 from megatron_rlhf.trainers.episodes.on_policy import require_on_policy
 from megatron_rlhf.trainers.episodes.phases import phase_parts
 from megatron_rlhf.trainers.episodes.steering import kl_control, text_weight
 from megatron_rlhf.trainers.episodes.tax import pretraining_tax
 from megatron_rlhf.trainers.episodes.texts import texts_of
+from megatron_rlhf.trainers.episodes.values import update_value, value_by_update
 from megatron_rlhf.trainers.gradients import DominanceWatch
 from megatron_rlhf.trainers.loop import Trainer
 from megatron_rlhf.trainers.step import Accumulated, TrainedRole, Update
@@ -103,7 +104,13 @@ class PPOTrainer(Trainer):
 
     @property
     def phase_parts(self) -> dict[str, int]:
-        return phase_parts(self.config.ppo, self.roles, self.config.ppo.recomputes(self.step + 1))
+        return phase_parts(self.config.ppo, self.scoring, self.config.ppo.recomputes(self.step + 1))
+
+    @property
+    def scoring(self) -> Roles:
+        """Those that score a rollout. An estimator of one's own has values before any update, even if that would find them."""
+        later = self.config.values_in_update and self.estimate_advantages is estimate_advantages
+        return replace(self.roles, value=None) if later else self.roles
 
     @property
     def policy_step(self) -> int:
@@ -117,19 +124,24 @@ class PPOTrainer(Trainer):
         kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
         totals = rollout.scores_b - cfg.missing_stop_penalty * ~rollout.responses.stopped_b
         rewards = token_rewards(totals, kl, rollout.mask_bt, self.kl_control.coef)
+        policy_updates, value_updates = [], []
+        if self.value is not None and self.scoring.value is None:
+            with timer("value"):
+                rollout, update = value_by_update(rollout, rewards, self.value, self.config)
+            value_updates.append(update)
+            self._require_finite(rollout)
         advantages, returns = self.estimate_advantages(rewards, rollout, cfg)
         if cfg.whitens:  # over the whole rollout: every rank holds all of it
             advantages = whiten(advantages, rollout.mask_bt)
         experience = Experience.of(rollout, advantages, returns)
-        policy_updates, value_updates = [], []
-        for epoch in range(cfg.inner_epochs):
-            for minibatch in experience.minibatches(cfg.minibatch_size, (self.config.run.seed, self.step, epoch)):
-                if self.policy_step >= 0:
-                    with timer("policy"):
-                        policy_updates.append(self._update_policy(minibatch))
-                if self.value is not None:
-                    with timer("value"):
-                        value_updates.append(self._update_value(self.value, minibatch))
+        minibatches = experience.minibatches(cfg.minibatch_size, (self.config.run.seed, self.step), cfg.inner_epochs)
+        for number, minibatch in enumerate(minibatches):
+            if self.policy_step >= 0:
+                with timer("policy"):
+                    policy_updates.append(self._update_policy(minibatch))
+            if self.value is not None and number >= len(value_updates):
+                with timer("value"):
+                    value_updates.append(update_value(minibatch, self.value, self.config))
         policy_updates = self.policy.share(policy_updates)
         if self.value is not None:
             value_updates = self.value.share(value_updates)
@@ -176,7 +188,7 @@ class PPOTrainer(Trainer):
         self._refresh_sampler()
         with self._optimizer_resting():
             rollout = collect_rollout(
-                self.roles,
+                self.scoring,
                 [prompt.tokens.tolist() for prompt in prompts],
                 [prompt.id for prompt in prompts],
                 self.config.rollout,
@@ -191,14 +203,11 @@ class PPOTrainer(Trainer):
                 answers=lambda responses: texts_of(prompts, responses, self.tokenizer),
                 stop_watch=self.tokenizer.stop_watch,
             )
-        self._require_finite(rollout, [prompt.id for prompt in prompts])
+        self._require_finite(rollout)
         return rollout
 
-    def _require_finite(self, rollout: Rollout, prompt_ids: list[int]) -> None:
-        roles = self.roles
-        sizes = {role.name: role.layout.dp_size for role in (roles.policy, roles.reference)}
-        sizes |= dict.fromkeys(("reward", "value"), roles.reward.layout.dp_size)
-        self.session.guard.require_finite(rollout, prompt_ids, self.config.ppo.micro_batch, sizes)
+    def _require_finite(self, rollout: Rollout) -> None:
+        self.session.guard.require_finite(rollout, self.config.ppo.micro_batch, self.roles.dp_sizes)
 
     def _refresh_sampler(self) -> None:
         """Copy the policy's current weights to the sampling layout."""
@@ -230,27 +239,19 @@ class PPOTrainer(Trainer):
         return self.policy.update(microbatches, self.policy_lr(), ahead)
 
     def _pretraining_microbatches(self) -> list[Microbatch]:
-        ppo, batch = self.config.ppo, self._next_pretraining()
-        return language_model_microbatches(
-            batch, self.policy.role, ppo.ptx_micro_batch, "ptx/loss", weight=self.text_weight.coef
-        )
-
-    def _update_value(self, value: TrainedRole, minibatch: Experience) -> Update:
-        return value.update(value_microbatches(minibatch, value, self.config), self.config.value.optimizer.lr)
-
-    def policy_lr(self) -> float:
-        """Constant after a warmup over the policy's own iterations that starts at a tenth of the peak."""
-        return constant_lr(max(self.policy_step, 0), self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
-
-    def _next_pretraining(self) -> TokenBatch:
         assert self.pretraining is not None
-        count = self.config.ppo.ptx_ratio * self.config.ppo.minibatch_size
-        data = self.pretraining.train
+        ppo, data = self.config.ppo, self.pretraining.train
+        count = ppo.ptx_ratio * ppo.minibatch_size
         numbers = [(self.pretraining_cursor + i) % len(data) for i in range(count)]
         sequences = [data[number] for number in numbers]
         self.session.guard.name("text", numbers, sequences)
         self.pretraining_cursor += count
-        return TokenBatch.pack(sequences, [1] * count)
+        batch, weight = TokenBatch.pack(sequences, [1] * count), self.text_weight.coef
+        return language_model_microbatches(batch, self.policy.role, ppo.ptx_micro_batch, "ptx/loss", weight=weight)
+
+    def policy_lr(self) -> float:
+        """Constant after a warmup over the policy's own iterations that starts at a tenth of the peak."""
+        return constant_lr(max(self.policy_step, 0), self.config.policy.optimizer.lr, self.config.ppo.warmup_iterations)
 
     def _metrics(
         self, rollout: Rollout, totals_b: Tensor, returns_bt: Tensor, policy: list[Update], value: list[Update]
@@ -270,7 +271,7 @@ class PPOTrainer(Trainer):
                 samples = self.config.data.pretraining.held_out_samples
                 roles = self.policy.role, self.roles.reference
                 metrics |= pretraining_tax(*roles, self.pretraining, samples, cfg.ptx_micro_batch)
-        cost = cost_of_iteration(self.config, self.policy.role, self.value, self.roles, rollout, len(policy))
+        cost = cost_of_iteration(self.config, self.policy.role, self.value, self.scoring, rollout, len(policy))
         self.tokens_seen += int(cost["step_tokens"])
         return metrics | cost | {"tokens": float(self.tokens_seen)}
 

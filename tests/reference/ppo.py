@@ -272,8 +272,11 @@ class Run:
         learned = self.s["ppo.inner_epochs"] * sampled
         trained = learned * learns + sum(len(text) - 1 for text in texts)
         self.trained_tokens += trained
+        read = value * (
+            self.s["ppo.minibatch_size"] < self.s["ppo.batch_size"]
+        )  # else its first update finds the values
         # Sampling, perhaps scoring, and the reference; reward and value model.
-        forward = 2 * sampled * ((policy_reads + 1) * policy + reward + value)
+        forward = 2 * sampled * ((policy_reads + 1) * policy + reward + read)
         return {
             "tokens": self.trained_tokens,
             "step_tokens": trained,

@@ -91,17 +91,19 @@ def test_the_wanted_tokens_are_those_that_predict_the_response():
 def test_minibatches_are_shuffled_complete_and_the_same_for_the_same_seed():
     whole = experience()
 
-    def order(seed, size=2):
-        return [batch.tokens_bs[:, 0].tolist() for batch in whole.minibatches(size, seed)]
+    def order(seed, size=2, epochs=1):
+        return [batch.tokens_bs[:, 0].tolist() for batch in whole.minibatches(size, seed, epochs)]
 
-    assert [len(batch) for batch in order((1, 2, 0))] == [2, 1]
-    assert sorted(token for batch in order((1, 2, 0)) for token in batch) == [1, 4, 5]
-    assert order((1, 2, 0)) == order((1, 2, 0))
-    assert len({str(order((1, 2, epoch), 3)) for epoch in range(8)}) > 2
+    assert [len(batch) for batch in order((1, 2))] == [2, 1]
+    assert sorted(token for batch in order((1, 2)) for token in batch) == [1, 4, 5]
+    assert order((1, 2), epochs=2) == order((1, 2), epochs=2)
+    assert [len(batch) for batch in order((1, 2), epochs=2)] == [2, 1, 2, 1]
+    assert len(set(map(str, order((1, 2), 3, epochs=8)))) > 2
+    assert len({str(order((1, step), 3)) for step in range(8)}) > 2
 
 
 def test_rows_of_a_minibatch_belong_together():
-    for batch in experience().minibatches(1, (0,)):
+    for batch in experience().minibatches(1, (0,), 1):
         row = [1, 4, 5].index(int(batch.tokens_bs[0, 0]))
         assert batch.logprobs_bt[0, 0] == 4 * row + 1
         assert batch.returns_bt[0, 0] == 4 * row + 5

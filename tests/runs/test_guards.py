@@ -132,7 +132,7 @@ def test_the_microbatch_that_is_named_is_the_one_that_the_row_was_in(size, spoil
     table, scores = torch.zeros(responses.mask_bt.shape), torch.zeros(6)
     bad = table.clone()
     (scores if spoilt == "score" else bad)[4] = torch.nan
-    rollout = Rollout(responses, table, table, bad, table, scores, torch.arange(len(scores)))
+    rollout = Rollout(responses, table, table, bad, table, scores, torch.arange(100, 106))
     role = make_role(GPT2_LIKE, scalar=spoilt == "score")
     read: list[list[int]] = []
     role.modules[0].register_forward_hook(lambda module, args, output: read.append(args[0].flatten().tolist()))
@@ -141,9 +141,7 @@ def test_the_microbatch_that_is_named_is_the_one_that_the_row_was_in(size, spoil
     guard = Guard(tmp_path)
     guard.begin(1)
     with pytest.raises(NotFinite, match=rf"prompt 104 \(microbatch {microbatch} of data-parallel rank 0\)"):
-        guard.require_finite(
-            rollout, range(100, 106), size, dict.fromkeys(("policy", "reference", "reward", "value"), 1)
-        )
+        guard.require_finite(rollout, size, dict.fromkeys(("policy", "reference", "reward", "value"), 1))
 
 
 def test_rows_are_identified_whatever_was_cut_or_padded(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from enum import Enum
 
 from megatron_rlhf.config.budgets import Budget
 from megatron_rlhf.config.data import PromptDataConfig
-from megatron_rlhf.config.model import ModelConfig, ParallelConfig
-from megatron_rlhf.config.placement import PlacementConfig
+from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Precision
+from megatron_rlhf.config.placement import PlacementConfig, PlacementKind
 from megatron_rlhf.config.rewards import NamedReward, RewardConfig, WeightedRewardConfig, named_rewards
 from megatron_rlhf.config.rollout import RolloutConfig
 from megatron_rlhf.config.stages.common import BaseConfig
@@ -177,6 +177,20 @@ class PPOConfig(BaseConfig):
     """Batches, clipping, KL, pretraining mix."""
     evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
     """Held-out prompts during the run, the best policy, and when to stop."""
+
+    @property
+    def values_in_update(self) -> bool:
+        """The value model scores a rollout in the forward pass of its first update, which reads all of it with the same weights.
+
+        Not in fp8, where the scales of the two passes would differ.
+        """
+        return (
+            self.ppo.has_critic
+            and self.ppo.minibatch_size == self.ppo.batch_size
+            and self.placement.kind is PlacementKind.colocated
+            and self.precision is not Precision.fp8_hybrid
+            and self.value.lora.dropout == 0
+        )
 
     @property
     def reward_models(self) -> list[NamedReward]:

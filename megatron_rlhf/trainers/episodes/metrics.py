@@ -111,7 +111,8 @@ def mean_of(updates: Sequence[Update], name: str) -> float:
 def cost_of_iteration(
     config: PPOConfig, policy: Role, value: TrainedRole | None, roles: Roles, rollout: Rollout, updates: int
 ) -> dict[str, float]:
-    """`iteration_cost` of a rollout and this many updates of the policy on it, whatever rank holds which role."""
+    """`iteration_cost` of a rollout and this many updates of the policy on it, whatever rank holds which role. `roles`: those
+    that score it."""
     sequences = updates * config.ppo.ptx_ratio * config.ppo.minibatch_size * config.ppo.mixes_text
     return iteration_cost(
         policy=policy.num_parameters,
@@ -119,6 +120,7 @@ def cost_of_iteration(
         judges=sum(role.num_parameters for role in roles.reward.models.values()),
         episode_tokens=int((rollout.responses.last_b + 1).sum()),
         policy_reads=1 + (rollout.recomputed_logprobs_bt is not None),
+        value_reads=int(roles.value is not None),
         policy_epochs=config.ppo.inner_epochs * bool(updates),
         value_epochs=config.ppo.inner_epochs,
         text_tokens=sequences * config.data.pretraining.sequence_length,
@@ -131,6 +133,7 @@ def iteration_cost(
     judges: int,
     episode_tokens: int,
     policy_reads: int,
+    value_reads: int,
     policy_epochs: int,
     value_epochs: int,
     text_tokens: int,
@@ -142,12 +145,13 @@ def iteration_cost(
     Args:
         policy, value: parameters of the two models that learn; 0 without a value model.
         judges: of the reward models together.
-        episode_tokens: sampled and scored: reference, reward and value models read them once each.
+        episode_tokens: sampled and scored: reference and reward models read them once each.
         policy_reads: how often the policy does, when it samples and where it scores them.
+        value_reads: how often the value model does before its updates.
         policy_epochs, value_epochs: how often each is trained on them.
         text_tokens: the policy also trains on these.
     """
     policy_tokens = episode_tokens * policy_epochs + text_tokens
-    forward = 2 * episode_tokens * ((policy_reads + 1) * policy + judges + value)
+    forward = 2 * episode_tokens * ((policy_reads + 1) * policy + judges + value_reads * value)
     backward = 6 * (policy_tokens * policy + episode_tokens * value_epochs * value)
     return {"step_tokens": float(policy_tokens), "step_flops": float(forward + backward)}

@@ -38,18 +38,21 @@ def policy_microbatches(minibatch: Experience, policy: TrainedRole, config: PPOC
     return _experience_microbatches(minibatch, role, config, loss_of)
 
 
-def value_microbatches(minibatch: Experience, value: TrainedRole, config: PPOConfig) -> list[Microbatch]:
-    """The clipped value loss of a minibatch."""
+def value_microbatches(
+    minibatch: Experience,
+    value: TrainedRole,
+    config: PPOConfig,
+    learn: Callable[[ExperienceTokens, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> list[Microbatch]:
+    """The clipped value loss of a minibatch. `learn`: old values and returns [n] of tokens, from the values [n] of this pass,
+    where the minibatch does not have them."""
     tokens_in_minibatch = minibatch.num_tokens
 
     def loss_of(tokens: ExperienceTokens, values_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values_n = values_n1.squeeze(-1)
+        old_n, returns_n = (tokens.values_n, tokens.returns_n) if learn is None else learn(tokens, values_n)
         loss, statistics = value_loss(
-            values_n1.squeeze(-1),
-            tokens.values_n,
-            tokens.returns_n,
-            tokens.mask_n,
-            config.ppo.value_clip,
-            tokens_in_minibatch,
+            values_n, old_n, returns_n, tokens.mask_n, config.ppo.value_clip, tokens_in_minibatch
         )
         return loss, _named("value", loss, statistics)
 

@@ -16,9 +16,11 @@ from megatron_rlhf.parallel import collectives
 from megatron_rlhf.parallel.pipeline import forward_backward
 from megatron_rlhf.rollout.types import Completion, Experience, Responses
 from megatron_rlhf.trainers.episodes.microbatches import policy_microbatches, value_microbatches
+from megatron_rlhf.trainers.episodes.values import FoundValues
 from megatron_rlhf.trainers.reward_model import ranking_microbatches
 
 VOCAB, GAMMA, TEMPERATURE = 67, 27.8, 0.8
+DISCOUNT, LAM = 0.9, 0.8
 EPISODES = [(3, 5), (7, 2), (1, 6), (4, 4), (6, 1)]  # lengths of prompt and response
 TEXTS = [12, 12, 9, 12]
 COMPLETIONS = [[4, 6], [3, 5, 2, 7], [5, 4, 6]]  # lengths of the responses to three prompts
@@ -123,6 +125,22 @@ def plain_value_loss(forward, batch):
     return total / batch.mask_bt.sum()
 
 
+def plain_loss_of_found_values(forward, batch):
+    """The batch's returns are taken for rewards. Each return is the value and all later temporal differences."""
+    total = 0.0
+    for row in range(len(batch)):
+        length, start = int(batch.mask_bt[row].sum()), int(batch.positions_bt[row, 0])
+        values = forward(batch.tokens_bs[row, : start + length + 1])[start : start + length, 0]
+        old, rewards = [*values.tolist(), 0.0], batch.returns_bt[row, :length].tolist()
+        deltas = [rewards[t] + DISCOUNT * old[t + 1] - old[t] for t in range(length)]
+        returns = [
+            old[t] + sum((DISCOUNT * LAM) ** (later - t) * deltas[later] for later in range(t, length))
+            for t in range(length)
+        ]
+        total = total + 0.5 * ((values - torch.tensor(returns)) ** 2).sum()
+    return total / batch.mask_bt.sum()
+
+
 def plain_ranking_loss(forward, batch):
     total = 0.0
     for prompt, records in rankings(len(batch)):
@@ -139,6 +157,7 @@ PLAIN = {
     "policy": plain_policy_loss,
     "text": plain_text_loss,
     "value": plain_value_loss,
+    "found_values": plain_loss_of_found_values,
     "ranking": plain_ranking_loss,
     "ranking_in_parts": plain_ranking_loss,
 }
@@ -146,13 +165,14 @@ BATCHES = {
     "policy": experience,
     "text": texts,
     "value": experience,
+    "found_values": experience,
     "ranking": comparisons,
     "ranking_in_parts": comparisons,
 }
 
 
 def is_scalar(kind):
-    return kind in ("value", "ranking", "ranking_in_parts")
+    return kind in ("value", "found_values", "ranking", "ranking_in_parts")
 
 
 def plain_gradients(kind, rows, model="gpt2"):
@@ -181,6 +201,9 @@ def microbatches(kind, trained, rows, micro_batch_size):
         return policy_microbatches(batch, trained, config(micro_batch_size))
     if kind == "value":
         return value_microbatches(batch, trained, config(micro_batch_size))
+    if kind == "found_values":
+        found = FoundValues(torch.where(batch.mask_bt, batch.returns_bt, 0.0), batch.mask_bt, DISCOUNT, LAM)
+        return value_microbatches(batch, trained, config(micro_batch_size), found.learn)
     if kind.startswith("ranking"):
         return ranking_microbatches(batch, trained, micro_batch_size, 16 if kind == "ranking" else 2)
     return language_model_microbatches(batch, trained.role, micro_batch_size, "ptx/loss")
@@ -190,6 +213,7 @@ LOSSES = {
     "policy": "policy/loss",
     "text": "ptx/loss",
     "value": "value/loss",
+    "found_values": "value/loss",
     "ranking": "rm/loss",
     "ranking_in_parts": "rm/loss",
 }
