@@ -14,18 +14,20 @@ from megatron_rlhf.config.placement import PlacementConfig, PlacementKind
 from megatron_rlhf.config.training import AdvantageEstimator
 
 ONE_MINIBATCH = ("ppo.minibatch_size=10", "ppo.inner_epochs=2", "ppo.iterations=2", "ppo.warmup_iterations=1")
-TWO_STAGES = ("parallel.pipeline=2", "critic_parallel.pipeline=2")
 PACKED = ("ppo.micro_batch_size=null", "ppo.micro_batch_tokens=64")
+
+
+def both(setting):
+    return f"parallel.{setting}", f"critic_parallel.{setting}"
+
+
 LAYOUTS = {
     "one rank": (1, ()),
     "dp2": (2, ("ppo.micro_batch_size=3",)),
-    "pp2": (2, TWO_STAGES),
-    "dp2_pp2, packed": (4, (*TWO_STAGES, *PACKED)),
-    "tp2_sp, packed": (
-        2,
-        tuple(f"{side}.{key}" for side in ("parallel", "critic_parallel") for key in ("tensor=2", "sequence=true"))
-        + PACKED,
-    ),
+    "pp2": (2, both("pipeline=2")),
+    "cp2": (2, both("context=2")),
+    "dp2_pp2, packed": (4, (*both("pipeline=2"), *PACKED)),
+    "tp2_sp, packed": (2, (*both("tensor=2"), *both("sequence=true"), *PACKED)),
 }
 
 
