@@ -8,6 +8,7 @@ import sysconfig
 import threading
 from collections.abc import Sequence
 from enum import Enum
+from itertools import accumulate, repeat, takewhile
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
@@ -119,11 +120,11 @@ class MainThread:
     def _frames(self) -> list[FrameType]:
         """Innermost frame first."""
         frame = sys._current_frames().get(self._id or 0)
-        frames = []
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-        return frames
+        if frame is None:
+            return []
+        # No step of this is in Python, where the main thread could go on: its frames would end while their callers are looked up,
+        # which has crashed CPython 3.11.
+        return list(takewhile(bool, accumulate(repeat("f_back"), getattr, initial=frame)))
 
 
 def place_of(trace: TracebackType | None) -> Place:
