@@ -206,6 +206,15 @@ def test_without_a_critic_there_is_no_value_model_and_no_memory_or_time_for_one(
     assert rloo.phases[0].seconds < gae.phases[0].seconds, "and so does the sampler"
 
 
+def test_the_value_model_scores_only_where_its_first_update_does_not() -> None:
+    base = ("recipe=instructgpt_1_3b",)
+    several, one = (
+        plan("ppo", *base, "ppo.batch_size=64", f"ppo.minibatch_size={size}", ours=base) for size in (32, 64)
+    )
+    scoring = [next(phase for phase in made.phases if "reward" in phase.name) for made in (several, one)]
+    assert scoring[0].flops == pytest.approx(2 * scoring[1].flops), "reward and value model, or the reward model"
+
+
 def test_each_reward_model_is_planned_and_a_function_needs_no_gpu() -> None:
     base = ("recipe=instructgpt_1_3b",)
     one, two, none = (

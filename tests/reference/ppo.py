@@ -272,11 +272,10 @@ class Run:
         learned = self.s["ppo.inner_epochs"] * sampled
         trained = learned * learns + sum(len(text) - 1 for text in texts)
         self.trained_tokens += trained
-        read = value * (
-            self.s["ppo.minibatch_size"] < self.s["ppo.batch_size"]
-        )  # else its first update finds the values
+        # Of one minibatch, the first update finds the values.
+        scored = value if self.s["ppo.minibatch_size"] < self.s["ppo.batch_size"] else 0
         # Sampling, perhaps scoring, and the reference; reward and value model.
-        forward = 2 * sampled * ((policy_reads + 1) * policy + reward + read)
+        forward = 2 * sampled * ((policy_reads + 1) * policy + reward + scored)
         return {
             "tokens": self.trained_tokens,
             "step_tokens": trained,

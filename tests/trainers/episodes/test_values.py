@@ -62,42 +62,48 @@ def test_weights_and_metrics_are_those_of_values_scored_before(layout, before, r
 
 
 def count_passes(stage, arguments):
-    """How often the value model scores, and the values that a function in the place of the estimator gets."""
+    """How often the value model scores."""
     from megatron_rlhf import cli
     from megatron_rlhf.models.roles import Role
-    from megatron_rlhf.trainers.ppo import PPOTrainer
 
-    scored, values, run, estimates = [], Role.values, PPOTrainer.run, []
+    scored, values = [], Role.values
 
     def watched(self, *args):
         scored.append(self.name)
         return values(self, *args)
 
-    def own(self):
-        if "run.seed=5" in arguments:
-            estimate = self.estimate_advantages
+    Role.values = watched
+    cli.run_stage(stage, arguments)
+    return scored.count("value")
 
-            def estimated(rewards, rollout, config):
-                estimates.append(float(rollout.values_bt.abs().max()))
-                return estimate(rewards, rollout, config)
 
-            self.estimate_advantages = estimated
+def own_estimator(stage, arguments):
+    """The same, and the largest values that a function in the place of the estimator gets."""
+    from megatron_rlhf.trainers.ppo import PPOTrainer
+
+    seen, run = [], PPOTrainer.run
+
+    def with_own(self):
+        estimate = self.estimate_advantages
+
+        def watched(rewards, rollout, config):
+            seen.append(float(rollout.values_bt.abs().max()))
+            return estimate(rewards, rollout, config)
+
+        self.estimate_advantages = watched
         return run(self)
 
-    Role.values, PPOTrainer.run = watched, own
-    cli.run_stage(stage, arguments)
-    return scored.count("value"), estimates
+    PPOTrainer.run = with_own
+    return count_passes(stage, arguments), seen
 
 
 def test_the_value_model_has_no_pass_of_its_own_with_one_minibatch(recipe):
-    ((passes, _),), _ = run(recipe, "values_one_minibatch", *ONE_MINIBATCH, function=count_passes)
-    assert passes == 0
-    ((passes, _),), _ = run(recipe, "values_two_minibatches", "ppo.iterations=2", function=count_passes)
-    assert passes == 2
+    assert run(recipe, "values_one_minibatch", *ONE_MINIBATCH, function=count_passes)[0] == [0]
+    assert run(recipe, "values_two_minibatches", "ppo.iterations=2", function=count_passes)[0] == [2]
 
 
 def test_an_estimator_of_ones_own_gets_the_values(recipe):
-    ((passes, seen),), _ = run(recipe, "values_own", *ONE_MINIBATCH, "run.seed=5", function=count_passes)
+    ((passes, seen),), _ = run(recipe, "values_own", *ONE_MINIBATCH, function=own_estimator)
     assert passes == len(seen) == 2
     assert min(seen) > 0
 
