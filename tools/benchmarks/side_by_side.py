@@ -58,9 +58,16 @@ class InAnotherProcess:
 def _serve(pipe: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     function = make(*arguments)
     pipe.send(None)
-    while True:
-        pipe.recv()
+    while _is_called(pipe):
         pipe.send(function())
+
+
+def _is_called(pipe: Connection) -> bool:
+    try:
+        pipe.recv()
+    except EOFError:  # the benchmark is over
+        return False
+    return True
 
 
 def report(seconds: Mapping[str, list[float]], units: float, unit: str) -> dict[str, Any]:
