@@ -152,7 +152,7 @@ def run_config(stage: str, config: Any, resolved: str, callbacks: Sequence[Any] 
 
 def _plan_checkpoints(config: Any) -> bool:
     """`run.save_every=auto` becomes a number of steps, the same on every rank; returns whether it was given."""
-    if config.run.save_every != AUTO:
+    if config.run.save_every != AUTO or isinstance(config, EvaluateConfig):  # which saves nothing
         return False
     import torch
 

@@ -6,6 +6,8 @@ from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.checking.files import CONF
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, file_of_gpu
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.model import ModelConfig
+from megatron_rlhf.config.rewards import named_rewards
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig
 from megatron_rlhf.config.training import AUTO
 from megatron_rlhf.planning.stages import plan_stage
@@ -13,15 +15,27 @@ from megatron_rlhf.planning.stages import plan_stage
 
 def take_shapes(config: BaseConfig) -> None:
     """Fill in shapes that the configuration leaves to the checkpoints it starts from."""
-    trained = "reward" if isinstance(config, RewardModelConfig) else "policy"
-    sources = [("model", trained)] + ([("critic_model", "reward")] if isinstance(config, PPOConfig) else [])
-    for key, role in sources:
-        path = getattr(config, role).init_from
-        if getattr(config, key) is None and path is not None:
-            from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
+    if isinstance(config, PPOConfig):
+        config.model = config.model or _shape_at(config.policy.init_from, "policy.init_from", "policy")
+        models = [(f"{part.key}.init_from", part.config.init_from) for part in config.reward_models]
+        for key, path in [*models, ("value.init_from", config.value.init_from)]:
+            config.critic_model = config.critic_model or _shape_at(path, key, "value")
+        if (
+            named_rewards(config.reward, config.rewards) and config.ppo.has_critic
+        ):  # of functions: it starts as the policy
+            config.critic_model = config.critic_model or config.model
+        return
+    role = "reward" if isinstance(config, RewardModelConfig) else "policy"
+    config.model = config.model or _shape_at(getattr(config, role).init_from, f"{role}.init_from", role)
 
-            wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
-            setattr(config, key, starting_point.StartingPoint.find(path, f"{role}.init_from", wanted).model)
+
+def _shape_at(path: str | None, key: str, role: str) -> ModelConfig | None:
+    if path is None:
+        return None
+    from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
+
+    wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
+    return starting_point.StartingPoint.find(path, key, wanted).model
 
 
 def steps_between_saves(config: BaseConfig, ranks: int, gpu: str | None) -> int:

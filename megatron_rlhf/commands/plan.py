@@ -24,6 +24,7 @@ from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.keys import keys
 from megatron_rlhf.config.stages import BaseConfig
+from megatron_rlhf.own_files import CONFIG_DIR
 from megatron_rlhf.planned import take_shapes
 from megatron_rlhf.planning.output import picture, report
 from megatron_rlhf.planning.output.report import Answer
@@ -42,16 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, print, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if options.layouts < 0:
+            raise UserError(f"--layouts {options.layouts} must be a number of layouts, or 0 for none")
+        overrides = [*([f"{CONFIG_DIR}={options.config_dir}"] if options.config_dir else []), *options.overrides]
         if options.html:
             require_page(options.html, "--html")
         if options.published:
             print(report.published([(run, run.planned(_cluster(run.cluster))) for run in RUNS]))
             return 0
         if options.presets:
-            print(report.presets(_presets(options.overrides)))
+            print(report.presets(_presets(overrides)))
             return 0
         stages = [options.stage] if options.stage else list(SCHEMAS)
-        answers = [_answer(stage, options.overrides, options.layouts) for stage in stages]
+        answers = [_answer(stage, overrides, options.layouts) for stage in stages]
         if options.html:
             _write(options.html, picture.page(answers))
     except UserError as error:
@@ -108,13 +112,14 @@ def _answer(stage: str, overrides: Sequence[str], layouts: int) -> Answer:
 
 def _configs(stage: str, overrides: Sequence[str]) -> tuple[BaseConfig, PlanConfig]:
     of_plan = [o for o in overrides if _key(o).split(".")[0] in ("cluster", "workload")]
+    folders = [o for o in overrides if _key(o) == CONFIG_DIR]
     known = {name: keys(schema) for name, schema in SCHEMAS.items()}
     of_run = [
         o
         for o in overrides
         if o not in of_plan and (_known(o, known[stage]) or not any(_known(o, k) for k in known.values()))
     ]
-    plan_config, _ = compose_config("plan", PlanConfig, [*of_plan, *_recipe_with_nodes(overrides)])
+    plan_config, _ = compose_config("plan", PlanConfig, [*folders, *of_plan, *_recipe_with_nodes(overrides)])
     config, _ = compose_config(stage, SCHEMAS[stage], of_run, missing=NOT_GIVEN)
     take_shapes(config)
     return config, plan_config
@@ -122,7 +127,7 @@ def _configs(stage: str, overrides: Sequence[str]) -> tuple[BaseConfig, PlanConf
 
 def _recipe_with_nodes(overrides: Sequence[str]) -> list[str]:
     """The recipe, if it states its number of nodes."""
-    names = [o.split("=")[1].split("/")[0] for o in overrides if _key(o) == "recipe"]
+    names = [o.partition("=")[2].split("/")[0] for o in overrides if _key(o) == "recipe"]
     return [f"recipe={name}" for name in names[-1:] if name in recipes("plan")]
 
 
@@ -139,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(SCHEMAS), help="plan one stage (default: all of them)")
     parser.add_argument("--layouts", type=int, default=5, metavar="N", help="rank the N cheapest layouts (0: none)")
+    parser.add_argument(CONFIG_DIR, metavar="DIR", help="a folder of recipe/, model/, cluster/, ... beside conf/")
     parser.add_argument("--presets", action="store_true", help="the recipes' table of docs/cluster.md, on this cluster")
     parser.add_argument("--published", action="store_true", help="published runs beside what is planned for them")
     parser.add_argument("--json", action="store_true", help="print plain data")

@@ -3,7 +3,7 @@
 import math
 
 from megatron_rlhf.config.budgets import Budget
-from megatron_rlhf.config.checking.layout_checks import check_layout, check_model
+from megatron_rlhf.config.checking.layout_checks import check_experts, check_layout, check_model
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig
@@ -54,6 +54,7 @@ def place(
         raise UserError(
             f"{key} is not given: a plan needs its shape, as in {choice}=gpt3_1_3b or a checkpoint to start from"
         )
+    check_experts(parallel, parallel_key)
     check_layout(parallel, len(ranks), parallel_key)
     check_model(model, parallel, parallel_key)
     precision, execution = config.precision_of(role), Execution.of(parallel)

@@ -3,7 +3,8 @@
 import math
 from dataclasses import replace
 
-from megatron_rlhf.config.checking.layout_checks import check_placement
+from megatron_rlhf.config.checking.checks import check_fits_context, check_ppo_settings
+from megatron_rlhf.config.checking.layout_checks import check_generation, check_placement
 from megatron_rlhf.config.cluster import ClusterConfig, WorkloadConfig
 from megatron_rlhf.config.lengths import share_context
 from megatron_rlhf.config.placement import PlacementKind
@@ -39,29 +40,18 @@ SCORING_MEANWHILE = "scoring by reward and value, meanwhile"
 
 def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """PPO-ptx: the four roles on all GPUs, or two separate pairs; the alignment tax's forward passes are left out."""
+    check_ppo_settings(config)
     check_placement(config.placement, cluster.gpus)
     config = _with_lengths(config)
     side, critic_side = config.placement.ranks(cluster.gpus)
     policy = place("policy", config.model, config.parallel, config, side, "model", "parallel")
-    value = place(
-        "value",
-        config.critic_model,
-        config.critic_parallel,
-        config,
-        critic_side,
-        "critic_model",
-        "critic_parallel",
-        True,
-    )
+    rewards, value = _place_critics(config, critic_side)
     reference = replace(policy, precision=config.precision_of("reference"))
-    reward = replace(value, precision=config.precision_of("reward"), adapter=None, trainable=())
     sampling = replace(policy, precision=config.rollout.precision or reference.precision)
-    roles = _ppo_roles(config, policy, reference, reward, value)
-    critics = [
-        *[reward] * len(_reward_models(config)),
-        *([value] if config.ppo.has_critic and not config.values_in_update else []),
-    ]
+    roles = _ppo_roles(config, policy, reference, rewards, value)
+    scoring = [*rewards.values(), *([value] if value is not None and not config.values_in_update else [])]
     if (layout := config.rollout.parallel.of(config.parallel)) is not None:
+        check_generation(policy.model, layout, config.parallel)
         sampling = place("sampler", config.model, layout, config, side, "model", "rollout.parallel")
         sampling = replace(sampling, adapter=policy.adapter)
         roles.append(PlannedRole("sampler", sampling, trained=False))
@@ -69,9 +59,9 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     phases = [
         _rollout_phase(config, sampling, layout is not None, cluster, workload),
         _scoring_phase(POLICY_SCORING, [*[policy] * recomputes, reference], config, cluster, workload),
-        *_critic_phases(critics, config, cluster, workload),
+        *_critic_phases(scoring, config, cluster, workload),
         *_policy_phases(config, policy, cluster, workload),
-        *([_value_phase(config, value, cluster, workload)] if config.ppo.has_critic else []),
+        *([_value_phase(config, value, cluster, workload)] if value is not None else []),
         *_copy_phases(roles, cluster),
     ]
     ppo = config.ppo
@@ -81,17 +71,40 @@ def plan_ppo(config: PPOConfig, cluster: ClusterConfig, workload: WorkloadConfig
     return Plan("ppo", cluster, roles, phases, ppo.iterations, settings, config.run.async_save)
 
 
+def _place_critics(config: PPOConfig, ranks: range) -> tuple[dict[str, PlacedModel], PlacedModel | None]:
+    """Reward models by name and, where advantages need one, the value model: of one shape and layout."""
+    if not has_critics(config):
+        return {}, None
+    critic = place(
+        "value", config.critic_model, config.critic_parallel, config, ranks, "critic_model", "critic_parallel", True
+    )
+    reward = replace(critic, precision=config.precision_of("reward"), adapter=None, trainable=())
+    return dict.fromkeys(_reward_models(config), reward), critic if config.ppo.has_critic else None
+
+
+def has_critics(config: PPOConfig) -> bool:
+    """There is something in `critic_parallel`; not where functions alone judge and advantages need no value model."""
+    return config.ppo.has_critic or bool(_reward_models(config))
+
+
 def _with_lengths(config: PPOConfig) -> PPOConfig:
     """A copy in which lengths that are not given follow the models' context."""
     config = replace(config, data=replace(config.data), rollout=replace(config.rollout))
     shapes = [shape for shape in (config.model, config.critic_model) if shape is not None]
     if shapes:  # else `place` says what is missing
         share_context(config.data, config.rollout, "rollout", min(shape.max_sequence_length for shape in shapes))
+    for shape in shapes:
+        limits = config.data.longest_prompt, config.rollout.longest_response
+        check_fits_context(*limits, shape, ("data.max_prompt_tokens", "rollout.max_response_tokens"))
     return config
 
 
 def _ppo_roles(
-    config: PPOConfig, policy: PlacedModel, reference: PlacedModel, reward: PlacedModel, value: PlacedModel
+    config: PPOConfig,
+    policy: PlacedModel,
+    reference: PlacedModel,
+    rewards: dict[str, PlacedModel],
+    value: PlacedModel | None,
 ) -> list[PlannedRole]:
     """Policy, reference, reward models and, where advantages need one, value model; when parts of them are in host memory."""
     updates = ("policy", "ptx", "value")
@@ -107,9 +120,9 @@ def _ppo_roles(
     roles = [
         PlannedRole("policy", policy, trained=True, average=config.ppo.ema_decay > 0, rests=optimizer),
         *second,
-        *(PlannedRole(name, reward, trained=False, rests=rests["reward"]) for name in _reward_models(config)),
+        *(PlannedRole(name, reward, trained=False, rests=rests["reward"]) for name, reward in rewards.items()),
     ]
-    if config.ppo.has_critic:
+    if value is not None:
         roles.append(PlannedRole("value", value, trained=True, rests=optimizer))
     return roles
 

@@ -11,6 +11,7 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, Recompute
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig
 from megatron_rlhf.planning.plan import Plan
+from megatron_rlhf.planning.ppo import has_critics
 from megatron_rlhf.planning.stages import stage_name
 from megatron_rlhf.planning.variations import (
     changes,
@@ -74,11 +75,12 @@ def _fitting(config: BaseConfig, plan: PlanConfig, contexts: Sequence[int], rest
     critics: list[ParallelConfig] = []
     virtual = [1, 2, 4]
     if isinstance(config, PPOConfig):
-        assert config.critic_model is not None
         gpus, critic_gpus = map(len, config.placement.ranks(cluster.gpus))
-        critics = critics_by_speed(
-            config, plan, list(_layouts(config.critic_model, cluster, critic_gpus, [1], virtual))
-        )
+        critics = [config.critic_parallel]
+        if has_critics(config):
+            assert config.critic_model is not None
+            layouts = list(_layouts(config.critic_model, cluster, critic_gpus, [1], virtual))
+            critics = critics_by_speed(config, plan, layouts)
         virtual = [1]  # decoding goes through plain stages
     found = []
     for parallel, size in product(_layouts(config.model, cluster, gpus, contexts, virtual), MICRO_BATCH_SIZES):

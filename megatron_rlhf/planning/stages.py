@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from megatron_rlhf.config.budgets import check_micro_batch
 from megatron_rlhf.config.cluster import ClusterConfig, PlanConfig, WorkloadConfig
 from megatron_rlhf.config.stages import BaseConfig, PPOConfig, RewardModelConfig, SFTConfig
 from megatron_rlhf.planning.phases import (
@@ -42,6 +43,7 @@ def stage_name(config: BaseConfig) -> str:
 def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """Supervised fine-tuning; validation and the choice of the best epoch are left out."""
     sft, data = config.sft, config.data
+    check_micro_batch("sft", sft.micro_batch_size, sft.micro_batch_tokens)
     placed = place("policy", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel")
     from_text = sft.batch_size * data.pretraining_mix
     longest = longest_of(data.max_prompt_tokens + data.max_response_tokens, placed.model)
@@ -63,6 +65,7 @@ def plan_sft(config: SFTConfig, cluster: ClusterConfig, workload: WorkloadConfig
 def plan_reward_model(config: RewardModelConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """The reward model; a prompt passes once, with all its completions: the largest K decides a microbatch's memory."""
     algorithm, data = config.reward_model, config.data
+    check_micro_batch("reward_model", algorithm.micro_batch_size, algorithm.micro_batch_tokens)
     placed = place(
         "reward", config.model, config.parallel, config, range(cluster.gpus), "model", "parallel", scalar=True
     )

@@ -59,11 +59,11 @@ def below(config: Any, name: str) -> Any:
 
 
 def refused(config: Any, path: str, key: Key, value: float) -> str:
-    """The message for a value; a pair is wrong in its second number."""
+    """The message for a value; of several numbers the last one is wrong."""
     *parents, name = path.split(".")
     config = copy.deepcopy(config)
-    pair = any(typing.get_origin(kind) is tuple for kind in key.types)
-    setattr(functools.reduce(below, parents, config), name, (0.9, value) if pair else value)
+    count = next((len(typing.get_args(kind)) for kind in key.types if typing.get_origin(kind) is tuple), 1)
+    setattr(functools.reduce(below, parents, config), name, value if count == 1 else (*[0.9] * (count - 1), value))
     with pytest.raises(UserError) as caught:
         check_ranges(config)
     return str(caught.value)
@@ -94,6 +94,14 @@ def test_composing_refuses_them():
         compose_config("sft", SCHEMAS["sft"], ["sft.dropout=nan"], missing="-")
     with pytest.raises(UserError, match=r"policy\.optimizer\.betas=1\.5 must be"):
         compose_config("ppo", SCHEMAS["ppo"], ["policy.optimizer.betas=[0.9,1.5]"], missing="-")
+    with pytest.raises(UserError, match=r"rewards\.a\.weight=nan must be a number$"):
+        compose_config("ppo", SCHEMAS["ppo"], ["rewards.a.weight=nan"], missing="-")
+
+
+@pytest.mark.parametrize("given", ["policy.optimizer.betas=[0.9]", "data.part_shares=[0.8,0.1,0.05,0.05]"])
+def test_several_numbers_are_as_many_as_their_key_has(given):
+    with pytest.raises(UserError, match=rf"{given.partition('=')[0]}=.* has \d numbers, and must have \d"):
+        compose_config("ppo", SCHEMAS["ppo"], [given], missing="-")
 
 
 def test_the_table_names_only_fields_that_are_there():

@@ -96,11 +96,24 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(tool: Tool, capsys: py
         (["recipe=instructgpt_7b"], "recipes for this stage: first_try, instructgpt, "),
         (["model=gpt3_1_3b"], "critic_model is not given"),
         (["policy.init_from=/no/such/folder"], "policy.init_from=/no/such/folder"),
+        (["recipe"], "a setting is key=value"),
+        (["recipe=instructgpt_6b", "rollout.parallel.pipeline=2"], "is more than parallel.pipeline=1"),
+        (["recipe=instructgpt_6b", "ppo.minibatch_size=7"], "ppo.minibatch_size=7 does not divide"),
+        (["recipe=instructgpt_6b", "ppo.advantages=rloo"], "ppo.samples_per_prompt=1: give at least 2"),
+        (["recipe=instructgpt_6b", "data.max_prompt_tokens=1500"], "is more than the model's context of"),
+        (["recipe=instructgpt_6b", "critic_parallel.expert=2"], "critic_parallel.expert=2 would spread"),
+        (["recipe=instructgpt_6b", "--layouts", "-1"], "--layouts -1 must be"),
     ],
 )
 def test_mistakes(tool: Tool, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
     assert tool("--stage", "ppo", "--layouts", "0", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_groups_is_found(tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text((ROOT / "conf" / "model" / "tiny.yaml").read_text())
+    assert tool("--stage", "sft", "--layouts", "0", "--config-dir", str(tmp_path), "model=mine") == 0
 
 
 def test_the_presets_in_the_documentation_are_the_planners(tool: Tool, capsys: pytest.CaptureFixture) -> None:

@@ -161,21 +161,9 @@ def check_reward_model(config: RewardModelConfig) -> None:
 def check_ppo(config: PPOConfig) -> None:
     """Batches, mix, sampling and starting points must agree."""
     ppo = config.ppo
-    check_micro_batch("ppo", ppo.micro_batch_size, ppo.micro_batch_tokens)
-    check_micro_batch("ppo", ppo.ptx_micro_batch_size, ppo.ptx_micro_batch_tokens, "ptx_")
-    if ppo.batch_size % ppo.minibatch_size:
-        raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
-    if isinstance(ppo.ptx_coef, str) and not ppo.steers_text:
-        raise UserError(f"ppo.ptx_coef={ppo.ptx_coef} must be a number (0: plain PPO), or auto")
+    check_ppo_settings(config)
     if ppo.mixes_text:
         _check_pretraining(config.data.pretraining, f"ppo.ptx_coef={ppo.ptx_coef}")
-    _check_advantages(config)
-    if ppo.critic_warmup_iterations > ppo.iterations:
-        raise UserError(
-            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} is longer than the run's {ppo.iterations} iterations"
-        )
-    if learning := ppo.iterations - ppo.critic_warmup_iterations:  # zero: only the value model learns
-        check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
     if config.policy.init_from is None:
         raise UserError("policy.init_from is not given: PPO starts from a fine-tuned model (megatron-rlhf sft)")
     if not named_rewards(config.reward, config.rewards):
@@ -183,13 +171,31 @@ def check_ppo(config: PPOConfig) -> None:
             "reward.init_from is not given: PPO needs a reward model (megatron-rlhf reward-model), or reward.function, or "
             "several of them as rewards.NAME"
         )
-    check_rewards(config.reward, config.rewards)
     _check_held_out(config)
     if not ppo.has_critic and config.placement.kind is PlacementKind.disaggregated and not config.reward_models:
         raise UserError(
             f"placement=disaggregated: the critic's ranks would hold nothing, as ppo.advantages={ppo.advantages.value} has no "
             "value model and the reward is of functions alone; use placement=colocated"
         )
+
+
+def check_ppo_settings(config: PPOConfig) -> None:
+    """What must agree whatever the run starts from and reads."""
+    ppo = config.ppo
+    check_micro_batch("ppo", ppo.micro_batch_size, ppo.micro_batch_tokens)
+    check_micro_batch("ppo", ppo.ptx_micro_batch_size, ppo.ptx_micro_batch_tokens, "ptx_")
+    if ppo.batch_size % ppo.minibatch_size:
+        raise UserError(f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}")
+    if isinstance(ppo.ptx_coef, str) and not ppo.steers_text:
+        raise UserError(f"ppo.ptx_coef={ppo.ptx_coef} must be a number (0: plain PPO), or auto")
+    _check_advantages(config)
+    if ppo.critic_warmup_iterations > ppo.iterations:
+        raise UserError(
+            f"ppo.critic_warmup_iterations={ppo.critic_warmup_iterations} is longer than the run's {ppo.iterations} iterations"
+        )
+    if learning := ppo.iterations - ppo.critic_warmup_iterations:  # zero: only the value model learns
+        check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
+    check_rewards(config.reward, config.rewards)
     if config.parallel.virtual_stages > 1:
         raise UserError(
             f"parallel.virtual_stages={config.parallel.virtual_stages}: sampling decodes through plain stages, and "

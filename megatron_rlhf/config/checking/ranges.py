@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from megatron_rlhf.config import cluster, data, lora, model, placement, rewards, rollout, training
 from megatron_rlhf.config.errors import UserError
@@ -38,7 +38,8 @@ class Range:
             return None
         if isinstance(value, int) and value > LARGEST_WHOLE and self.most is None:
             return f"must be at most {LARGEST_WHOLE}"
-        return f"must be {self}" if math.isfinite(value) else f"must be a number, {self}"
+        words = [str(self)] if str(self) else []
+        return "must be " + ", ".join(words if math.isfinite(value) else ["a number", *words])
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
@@ -51,6 +52,8 @@ WIDTH = Range(least=1, most=2**20)
 """Far above any model: a number beyond is a slip, which would otherwise end in hours or in missing memory."""
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(above=0)
+SECONDS = Range(above=0, most=10**8)
+"""Three years; what waits for longer is a slip, and beyond what timers can count."""
 SHARE = Range(least=0, most=1)
 PROPER_SHARE = Range(least=0, below=1)
 """All of it would leave nothing."""
@@ -59,7 +62,8 @@ SOME_SHARE = Range(above=0, most=1)
 
 # A number that is not in this table must not be negative.
 RANGES: Mapping[type, Mapping[str, Range]] = {
-    training.RunConfig: {"stop_at_step": COUNT, "max_skipped_steps": COUNT, "rendezvous_timeout_s": POSITIVE},
+    training.RunConfig: {"stop_at_step": COUNT, "max_skipped_steps": COUNT, "rendezvous_timeout_s": SECONDS},
+    training.WatchdogConfig: {"timeout_s": Range(least=0, most=SECONDS.most)},
     training.OptimizerConfig: {"lr": POSITIVE, "betas": PROPER_SHARE, "epsilon": POSITIVE},
     placement.PlacementConfig: {"portions": COUNT},
     lora.LoraConfig: {"rank": COUNT, "alpha": POSITIVE, "dropout": PROPER_SHARE},
@@ -133,7 +137,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     },
     evaluate.EvaluateAlgorithmConfig: dict.fromkeys(("samples", "samples_per_prompt", "task_limit"), COUNT),
     held_out.HeldOutConfig: {"samples": COUNT, "patience": COUNT, "max_kl": POSITIVE},
-    rewards.RewardConfig: {"processes": COUNT, "timeout_s": POSITIVE, "timeout_score": ANY},
+    rewards.RewardConfig: {"processes": COUNT, "timeout_s": SECONDS, "timeout_score": ANY},
     rewards.WeightedRewardConfig: {"weight": ANY},
     cluster.ClusterConfig: {
         **dict.fromkeys(("nodes", "gpus_per_node"), COUNT),
@@ -156,7 +160,7 @@ def range_of(schema: type, name: str) -> Range:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise UserError for the first number outside its range, and for an empty text."""
+    """Raise UserError for the first number outside its range, an empty text, and a list that is not as long as its key's."""
     for path, value, allowed in _values(config):
         if isinstance(value, str):
             if not value:
@@ -168,6 +172,8 @@ def check_ranges(config: Any) -> None:
 def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
     for field in fields(config):
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if get_origin(field.type) is tuple and len(value) != (count := len(get_args(field.type))):
+            raise UserError(f"{path}={list(value)} has {len(value)} numbers, and must have {count}")
         if is_dataclass(value):
             yield from _values(value, f"{path}.")
         for name, entry in value.items() if isinstance(value, dict) else ():
