@@ -22,7 +22,7 @@ from megatron_rlhf.data import special_tokens
 from megatron_rlhf.data.chat.files import replace_template
 from megatron_rlhf.data.files import hub
 from megatron_rlhf.data.special_tokens import GENERATION
-from megatron_rlhf.data.stop_watch import StopWatch
+from megatron_rlhf.data.streaming import StopWatch
 
 log = logging.getLogger(__name__)
 

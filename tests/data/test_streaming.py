@@ -1,13 +1,15 @@
-"""Where a stop text ends a response: token by token, compared with decoding the whole, and with transformers' own criterion."""
+"""Text token by token, compared with decoding the whole; where a stop text ends it, also with transformers' own criterion."""
 
 import random
 
 import pytest
 import torch
 from tokenizer_folders import KINDS
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.streaming import StopWatch, TextStream
 from megatron_rlhf.data.tokenizer import load_tokenizer
 
 STOPS = [["\n\nHuman:", "END"], ["é"], [" the"], ["ab", "zx", "x\n", " x"], ["e"]]
@@ -64,3 +66,35 @@ def test_special_tokens_by_their_text_are_tokens(tmp_path, shared_data):
     assert tokenizer.stop_texts == ("ab",)
     with pytest.raises(UserError, match=r"data\.stop has an empty text"):
         tokenizer.stop_also_at([""])
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's and Mistral's: a character that is no token is its bytes, and bytes in a row are decoded together."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc", "▁a", "▁b"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [("▁", "a"), ("▁", "b")]
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+def test_bytes_that_are_text_are_its_characters(byte_fallback):
+    stream, text = TextStream(byte_fallback, skip_special_tokens=False), "a b\n東京 é🎉🎉c"
+    pieces = [stream.step(token) for token in byte_fallback.encode(text).ids]
+    assert "".join(pieces) == text
+    assert {"東", "🎉", " b"} <= set(pieces), "a character comes whole"
+
+
+def test_bytes_that_are_no_text_end_nothing(byte_fallback):
+    """The decoder takes back what it made of the bytes before them."""
+    number = byte_fallback.token_to_id
+    cut = [number(f"<0x{byte:02X}>") for byte in "1🎉".encode()[:-1]]
+    watch = StopWatch(byte_fallback, ["1", "ab"])
+    assert [watch(token) for token in [*cut, number("a"), number("b")]] == [True, False, False, False, False, True]
+    noise = random.Random(1)
+    for _ in range(100):
+        stream = TextStream(byte_fallback, skip_special_tokens=False)
+        tokens = [*noise.choices(range(byte_fallback.get_vocab_size()), k=60), number("c"), number("a"), number("b")]
+        assert "".join(map(stream.step, tokens)).endswith("cab")
