@@ -82,7 +82,7 @@ def rloo(scores: Tensor, prompt_index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def grpo(scores: Tensor, prompt_index: Tensor, eps: float = 1e-8) -> Tensor:
+def grpo(scores: Tensor, prompt_index: Tensor, eps: float = 1e-4) -> Tensor:
     """Group-relative advantages (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
 
         A_i = (s_i - mean) / (std + eps)
@@ -92,7 +92,8 @@ def grpo(scores: Tensor, prompt_index: Tensor, eps: float = 1e-8) -> Tensor:
     Args:
       scores: [b] one per sample. Samples of several prompts follow one another in any order.
       prompt_index: [b] an integer that names the prompt each sample answers.
-      eps: keeps a prompt whose samples all score the same finite.
+      eps: far below a difference of scores that means something, and far above their rounding, which would otherwise be
+        standardised where all samples of a prompt score the same.
 
     Returns:
       [b] without gradient. A prompt with one sample is an error.

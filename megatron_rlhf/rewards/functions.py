@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+MOST = 1e15
+"""Size of a score: the square of a larger one, in the variance of advantages, is near the end of fp32."""
 SIGNATURE = "def NAME(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]"
 
 
@@ -88,9 +90,13 @@ def _number(value: Any, name: str) -> float:
         value = value.item()  # a scalar of NumPy's or torch's
     if not isinstance(value, numbers.Real):
         raise Mistake(f"returned {_shown(value)} for {name}, not a number")
-    if not math.isfinite(value):
-        raise Mistake(f"returned {value} for {name}; a score must be finite")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of 400 digits
+        number = math.inf
+    if not abs(number) <= MOST:  # nor is NaN
+        raise Mistake(f"returned {value} for {name}; a score must be finite, and at most {MOST:g} in size")
+    return number
 
 
 def _shown(value: Any) -> str:

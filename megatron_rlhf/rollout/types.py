@@ -118,6 +118,10 @@ class Rollout:
     def mask_bt(self) -> Tensor:
         return self.responses.mask_bt
 
+    def totals(self, missing_stop_penalty: float) -> Tensor:
+        """[b]: scores, less a penalty for responses without an end."""
+        return self.scores_b - missing_stop_penalty * ~self.responses.stopped_b
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -122,7 +122,7 @@ class PPOTrainer(Trainer):
         cfg, timer = self.config.ppo, self.session.timer
         rollout = self._collect()
         kl = token_kl(rollout.logprobs_bt, rollout.ref_logprobs_bt)
-        totals = rollout.scores_b - cfg.missing_stop_penalty * ~rollout.responses.stopped_b
+        totals = rollout.totals(cfg.missing_stop_penalty)
         rewards = token_rewards(totals, kl, rollout.mask_bt, self.kl_control.coef)
         policy_updates, value_updates = [], []
         if self.value is not None and self.scoring.value is None:
@@ -150,7 +150,7 @@ class PPOTrainer(Trainer):
             self.kl_control.update(metrics["kl/mean"], cfg.batch_size)
         self.progress.kl = metrics["kl/mean"]
         self._weigh_text(metrics)
-        require_on_policy(metrics, self.step + 1, cfg.max_logprob_gap, self.config.precision)
+        require_on_policy(metrics, self.step + 1, self.config)
         self.session.samples.log(self.step + 1, sample_rows(rollout, totals, kl, self.tokenizer))
         return metrics
 

@@ -90,7 +90,8 @@ class Run:
         return rewards
 
     def judge_among_samples(self, episodes: list[Episode], estimator: str) -> None:
-        """Returns less those of the prompt's others (rloo), standardised (grpo), or token by token (reinforce_baseline)."""
+        """Returns less those of the prompt's others (rloo), also with the score standardised (grpo), or token by token
+        (reinforce_baseline)."""
         for episode in episodes:
             discounts = self.s["ppo.gamma"] ** torch.arange(episode.length)
             rewards = self.rewards(episode)
@@ -98,14 +99,18 @@ class Run:
                 [rewards[t:] @ discounts[: episode.length - t] for t in range(episode.length)]
             )
         for episode in episodes:
-            whole = [float(e.returns[0]) for e in episodes if e.number == episode.number]
-            mine, mean = float(episode.returns[0]), statistics.fmean(whole)
-            if estimator == "rloo":
-                episode.advantages = torch.full([episode.length], mine - (sum(whole) - mine) / (len(whole) - 1))
-            elif estimator == "grpo":
-                episode.advantages = torch.full([episode.length], (mine - mean) / (statistics.stdev(whole) + 1e-8))
-            else:
-                episode.advantages = episode.returns - mean
+            samples = [e for e in episodes if e.number == episode.number]
+            whole = {id(e): float(e.returns[0]) for e in samples}
+            if estimator == "reinforce_baseline":
+                episode.advantages = episode.returns - statistics.fmean(whole.values())
+                continue
+            advantage = 0.0
+            if estimator == "grpo":  # the score by itself, and the rest of the return as rloo has the whole
+                totals = [e.total for e in samples]
+                advantage = (episode.total - statistics.fmean(totals)) / (statistics.stdev(totals) + 1e-4)
+                whole = {id(e): whole[id(e)] - self.s["ppo.gamma"] ** (e.length - 1) * e.total for e in samples}
+            mine = whole.pop(id(episode))
+            episode.advantages = torch.full([episode.length], advantage + mine - statistics.fmean(whole.values()))
 
     def judge_by_value(self, episodes: list[Episode]) -> None:
         """Schulman et al. 2016, equations 11 and 16."""

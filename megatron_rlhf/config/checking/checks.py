@@ -16,7 +16,7 @@ from megatron_rlhf.config.stages import (
     RewardModelConfig,
     SFTConfig,
 )
-from megatron_rlhf.config.training import AUTO, NOT_GIVEN, ExportChoice, RunConfig, SamplingConfig, Selection
+from megatron_rlhf.config.training import AUTO, NOT_GIVEN, ExportChoice, KLControl, RunConfig, SamplingConfig, Selection
 
 
 def check_run(run: RunConfig) -> None:
@@ -195,6 +195,11 @@ def check_ppo_settings(config: PPOConfig) -> None:
         )
     if learning := ppo.iterations - ppo.critic_warmup_iterations:  # zero: only the value model learns
         check_warmup(ppo.warmup_iterations, learning, "ppo.warmup_iterations", "iterations in which the policy learns")
+    if ppo.kl_control is KLControl.adaptive and ppo.kl_horizon <= ppo.batch_size / 5:
+        raise UserError(
+            f"ppo.kl_horizon={ppo.kl_horizon} with ppo.batch_size={ppo.batch_size}: one iteration could change the KL "
+            f"coefficient by its whole size, and its sign; give more than {ppo.batch_size // 5}"
+        )
     check_rewards(config.reward, config.rewards)
     if config.parallel.virtual_stages > 1:
         raise UserError(

@@ -1,5 +1,6 @@
 """Held-out prompts: how good the policy is on what it was not trained on, and whether it still improves."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ class Progress:
 
     def add(self, score: float) -> float:
         """The score of a new evaluation, which it returns."""
-        better = self.best is None or score > self.best
+        better = math.isfinite(score) and (self.best is None or score > self.best)
         self.best, self.since_best = (score, 0) if better else (self.best, self.since_best + 1)
         return score
 
@@ -37,7 +38,8 @@ class Progress:
         if config.max_kl is not None and self.kl > config.max_kl:
             return f"KL of {self.kl:.4g} nats a response is above evaluation.max_kl={config.max_kl:g}"
         if config.patience is not None and self.since_best >= config.patience:
-            return f"no evaluation of the last {self.since_best} was better than {self.best:.4g} (evaluation.patience)"
+            best = "had a finite score" if self.best is None else f"was better than {self.best:.4g}"
+            return f"no evaluation of the last {self.since_best} {best} (evaluation.patience)"
         return None
 
 

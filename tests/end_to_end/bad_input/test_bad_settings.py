@@ -89,6 +89,11 @@ CASES: dict[str, Case] = {
     "samples_per_prompt": Case(
         "ppo", ["ppo.samples_per_prompt=3"], [r"samples_per_prompt=3 does not divide ppo\.batch_size=10"]
     ),
+    "horizon_of_less_than_a_step": Case(
+        "ppo",
+        ["ppo.kl_control=adaptive", "ppo.kl_horizon=2"],
+        [r"ppo\.kl_horizon=2 with ppo\.batch_size=10", "give more than 2"],
+    ),
     "unknown_advantages": Case("ppo", ["ppo.advantages=vtrace"], [r"ppo\.advantages=vtrace", "grpo"]),
     "value_model_that_nothing_needs": Case(
         "ppo",

@@ -37,6 +37,15 @@ def arguments(recipe):
     return make
 
 
+def test_a_score_that_is_no_number_is_never_the_best():
+    progress, patient = Progress(), HeldOutConfig(every=1, patience=2)
+    for score, best in ((float("nan"), None), (1.0, 1.0), (float("inf"), 1.0), (float("nan"), 1.0)):
+        progress.add(score)
+        assert progress.best == best
+    assert "was better than 1 " in progress.reason_to_stop(patient)
+    assert "had a finite score" in Progress(since_best=2).reason_to_stop(patient)
+
+
 def rows(recipe, name):
     lines = [json.loads(line) for line in (recipe.root / name / "samples.jsonl").read_text().splitlines()]
     return [row for row in lines if row.get("held_out")]
