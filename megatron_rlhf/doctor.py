@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_rlhf.config.launch import without_ranks
+
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
 MEGATRON_CORE = "0.19.2" if sys.version_info >= (3, 12) else "0.16.1"
 """Version for this Python; from 3.12 on any 0.19 from this one."""
+TORCH = "torch>=2.9,<2.15"
 SELF_TEST_TIMEOUT = 180
 PACKAGES = (
     "hydra omegaconf datasets transformers einops psutil safetensors tensorboard tqdm jinja2 matplotlib numpy".split()
@@ -58,14 +61,12 @@ def self_test() -> Finding:
     ranks = max(_gpus(), 2) if _gpus() != 1 else 1
     backend = "NCCL" if _gpus() else "gloo"
     what = f"{ranks} ranks over {backend}: collectives and a training step"
-    # A job step has Slurm's and torchrun's variables; the test is a separate world.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_SIZE"))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["--module", "megatron_rlhf.self_test"]
     try:
         done = subprocess.run(
             command,
-            env={"OMP_NUM_THREADS": "1", **environment},
+            env={"OMP_NUM_THREADS": "1", **separate_environment()},
             capture_output=True,
             text=True,
             timeout=SELF_TEST_TIMEOUT,
@@ -81,6 +82,11 @@ def self_test() -> Finding:
         reason = first_exception(done.stderr) or f"exit code {done.returncode}"
         return Finding("self-test", BROKEN, f"{what}: {reason}", "", f"run `{' '.join(command)}` to see it whole")
     return Finding("self-test", OK, what, "")
+
+
+def separate_environment() -> dict[str, str]:
+    """Of a test's ranks, which are a world of their own: a job step has Slurm's and torchrun's variables."""
+    return {k: v for k, v in without_ranks().items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
 
 
 def report(findings: list[Finding]) -> str:
@@ -101,15 +107,20 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
-    state = OK if sys.version_info >= (3, 10) else BROKEN
-    return Finding("Python", state, found, "runs it all", "Python 3.10 or newer is needed")
+    state = OK if (3, 10) <= sys.version_info < (3, 14) else BROKEN
+    return Finding("Python", state, found, "runs it all", "Python 3.10 to 3.13 is needed")
 
 
 def _torch() -> Finding:
+    fix = f"pip install '{TORCH}', for your CUDA version"
     try:
         import torch
     except Exception as error:
-        return Finding("torch", BROKEN, _first_line(error), "tensors", "pip install torch, for your CUDA version")
+        return Finding("torch", BROKEN, _first_line(error), "tensors", fix)
+    least, below = (tuple(map(int, pair)) for pair in re.findall(r"(\d+)\.(\d+)", TORCH))
+    number = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if number is None or not least <= tuple(map(int, number.groups())) < below:
+        return Finding("torch", BROKEN, f"{torch.__version__}: needed is {TORCH}", "tensors", fix)
     return Finding("torch", OK, torch.__version__, "tensors")
 
 

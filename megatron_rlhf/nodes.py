@@ -72,11 +72,11 @@ def _product_rate(device: str, dtype: "torch.dtype", size: int, times: int = 20)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(3):
-        _synchronize()
+        _synchronize(device)
         began = time.perf_counter()
         for _ in range(times):
             a @ b
-        _synchronize()
+        _synchronize(device)
         best = max(best, times * 2 * size**3 / (time.perf_counter() - began))
     return best / 1e12
 
@@ -193,11 +193,10 @@ def _measure(store: "dist.Store", pair: tuple[int, int], rank: int) -> None:
         "MASTER_ADDR": store.get(f"address {pair[0]}").decode(),
         "MASTER_PORT": store.get(f"port {pair}").decode(),
     }
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "megatron_rlhf.nodes"],
-            env={**kept, **world},
+            env={**doctor.separate_environment(), **world},
             capture_output=True,
             text=True,
             timeout=SECONDS_OF_A_PAIR,
@@ -227,11 +226,11 @@ def _own_address() -> str:
             return socket.gethostname()
 
 
-def _synchronize() -> None:
+def _synchronize(device: "str | torch.device") -> None:
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _pair() -> None:
@@ -246,11 +245,11 @@ def _pair() -> None:
     buffer = torch.ones(_BUFFER[device.type] // 4, device=device)
     best = 0.0
     for _ in range(5):
-        _synchronize()
+        _synchronize(device)
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(buffer)
-        _synchronize()
+        _synchronize(device)
         best = max(best, buffer.numel() * 4 / (time.perf_counter() - began))
     print(json.dumps(best / 1e9), flush=True)
     runtime.shutdown()

@@ -18,7 +18,7 @@ begin() { # OVERRIDES...
         argument=${argument#+} argument=${argument#+} # Hydra's ++run.dir=
         [[ $argument != run.dir=* ]] || RUN_DIR=${argument#run.dir=}
     done
-    if [[ $RUN_DIR == *[\'\"\$\\]* ]]; then # Hydra's quotes, or another key's value
+    if [[ -z $RUN_DIR || $RUN_DIR == *[\'\"\$\\]* ]]; then # in a file of settings; Hydra's quotes, or another key's value
         ask argument composed_run_dir "$@"
         if [[ -z $argument && -n $SIGNALLED ]]; then # which has ended its task
             ask argument composed_run_dir "$@"

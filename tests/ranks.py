@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import faulthandler
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 # Ranks are forked from a server that has imported the package once: a rank starts in milliseconds, not in seconds.
 CONTEXT = get_context("forkserver")
@@ -58,6 +61,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         finally:
             for rank in ranks:
                 _kill(rank)
+
+
+def limited_rank(rank: int, size: int) -> None:
+    """From now on the system lets this rank's files grow to `size` bytes only: to the rank, its disk is full."""
+    if dist.get_rank() == rank:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
 def _start(

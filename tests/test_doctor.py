@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_rlhf import doctor
+from megatron_rlhf import doctor, nodes
 from megatron_rlhf.doctor import ABSENT, BROKEN, OK, Finding
 from megatron_rlhf.parallel import accelerators
 
@@ -73,6 +74,42 @@ def test_another_megatron_core_is_broken(monkeypatch, tool, capsys):
     assert f"0.15.0: Python {python} needs {doctor.MEGATRON_CORE}" in printed
     assert f"fix: pip install megatron-core=={doctor.MEGATRON_CORE}" in printed
     assert "self-test" not in printed
+
+
+@pytest.mark.parametrize(
+    ("python", "torch_version", "states"),
+    [
+        ((3, 10, 0), "2.9.0a0+nv25.09", (OK, OK)),
+        ((3, 13, 9), "2.14.1", (OK, OK)),
+        ((3, 9, 18), "2.8.0", (BROKEN, BROKEN)),
+        ((3, 14, 0), "2.15.0+cpu", (BROKEN, BROKEN)),
+        ((3, 11, 0), "3.0.0", (OK, BROKEN)),
+    ],
+)
+def test_which_python_and_torch_serve(monkeypatch, python, torch_version, states):
+    monkeypatch.setattr(sys, "version_info", python)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    findings = doctor._python(), doctor._torch()
+    assert tuple(finding.state for finding in findings) == states
+    setup = (TOOL.parents[1] / "setup.py").read_text()
+    assert f'"{doctor.TORCH}"' in setup and 'python_requires=">=3.10,<3.14"' in setup
+
+
+def test_a_test_of_ranks_is_a_world_apart(monkeypatch):
+    """With torchrun's TORCHELASTIC_USE_AGENT_STORE, two nodes that are well would wait for each other without end."""
+    theirs = ("RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_PROCID", "MASTER_PORT")
+    for name in (*theirs, "SLURM_CONF"):
+        monkeypatch.setenv(name, "1")
+    kept = doctor.separate_environment()
+    assert kept["SLURM_CONF"] == "1" and not set(theirs) & set(kept)
+
+
+def test_each_gpu_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1", torch.device("cuda", 2)):
+        nodes._synchronize(device)
+    assert waited == ["cuda:1", torch.device("cuda", 2)]
 
 
 @pytest.mark.parametrize(

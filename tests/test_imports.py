@@ -37,11 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "compose": {"config", "own_files"},
     "help": {"config", "compose"},
     "sweep": {"config", "compose"},
-    "doctor": {"parallel", "models"},
+    "doctor": {"config", "parallel", "models"},
     "self_test": {"config", "parallel", "models", "trainers"},
     "commands": {
         *("config", "data", "monitoring", "parallel", "models", "planning", "planned", "conversion", "checkpoint"),
-        *("rewards", "evaluation", "labeling", "compose", "doctor", "nodes", "cli", "runs"),
+        *("rewards", "evaluation", "labeling", "own_files", "compose", "doctor", "nodes", "cli", "runs"),
     },
     "library": {"config", "compose", "cli", "rewards"},
     "__main__": {"__version__", "config", "commands", "cli"},

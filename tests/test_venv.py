@@ -30,6 +30,33 @@ def test_a_wrong_python_does_not_cost_the_environment(tmp_path, chosen, found):
     assert kept.exists()
 
 
+def test_a_changed_file_is_installed_again_and_so_is_the_former_one(tmp_path):
+    """Whichever files a call names: what was installed since counts, not what was installed once."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "venv.sh", tmp_path / "tools")
+    _says(tmp_path / ".venv" / "bin" / "python", "3.11")
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    for name in ("setup.py", "dev.lock"):
+        (tmp_path / name).touch()
+
+    def installs(lock: str, *files: str) -> bool:
+        (tmp_path / "requirements.lock").write_text(lock)
+        command = f"source tools/venv.sh requirements.lock {' '.join(files)}"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return "installing the pinned versions" in done.stdout
+
+    calls = [("a",), ("a",), ("a", "dev.lock"), ("a",), ("b",), ("b", "dev.lock"), ("a",), ("a", "dev.lock")]
+    assert [installs(*call) for call in calls] == [True, False, True, False, True, False, True, False]
+
+
 def _says(path: Path, answer: str) -> Path:
     """A program that always prints the same."""
     path.parent.mkdir(parents=True, exist_ok=True)

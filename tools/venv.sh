@@ -32,14 +32,21 @@ if [ ! -x "$venv/bin/python" ]; then
         exit 2
     fi
 fi
-stamp="$venv/installed-$(cat "$@" setup.py | sha256sum | cut -c1-16)"
-if [ ! -f "$stamp" ]; then
+# A copy of each file that the environment was made from: file by file, since calls differ in which ones they name.
+is_installed() { # FILES
+    local file
+    for file in "$@"; do cmp -s "$file" "$venv/installed/$file" || return 1; done
+}
+
+if ! is_installed "$@" setup.py; then
     echo "installing the pinned versions into $venv (once, some minutes) ..."
     requirements=()
     for file in "$@"; do requirements+=(-r "$file"); done
+    mkdir -p "$venv/installed"
+    (cd "$venv/installed" && rm -f "$@" setup.py) # an installation that breaks off counts as none
     "$venv/bin/python" -m pip install --quiet "${requirements[@]}" || exit 1
     "$venv/bin/python" -m pip install --quiet --no-deps --editable . || exit 1
-    touch "$stamp"
+    cp "$@" setup.py "$venv/installed"
 fi
 source "$venv/bin/activate"
 # Two ranks on two cores: one thread each, otherwise they compete for both.

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron_rlhf.checkpoint import naming
 from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree, seal, sync_tree
 from megatron_rlhf.checkpoint.role_files import RoleFiles, ToWrite
+from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.parallel import collectives
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,22 @@ def on_first_rank(write: Callable[[], object]) -> None:
             write()
         except OSError as problem:
             error = problem
+    agree(error)
+
+
+def on_each_rank(write: Callable[[], object]) -> None:
+    """What each rank writes of what it reads. Collective; raises NotWritten, or UserError for what cannot be read, on all
+    ranks.
+    """
+    mistake, error = None, None
+    try:
+        write()
+    except UserError as problem:
+        mistake = str(problem)
+    except (OSError, RuntimeError) as problem:  # torch's for a full disk
+        error = problem
+    if (first := collectives.first_message(mistake)) is not None:
+        raise UserError(first[1])
     agree(error)
 
 

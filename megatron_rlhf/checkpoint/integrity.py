@@ -31,10 +31,18 @@ def agree(error: Exception | None) -> None:
 
     Without it the rank with the full disk would leave, and the others would wait for it forever.
     """
-    failure = collectives.first_message(None if error is None else str(error) or repr(error))
+    failure = collectives.first_message(None if error is None else _reason(error))
     if failure is not None:
         rank, text = failure
         raise NotWritten(f"{text} (rank {rank})" if dist.get_world_size() > 1 else text) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where torch has made "unexpected pos 704 vs 598" of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or error) or repr(cause or error)
 
 
 def is_whole(folder: Path) -> bool:

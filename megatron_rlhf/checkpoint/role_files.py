@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class RoleFiles:
 
     folder: Path
     writer: _Writer
-    planner: _Planner
+    planner: DefaultSavePlanner
     results: list[WriteResult] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -156,17 +156,22 @@ class RoleFiles:
             folder: the role's own.
             copy: copy to host memory what this rank writes, because it will change before it is written.
         """
+        return cls.begin(folder, _Planner(state, copy), state.common)
+
+    @classmethod
+    def begin(cls, folder: Path, planner: DefaultSavePlanner, common: Mapping[str, Any]) -> "RoleFiles":
+        """The same for a planner that says what this rank writes, in its `plan`."""
         error = None
         if dist.get_rank() == 0:
             try:
                 folder.mkdir(parents=True)
                 content = io.BytesIO()  # to a path, torch would write with errors that do not say "disk full"
-                torch.save(state.common, content)
+                torch.save(common, content)
                 (folder / COMMON_STATE_FNAME).write_bytes(content.getvalue())
             except OSError as problem:
                 error = problem
         agree(error)
-        return cls(folder, _Writer(folder), _Planner(state, copy))
+        return cls(folder, _Writer(folder), planner)
 
     def write(self) -> None:
         """Write and sync this rank's file. No collectives: a thread may do it."""

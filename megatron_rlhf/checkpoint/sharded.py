@@ -15,8 +15,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_rlhf.checkpoint import restricted
 from megatron_rlhf.checkpoint.description import adapter_from_json, model_from_json, model_to_json, write_description
-from megatron_rlhf.checkpoint.draft import Draft, writing
-from megatron_rlhf.checkpoint.integrity import META, NotWritten, agree
+from megatron_rlhf.checkpoint.draft import Draft, on_each_rank, writing
+from megatron_rlhf.checkpoint.integrity import META, NotWritten
 from megatron_rlhf.checkpoint.naming import FORMAT, find_checkpoint, latest, point, read_meta
 from megatron_rlhf.checkpoint.reading import RoleReader
 from megatron_rlhf.checkpoint.role_files import RoleFiles, ToWrite
@@ -57,12 +57,7 @@ def save_role(folder: Path, saved: SavedRole) -> None:
     Collective; raises NotWritten on all ranks.
     """
     role = RoleFiles.plan(folder / saved.role.name, state_to_save(saved), copy=False)
-    error = None
-    try:
-        role.write()
-    except (OSError, RuntimeError) as problem:
-        error = problem
-    agree(error)
+    on_each_rank(role.write)
     role.finish()
 
 

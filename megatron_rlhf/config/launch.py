@@ -13,6 +13,9 @@ from megatron_rlhf.config.errors import UserError
 
 # Slurm numbers steps that srun did not start (interactive shell, batch script, extern) from here up.
 FIRST_RESERVED_STEP = 0xFFFFFFF0
+# With TORCHELASTIC_USE_AGENT_STORE a process waits at the agent's store for ranks of the world that it is not in; PET_* are
+# options of torchrun.
+_OF_A_RANK = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def detect_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 "process alone"
             )
     return Launch(0, 1, 0)
+
+
+def without_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An environment without torchrun's variables, for a process that is no rank of this world."""
+    return {name: value for name, value in environment.items() if not _OF_A_RANK.fullmatch(name)}
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -81,14 +89,24 @@ def tell_launcher(reason: str, environment: Mapping[str, str] = os.environ) -> N
 
 
 def node_names(listed: str) -> list[str]:
-    """Slurm's list of nodes, "gpu[01-03,7],login": a container may have no scontrol to expand it."""
+    """Slurm's list of nodes, "gpu[01-03,7],rack[0-1]n[0-3]": a container may have no scontrol to expand it."""
     names = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", listed):
-        for part in ranges.split(",") if ranges else [""]:
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1) if part else [""]
-            names += [f"{prefix}{str(number).zfill(len(first))}{suffix}" for number in numbers]
+    for pattern in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", listed):
+        expanded = [""]
+        for text, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", pattern):
+            parts = [text] if text else _numbers(ranges)
+            expanded = [name + part for name in expanded for part in parts]
+        names += expanded
     return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """ "01-03,7": 01, 02, 03 and 7."""
+    found = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def _is_srun_step(environment: Mapping[str, str]) -> bool:

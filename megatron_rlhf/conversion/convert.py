@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.checkpoint import integrity, sharded
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lora import Adapter
 from megatron_rlhf.config.model import ModelConfig, ParallelConfig, model_differences
@@ -34,6 +34,9 @@ from megatron_rlhf.parallel.layout import ParallelLayout
 ROLES = {"policy": "policy", "ema": "policy_ema", "reward": "reward", "value": "value"}
 """What users call a role -> its folder in a checkpoint."""
 _HEADS = {"policy": Head.language, "policy_ema": Head.language, "reward": Head.score, "value": Head.token}
+
+_ERRORS = (CheckFailed, UserError, OSError)
+"""With which the first rank's work ends on all ranks; OSError: a full disk."""
 
 _NEEDS_CODE = (
     f"the score's bias is kept as the tensor score.bias, for which {extra_files.REWARD_CODE} beside it has the place: load the "
@@ -106,8 +109,7 @@ def import_huggingface(
     weights.require_one_type_a_tensor()
     with _into(output) as folder:
         write_checkpoint(folder / name, weights)
-        if dist.get_rank() == 0:
-            extra_files.keep(source, folder)
+        on_first_rank(lambda: extra_files.keep(source, folder), _ERRORS)
         sharded.write_description(
             folder, {name: (described.model, described.scalar, "")}, {"imported_from": str(source)}
         )
@@ -132,7 +134,7 @@ def import_nemo(archive: Path, output: Path) -> int:
                     raise CheckFailed(f"tensor {place} differs from the archive's")
             return len(every)
 
-        return on_first_rank(compare, (CheckFailed, UserError))
+        return on_first_rank(compare, _ERRORS)
 
 
 def export_huggingface(
@@ -167,10 +169,12 @@ def export_huggingface(
     exported = Exported.of(described, reader)
     with _into(output) as folder:
         write_weights(folder, exported, shard_bytes)
-        if dist.get_rank() == 0:
+
+        def complete() -> None:
             extra.copy_to(folder, generation=not scalar)
             extra_files.write_config(folder, described, exported.dtype(WORD_EMBEDDINGS), extra, exported.needs_code)
-        dist.barrier()
+
+        on_first_rank(complete, _ERRORS)
         weights = Weights.open(folder, Described.read(folder))
         return _checked(reader, exported, weights, check, exported.needs_code)
 
@@ -204,7 +208,7 @@ def export_peft(
                 raise CheckFailed(f"read back, the adapters are {again.adapter}, and not {adapter}")
             return f"adapters of rank {adapter.rank}; their base is {base}, whose weights are the checkpoint's"
 
-        return on_first_rank(write, (CheckFailed, UserError))
+        return on_first_rank(write, _ERRORS)
 
 
 def _require_same_base(base: Path, reader: CheckpointReader, model: ModelConfig) -> None:
@@ -232,11 +236,14 @@ def _shapes(model: ModelConfig, scalar: bool, adapter: Adapter | None) -> dict[s
 
 
 def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool, Adapter | None]:
+    """Raises UserError for a role that is not there or whose files are not what was written. Collective."""
     roles = sharded.read_meta(checkpoint)["roles"]
     if role not in roles:
         names = {folder: name for name, folder in ROLES.items()}
         held = ", ".join(names.get(folder, folder) for folder in roles)
         raise UserError(f"--role {names[role]}: {checkpoint} holds {held}")
+    if problem := integrity.find_damage(checkpoint, role):
+        raise UserError(f"{checkpoint}: the checkpoint is damaged: {problem}")
     content = roles[role]
     return (
         sharded.model_from_json(content["model"]),
@@ -249,6 +256,8 @@ def _role_shape(checkpoint: Path, role: str) -> tuple[ModelConfig, bool, Adapter
 def _into(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not empty; name a new folder")
+    if output.resolve() == Path.cwd():
+        raise UserError(f"--output {output}: is the current folder, and a new one would replace it; name another")
     dist.barrier()  # all ranks have checked before one writes
     with sharded.writing(output) as folder:
         yield folder
@@ -276,7 +285,7 @@ def _checked(
             needs_code=needs_code,
         )
 
-    return on_first_rank(compare, (CheckFailed, UserError))
+    return on_first_rank(compare, _ERRORS)
 
 
 def _peak_bytes() -> int:

@@ -5,22 +5,22 @@ and values), they are written as one adapter of several times the rank, block by
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.lora import Adapter, projections
 from megatron_rlhf.conversion.adapted import LAYERS, factor, factor_shapes, rows_of_projections
-from megatron_rlhf.conversion.hf.folder import CONFIG, TensorFiles
+from megatron_rlhf.conversion.hf.folder import CONFIG, TensorFiles, write_tensors
 from megatron_rlhf.conversion.hf.load import sharded_tensors
 from megatron_rlhf.conversion.hf.weights import Described
-from megatron_rlhf.conversion.peft_settings import SETTINGS, read_settings
+from megatron_rlhf.conversion.peft_settings import SETTINGS, pattern_of_modules, read_settings
 from megatron_rlhf.conversion.whole_tensors import Place, TensorSource
 from megatron_rlhf.models.roles import Role
 
@@ -172,8 +172,8 @@ class _Stored:
 
     def _setting(self, module: str, pattern: str, default: str) -> float:
         listed = self.settings.get(pattern) or {}
-        own = [value for name, value in listed.items() if module == name or module.endswith(f".{name}")]
-        return float(own[0] if own else self.settings[default])
+        own = (value for name, value in listed.items() if re.match(pattern_of_modules(name), module))
+        return float(next(own, self.settings[default]))
 
 
 def _own_block(a: Tensor, b: Tensor, module: Module, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -220,7 +220,7 @@ def write(folder: Path, described: Described, source: TensorSource, adapter: Ada
             if several > 1:
                 ranks[suffix] = several * adapter.rank
             tensors |= {f"{_PREFIX}{name}.lora_A.weight": a, f"{_PREFIX}{name}.lora_B.weight": b}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
     transposed = described.hf_tensor(f"{LAYERS}mlp.linear_fc2.weight").transposed
     settings = {
         "peft_type": "LORA",

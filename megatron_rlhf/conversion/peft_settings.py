@@ -1,6 +1,7 @@
 """adapter_config.json of `peft`, checked: what has a meaning here, with values that can be used."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,4 +64,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise UserError(f"{where}: {name} is missing: {words}")
         if name in settings and not holds(settings[name]):
             raise UserError(f"{where}: {name}={settings[name]!r:.80} must be {words}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in settings.get(name) or {}:
+            try:
+                re.compile(pattern_of_modules(key))
+            except re.error as error:
+                raise UserError(f"{where}: {name}: {key!r} must be a regular expression: {error}") from error
     return settings
+
+
+def pattern_of_modules(key: str) -> str:
+    """The modules that a key of rank_pattern or alpha_pattern means, by `peft`'s rule: the first key that matches counts."""
+    return rf"(.*\.)?({key})$"

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -27,7 +26,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_rlhf.checkpoint.restricted import COMMON, load_metadata
+from megatron_rlhf.checkpoint.draft import on_each_rank
+from megatron_rlhf.checkpoint.restricted import load_metadata
+from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.conversion.architecture import is_layer
 
@@ -156,19 +157,12 @@ def _span(start: int, length: int) -> slice:
 def write_checkpoint(folder: Path, source: TensorSource) -> None:
     """Write a role's tensors as Megatron-Core's distributed checkpoint, reading one at a time. Collective.
 
-    The tensors are divided among the ranks. Any layout can load the result.
+    The tensors are divided among the ranks. Any layout can load the result. Raises NotWritten, or UserError for what cannot
+    be read, on all ranks.
     """
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-        torch.save({}, folder / COMMON)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    dist.barrier()
-    writer = dcp.FileSystemWriter(folder, thread_count=1, sync_files=False)
-    try:
-        dcp.save({}, storage_writer=writer, planner=_Streamed(source))
-    except dcp.CheckpointException as exception:  # on every rank, with the failures of all
-        mistakes = [error for error, _ in exception.failures.values() if isinstance(error, UserError)]
-        raise mistakes[0] if mistakes else exception from None
+    files = RoleFiles.begin(folder, _Streamed(source), {})
+    on_each_rank(files.write)
+    files.finish()
 
 
 class _Streamed(dcp.DefaultSavePlanner):
@@ -177,15 +171,12 @@ class _Streamed(dcp.DefaultSavePlanner):
     def __init__(self, source: TensorSource) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.source = source
-
-    def create_local_plan(self) -> SavePlan:
         items = [
             self._item(place, rows)
             for place in places(self.source.shapes, self.source.num_layers)
             for rows in self._pieces(place)
         ]
         self.plan = SavePlan(items[dist.get_rank() :: dist.get_world_size()])
-        return self.plan
 
     def _pieces(self, place: Place) -> list[slice]:
         shape = self.source.shapes[place.key]

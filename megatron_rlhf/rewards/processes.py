@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_rlhf.config.launch import without_ranks
 from megatron_rlhf.rewards.worker import START
-
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-"""What tells a process that it is a rank: the function's must not take itself for one."""
 
 KEEPER_S = 15.0
 """A keeper has this long to end what it keeps."""
@@ -50,7 +48,7 @@ class Process:
     def launch(cls, spec: str) -> "Process":
         """A new Python, the keeper of the one in which the function runs (`worker.keep`)."""
         here, there = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+        environment = without_ranks()  # it must not take itself for one
         # The order of sets is the same in every run, and what the function prints is in the log at once.
         environment |= {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
         popen = subprocess.Popen(

@@ -73,9 +73,9 @@ def export(run: RunConfig, role: str, tokenizer: Tokenizer) -> None:
     options = CheckOptions(tokenizer.encode(SAMPLE_TEXT, bos=True))
     try:
         report = convert.export_huggingface(checkpoint, aside, role, None, None, companions, options)
-    except CheckFailed as error:
+        collectives.on_first_rank(lambda: _replace(output, aside), (OSError,))
+    except (CheckFailed, UserError, OSError) as error:  # a damaged checkpoint, a full disk
         raise RunFailed(f"run.export_hf={run.export_hf.value}: the run is saved, its export is not: {error}") from error
-    collectives.on_first_rank(lambda: _replace(output, aside))
     log.info("%s of %s as a Hugging Face folder: %s: %s", role, checkpoint.name, output, report)
 
 

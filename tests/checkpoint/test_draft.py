@@ -6,7 +6,7 @@ import threading
 import psutil
 import pytest
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import limited_rank, run_ranks
 from toys import GPT2_LIKE, make_role
 
 from megatron_rlhf.checkpoint import naming, sharded
@@ -15,13 +15,6 @@ from megatron_rlhf.checkpoint.integrity import NotWritten, find_damage
 from megatron_rlhf.checkpoint.role_files import RoleFiles
 from megatron_rlhf.checkpoint.sharded import SavedRole
 from megatron_rlhf.config.model import ParallelConfig
-
-
-def limited_rank(rank, size):
-    """From now on the system lets this rank's files grow to `size` bytes only: to the rank, its disk is full."""
-    if dist.get_rank() == rank:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
 def save_with_one_full_disk(root, rank, size):

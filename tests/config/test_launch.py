@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.config.launch import Launch, detect_launch, tell_launcher
+from megatron_rlhf.config.launch import Launch, detect_launch, tell_launcher, without_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
@@ -51,6 +51,16 @@ def test_what_no_launcher_sets_is_named(environment, says):
     with pytest.raises(UserError) as caught:
         detect_launch(environment)
     assert says in str(caught.value)
+
+
+def test_a_process_of_no_world_does_not_take_torchruns_for_its_own():
+    """As torchrun sets them."""
+    names = (
+        "LOCAL_RANK RANK GROUP_RANK ROLE_RANK ROLE_NAME LOCAL_WORLD_SIZE WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE "
+    )
+    names += "MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE PET_NNODES"
+    kept = {"PATH": "/bin", "MASTER": "x", "RANKS": "3", "SLURM_JOB_ID": "7"}
+    assert without_ranks(kept | dict.fromkeys(names.split(), "1")) == kept
 
 
 def test_the_launcher_finds_the_reason_where_torchrun_looks_for_it(tmp_path):

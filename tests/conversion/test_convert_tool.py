@@ -67,7 +67,7 @@ def test_a_tokenizer_that_cannot_be_read_is_remarked(world, run, tmp_path, capsy
     assert "since its tokenizer cannot be used: " in capsys.readouterr().out
 
 
-def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
+def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, monkeypatch, capsys):
     source = hf_models.save(tmp_path / "source", "gpt2")
     capsys.readouterr()
     assert run("hf-to-megatron", "--hf", tmp_path / "nothing", "--output", tmp_path / "ours") == 2
@@ -77,6 +77,12 @@ def test_a_mistake_exits_with_2_and_one_message(world, run, tmp_path, capsys):
     assert "is a Hugging Face folder already" in capsys.readouterr().err
     assert run("hf-to-megatron", "--hf", source, "--output", source / "config.json" / "x") == 2
     assert "Not a directory" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert run("hf-to-megatron", "--hf", source, "--output", ".") == 2
+    assert "error: --output .: is the current folder, and a new one would replace it" in capsys.readouterr().err
+    (tmp_path / "empty").rmdir()
+    monkeypatch.chdir(tmp_path)
     for wrong in (("--check-length", "0"), ("--check-length", "-3")):
         with pytest.raises(SystemExit, match="2"):
             run("hf-to-megatron", "--hf", source, "--output", tmp_path / "ours", *wrong)

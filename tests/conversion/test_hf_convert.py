@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import resource
 
 import hf_models
 import pytest
 import torch
 import torch.distributed as dist
 from conversions import CHECK, assert_same_tensors, export, round_trip, save_checkpoint, tensors
-from ranks import run_ranks
+from ranks import limited_rank, run_ranks
 from toys import GPT2_LIKE, LLAMA_LIKE, make_role
 
 from megatron_rlhf.checkpoint import sharded
+from megatron_rlhf.checkpoint.integrity import NotWritten
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ParallelConfig
 from megatron_rlhf.conversion import convert, whole_tensors
@@ -87,6 +89,33 @@ def test_what_one_rank_cannot_read_all_ranks_tell(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
 
 
+def convert_with_one_full_disk(source, folder, rank, size):
+    """The messages that a rank gets of an import and of an export, then what is left once there is room."""
+    said = []
+    for attempt in (
+        lambda: convert.import_huggingface(source, folder / "ours", None, CHECK),
+        lambda: export(folder / "ours", folder / "theirs", shard_bytes=20_000),
+    ):
+        limited_rank(rank, size)
+        with pytest.raises(NotWritten) as caught:
+            attempt()
+        said.append(str(caught.value))
+        limited_rank(rank, resource.RLIM_INFINITY)
+        assert list(folder.iterdir()) == [folder / "ours"] * (len(said) - 1)
+        dist.barrier()
+        attempt()
+    return said
+
+
+# The first rank writes descriptions too: at which file it fails depends on how much room there is.
+@pytest.mark.parametrize(("rank", "size"), [(1, 5000), (0, 5000), (0, 0)])
+def test_a_full_disk_on_one_rank_is_told_to_all(tmp_path, rank, size):
+    source, folder = hf_models.save(tmp_path / "source", "gpt2"), tmp_path / "converted"
+    folder.mkdir()
+    for said in run_ranks(2, convert_with_one_full_disk, source, folder, rank, size):
+        assert all("File too large" in text and text.endswith(f"(rank {rank})") for text in said), said
+
+
 def import_on_ranks(source, output, parallel):
     convert.import_huggingface(source, output, None, CHECK)
     model, _ = hf_load.read_model_config(source)
@@ -131,11 +160,16 @@ def test_a_checkpoint_in_chunks_is_the_same(world, tmp_path, monkeypatch):
     assert_same_tensors(source, tmp_path / "theirs")
 
 
-def test_a_damaged_checkpoint_is_named(world, tmp_path):
+@pytest.mark.parametrize("length", [1000, None], ids=["cut", "one_bit"])
+def test_a_damaged_checkpoint_is_named(world, tmp_path, length):
     save_checkpoint(tmp_path / "ours", ParallelConfig(), {"policy": (LLAMA_LIKE, False, 0)})
-    for data in (tmp_path / "ours" / "policy").glob("*.distcp"):
-        data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"policy: the checkpoint is damaged, .* cannot be read"):
+    (data,) = (tmp_path / "ours" / "policy").glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content[:length])
+    with pytest.raises(
+        UserError, match=rf"ours: the checkpoint is damaged: policy/{data.name} is not what was written"
+    ):
         export(tmp_path / "ours", tmp_path / "theirs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
@@ -149,13 +183,13 @@ def test_a_tokenizer_of_another_model_is_refused(world, tmp_path):
 def test_a_tensor_that_was_written_wrongly_is_named(world, tmp_path, monkeypatch):
     source = hf_models.save(tmp_path / "source", "gpt2")
     convert.import_huggingface(source, tmp_path / "ours", None, CHECK)
-    save = hf_export.save_file
+    save = hf_export.write_tensors
 
-    def spoil(tensors, *args, **kwargs):
+    def spoil(path, tensors):
         tensors["transformer.h.2.mlp.c_fc.bias"][3] += 1e-6
-        save(tensors, *args, **kwargs)
+        save(path, tensors)
 
-    monkeypatch.setattr(hf_export, "save_file", spoil)
+    monkeypatch.setattr(hf_export, "write_tensors", spoil)
     with pytest.raises(
         CheckFailed, match=r"tensor transformer.h.2.mlp.c_fc.bias .* differs: 1 of 256 values, by up to"
     ):

@@ -232,6 +232,16 @@ def test_archives_that_are_not_whole(world, tmp_path):
         convert.import_nemo(tmp_path / "text.nemo", tmp_path / "ours")
 
 
+def test_a_disk_without_room_for_the_archive_is_not_the_archives_fault(world, tmp_path, monkeypatch):
+    def no_room(*files):
+        raise OSError(28, "No space left on device")
+
+    archive = pack(tmp_path / "model.nemo", CONFIGS["gpt2"], {"else.ckpt": {}})
+    monkeypatch.setattr(nemo_archive.shutil, "copyfileobj", no_room)
+    with pytest.raises(UserError, match=r"model\.nemo: cannot be extracted into .*: .*No space left on device"):
+        convert.import_nemo(archive, tmp_path / "ours")
+
+
 def test_an_archive_writes_nothing_outside_itself(tmp_path):
     (tmp_path / "payload").write_text("x")
     with tarfile.open(tmp_path / "model.nemo", "w") as tar:

@@ -131,6 +131,8 @@ def changed(folder, **settings):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"base_model_name_or_path": "gone/away"}, r"policy\.init_from=.*base_model_name_or_path=gone/away"),
         ({"alpha_pattern": {"q_proj": 3}}, "several ranks or scales"),
+        ({"alpha_pattern": {"(q_proj": 3}}, r"alpha_pattern: '\(q_proj' must be a regular expression: missing \)"),
+        ({"rank_pattern": {"*": 3}}, r"rank_pattern: '\*' must be a regular expression"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
     ],
 )
@@ -177,6 +179,33 @@ def test_rank_stabilised_scales_are_read(world, tmp_path):
     base = hf_models.save(tmp_path / "base", "llama")
     model = adapted(base, tmp_path / "adapter", ["q_proj", "v_proj"], use_rslora=True)
     assert (started(tmp_path / "adapter", None, False) - theirs(model)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"q_proj": 9, "v_proj": 9},
+        {"(q|v)_proj": 9},
+        {r"^model\.layers\.\d+\.self_attn\.[qv]_proj": 9},
+        {r".*\.[qv]_proj": 9, "q_proj": 3},
+        {"proj": 9, "self_attn": 3},
+    ],
+)
+def test_scales_by_pattern_are_those_of_peft(pattern, tmp_path):
+    base = hf_models.save(tmp_path / "base", "llama")
+    model = adapted(base, tmp_path / "adapter", ["q_proj", "v_proj"], alpha_pattern=pattern)
+    scale = model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
+    assert StartingPoint.find(str(tmp_path / "adapter"), "policy.init_from", POLICY).adapter.scale == scale
+
+
+def test_adapters_of_a_damaged_checkpoint_are_not_written(world, tmp_path):
+    base, checkpoint = hf_models.save(tmp_path / "base", "llama"), tmp_path / "checkpoint"
+    trained_checkpoint(base, [], checkpoint)
+    path = next((checkpoint / "policy").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=rf"checkpoint is damaged: policy/{path.name} is not what was written"):
+        convert.export_peft(checkpoint, tmp_path / "a", "policy", None, ExtraFiles.find(checkpoint, base), str(base))
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_base_must_be_the_one_that_was_trained(world, tmp_path):

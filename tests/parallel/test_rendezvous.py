@@ -112,6 +112,7 @@ def test_a_port_in_use_is_named(port):
         ("n[1-3,7]", ["n1", "n2", "n3", "n7"]),
         ("gpu[09-11],login", ["gpu09", "gpu10", "gpu11", "login"]),
         ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
+        ("rack[0-1]n[08-9],r[2]", ["rack0n08", "rack0n09", "rack1n08", "rack1n09", "r2"]),
         ("", []),
     ],
 )

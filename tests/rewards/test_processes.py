@@ -77,6 +77,10 @@ MISTAKES = {
     "null": ("return [1, 2, None, 4, 5]", "returned NoneType None for the response to prompt 20, not a number"),
     "nan": ("return [1, 2, 3, float('nan'), 5]", "returned nan for the response to prompt 30; a score must be finite"),
     "infinite": ("return [1, 2, 3, 4, float('-inf')]", "returned -inf for the response to prompt 40"),
+    "huge": (
+        "return [1, 2, 10**400, 4, 5]",
+        "returned 1000.* for the response to prompt 20; a score must be .* at most 1e",
+    ),
     "complex": ("return [1j] * 5", "returned complex 1j"),
     "crashes": ("os.kill(os.getpid(), 11)", r"ended its process \(SIGSEGV\) for 5 responses to prompts 0, 10, 20"),
     "vanishes": ("os._exit(7)", r"ended its process \(exit code 7\)"),
@@ -214,8 +218,10 @@ def test_what_it_prints_harms_nothing(launch, capfd):
 
 
 def test_a_rank_is_not_what_it_takes_itself_for(launch, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    assert scored(launch("return [float('RANK' in os.environ)] * 5")) == [0.0] * 5
+    for name in ("RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "3")
+    counted = "sum(name in os.environ for name in ('RANK', 'TORCHELASTIC_USE_AGENT_STORE'))"
+    assert scored(launch(f"return [float({counted})] * 5")) == [0.0] * 5
 
 
 BROKEN = {

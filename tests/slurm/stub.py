@@ -24,15 +24,20 @@ class Stub:
         flags: Sequence[str] = (),
         script: Path | None = None,
         submitted_in: Path | None = None,
+        run_dir_by: str = "run.dir",
         **variables: str,
     ) -> "StubJob":
-        folder = self.cluster.folder / "runs" / name
+        """`run_dir_by`: the key that gives it, or names a file of settings that does: config or recipe."""
+        folder = given = self.cluster.folder / "runs" / name
+        if run_dir_by != "run.dir":
+            given = self.cluster.folder / f"{name}.yaml"
+            given.write_text(f"run.dir: {folder}\n")
         script = script or self.repository / "slurm" / "ppo_175b.sh"
         # No VENV: the repository has one.
         settings = {"VENV": "", "CLUSTER": "h100_80gb", **variables}
         flags = [*TWO_NODES, f"--output={self.cluster.folder}/%x_%j.log", *flags]
         number = self.cluster.submit(
-            script, f"run.dir={folder}", *overrides, flags=flags, submitted_in=submitted_in, **settings
+            script, f"{run_dir_by}={given}", *overrides, flags=flags, submitted_in=submitted_in, **settings
         )
         return StubJob(self.cluster, number, folder)
 

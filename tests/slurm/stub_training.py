@@ -19,13 +19,12 @@ SECONDS_A_STEP = 0.3
 
 
 def main() -> None:
+    folder = run_dir()
     if "--cfg" in sys.argv:
-        shown = given("run.dir").replace("${oc.env:SLURM_ARRAY_TASK_ID}", os.environ.get("SLURM_ARRAY_TASK_ID", ""))
-        print(f"run:\n  dir: {shown}\n  seed: 1")
+        print(f"run:\n  dir: {folder}\n  seed: 1")
         return
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    folder = Path(given("run.dir").replace("${oc.env:SLURM_ARRAY_TASK_ID}", os.environ.get("SLURM_ARRAY_TASK_ID", "")))
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     asked: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -82,6 +81,14 @@ def act(action: str, rank: int, world: int) -> None:
     if action in ("kill", "lost"):
         os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(int(action.removeprefix("exit:")))
+
+
+def run_dir() -> Path:
+    """From an override, else from a file of settings."""
+    files = [Path(given(key)) for key in ("config", "recipe") if given(key).endswith(".yaml")]
+    in_files = [path.read_text().strip().removeprefix("run.dir: ") for path in files]
+    dir = next(filter(None, [given("run.dir"), *in_files]))
+    return Path(dir.replace("${oc.env:SLURM_ARRAY_TASK_ID}", os.environ.get("SLURM_ARRAY_TASK_ID", "")))
 
 
 def given(key: str, default: str = "") -> str:

@@ -73,6 +73,14 @@ def test_an_array_is_several_runs(stub: Stub) -> None:
         assert (run.folder / "checkpoints" / "latest").read_text() == "step_3"
 
 
+def test_the_run_folder_is_an_argument_or_in_a_file(stub: Stub) -> None:
+    """In either way a job that dies comes back."""
+    jobs = [stub.submit(f"folder_by_{key}", "stub.first=kill@1", run_dir_by=key) for key in ("config", "recipe")]
+    for job in jobs:
+        assert job.end().state == "COMPLETED", job.log
+        assert [row["checkpoint"] for row in job.record] == ["step_1"]
+
+
 def test_the_recipe_is_a_variable_or_an_argument(stub: Stub) -> None:
     by_variable = stub.submit("recipe_variable", RECIPE="instructgpt_6b")
     by_argument = stub.submit("recipe_argument", "recipe=instructgpt_6b")

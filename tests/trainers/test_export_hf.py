@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from ranks import run_ranks
 from recipe import read_metrics, run_stage
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.errors import RunFailed, UserError
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.config.training import ExportChoice, RunConfig
-from megatron_rlhf.trainers.export import require_exportable
+from megatron_rlhf.conversion import convert
+from megatron_rlhf.conversion.check.outputs import CheckFailed
+from megatron_rlhf.trainers.export import export, require_exportable
 
 
 def test_the_best_epoch_has_the_validation_loss_that_chose_it(recipe):
@@ -45,13 +48,33 @@ def test_what_was_there_before_the_run_is_not_replaced(recipe):
     assert (folder / "config.json").read_text() == "{}"
 
 
+def add_checkpoint(run):
+    """Something that looks like one."""
+    (run / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+    for name in ("meta.json", "checksums.sha256"):
+        (run / "checkpoints" / "step_1" / name).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), UserError("step_1 is damaged"), CheckFailed("a tensor differs")]
+)
+def test_an_export_that_fails_does_not_lose_the_run(error, world, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise error
+
+    add_checkpoint(tmp_path)
+    monkeypatch.setattr(convert, "export_huggingface", fail)
+    tokenizer = SimpleNamespace(bos_id=0, eos_id=0, encode=lambda text, bos: [1])
+    message = rf"run\.export_hf=last: the run is saved, its export is not: {re.escape(str(error))}"
+    with pytest.raises(RunFailed, match=message):
+        export(RunConfig(dir=str(tmp_path), export_hf=ExportChoice.last), "policy", tokenizer)
+
+
 @pytest.mark.parametrize("spelling", ["{run}/huggingface", "{run}/../export_self/huggingface", "{link}"])
 def test_a_resumed_run_does_not_replace_what_it_starts_from(recipe, tmp_path, spelling):
     run = recipe.root / "export_self"
     model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)
-    (run / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
-    for name in ("meta.json", "checksums.sha256"):
-        (run / "checkpoints" / "step_1" / name).write_text("{}")
+    add_checkpoint(run)
     (run / "huggingface").mkdir(exist_ok=True)
     (tmp_path / "link").symlink_to(run / "huggingface")
     settings = RunConfig(dir=str(run), export_hf=ExportChoice.last)

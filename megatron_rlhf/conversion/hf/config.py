@@ -16,6 +16,14 @@ from megatron_rlhf.conversion.architecture import Architecture, Head, attention_
 
 # Our fields about rotary positions; all architectures write them the same way.
 _ROPE_FIELDS = {field.name for field in fields(ModelConfig) if field.name.startswith("rope_")}
+# Of these, the keys in config.json, beside that of the base.
+_ROPE_KEYS = {
+    "rope_fraction": "partial_rotary_factor",
+    "rope_scaling_factor": "factor",
+    "rope_original_length": "original_max_position_embeddings",
+    "rope_low_frequency": "low_freq_factor",
+    "rope_high_frequency": "high_freq_factor",
+}
 # Fields that change no output, so config.json does not need them.
 _FREE = {"vocab_multiple", "init_std"}
 # Keys of any config.json -> the values with which the model is causal and not quantized.
@@ -75,6 +83,8 @@ def to_model_config(content: Mapping[str, Any], architecture: Architecture, wher
     if values["positions"] is Positions.rope:
         try:
             values |= _read_rope(full, architecture, where)
+        except UserError:
+            raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{where}: rotary positions that cannot be read: {error!r}") from error
     model = without_implied(ModelConfig(**values))
@@ -205,6 +215,9 @@ def _read_rope(full: Mapping[str, Any], architecture: Architecture, where: str) 
         }
     elif kind != "default":
         raise UserError(f"{where}: rope_type={kind} is not supported, only default, linear or llama3")
+    for name, key in {"rope_base": base_key, **_ROPE_KEYS}.items():
+        if name in values and (refusal := range_of(ModelConfig, name).refusal(values[name])):
+            raise UserError(f"{where}: {key}={values[name]} {refusal}")
     return values
 
 

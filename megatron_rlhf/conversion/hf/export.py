@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rlhf.checkpoint.draft import on_each_rank
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.model import ModelConfig
 from megatron_rlhf.conversion import key_maps
 from megatron_rlhf.conversion.architecture import FINAL_NORM, HEAD, HEAD_BIAS, Architecture, Head
 from megatron_rlhf.conversion.hf import config as hf_config
-from megatron_rlhf.conversion.hf.folder import INDEX, WEIGHTS
+from megatron_rlhf.conversion.hf.folder import INDEX, WEIGHTS, write_tensors
 from megatron_rlhf.conversion.hf.weights import Described
 from megatron_rlhf.conversion.whole_tensors import EVERY_ROW, Place, TensorSource, places
-from megatron_rlhf.parallel import collectives
 
 SHARD_BYTES = 5 * 10**9
 _FINAL_BIAS = f"{FINAL_NORM}.bias"
@@ -118,34 +117,34 @@ class Exported:
 
 
 def write_weights(folder: Path, exported: Exported, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files."""
+    """Write safetensors files, one in memory at a time, and their index. Collective: ranks share the files.
+
+    Raises NotWritten, or UserError for what cannot be read, on all ranks.
+    """
     shards = _plan_shards(exported, shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    failure: str | None = None
-    try:
+
+    def write() -> None:
         for i in range(dist.get_rank(), len(shards), dist.get_world_size()):
             _write_shard(folder / names[i], exported, shards[i])
-    except UserError as error:
-        failure = str(error)
-    if (first := collectives.first_message(failure)) is not None:  # if one rank cannot read, all ranks stop
-        raise UserError(first[1])
-    if len(shards) > 1 and dist.get_rank() == 0:
-        listed = {
-            tensor: name
-            for name, shard in zip(names, shards, strict=True)
-            for place in shard
-            for tensor in exported.described.hf_shapes(place)
-        }
-        total = sum(_bytes(exported, place) for shard in shards for place in shard)
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2))
-    dist.barrier()
+        if len(shards) > 1 and dist.get_rank() == 0:
+            listed = {
+                tensor: name
+                for name, shard in zip(names, shards, strict=True)
+                for place in shard
+                for tensor in exported.described.hf_shapes(place)
+            }
+            total = sum(_bytes(exported, place) for shard in shards for place in shard)
+            (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2))
+
+    on_each_rank(write)
 
 
 def _write_shard(path: Path, exported: Exported, shard: list[Place]) -> None:
     tensors = {
         name: tensor for place in shard for name, tensor in exported.described.to_hf(place, exported.read(place))
     }
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(path, tensors)
 
 
 def _plan_shards(exported: Exported, limit: int) -> list[list[Place]]:

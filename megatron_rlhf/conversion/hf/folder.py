@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rlhf.config.errors import UserError
@@ -75,6 +76,14 @@ class TensorFiles:
         # Opened each time: a file kept open would keep the pages read from it in memory.
         with safe_open(str(self.files[name]), framework="pt") as file:
             return file.get_slice(name)[part]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file; OSError when it cannot be written, for which safetensors has an error of its own."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)

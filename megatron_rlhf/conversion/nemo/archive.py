@@ -182,7 +182,9 @@ def opened(archive: Path, aside: Path) -> Iterator[tuple[ModelConfig, TensorSour
         except FileNotFoundError:
             raise UserError(f"--nemo {archive}: no such file") from None
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"--nemo {archive}: not a whole .nemo archive: {error}") from error
+            system = isinstance(error, OSError) and error.errno is not None  # a full disk, say
+            what = f"cannot be extracted into {aside}" if system else "not a whole .nemo archive"
+            raise UserError(f"--nemo {archive}: {what}: {error}") from error
         if not (folder / CONFIG).is_file():
             raise UserError(f"--nemo {archive}: holds no {CONFIG}; it is not a model that NeMo saved")
         yield _open(folder, _read_config(folder / CONFIG, archive), archive)
