@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_rlhf.commands.outputs import require_new
+from megatron_rlhf.commands.outputs import require_folder, require_new_corpus, require_new_file
 from megatron_rlhf.config.data import written_out
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.shape import Shape
@@ -26,6 +26,8 @@ from megatron_rlhf.monitoring.files import write_lines
 
 def clean(options: argparse.Namespace) -> None:
     """Filters, split and report; goes on where an earlier call was stopped."""
+    folder = Path(options.output)
+    require_folder(folder, folder)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer is not None else None
     if options.max_prompt_tokens is not None and tokenizer is None:
         raise UserError(f"--max-prompt-tokens {options.max_prompt_tokens} needs --tokenizer DIR")
@@ -39,7 +41,7 @@ def clean(options: argparse.Namespace) -> None:
         max_characters=options.max_characters,
         max_tokens=options.max_prompt_tokens,
         personal=options.personal,
-        region=None if options.region == "none" else options.region,
+        region=options.region,
         shares=_shares(options.split),
         seed=options.seed,
     )
@@ -47,7 +49,7 @@ def clean(options: argparse.Namespace) -> None:
     about = {"kind": options.kind, "format": options.format, "columns": options.column, "chat": options.chat}
     if tokenizer is not None:
         about["tokenizer"] = tokenizer.fingerprint
-    folder = Path(options.output)
+    require_readable(options.input, lambda source: read_records(source, shape, kind=kind or "text"))
     cleaning = Cleaning(folder, options.input, rules, shape, kind or "text", about)
     if cleaning.counts.read:
         print(f"{folder}: goes on after {cleaning.counts.read:,} records")
@@ -63,9 +65,10 @@ def clean(options: argparse.Namespace) -> None:
 
 def rankings(options: argparse.Namespace) -> None:
     """Pairwise votes to rankings."""
-    require_new(options.output)
+    require_new_file(options.output)
+    require_readable(options.input, lambda source: _records_of(source, options))
     counts = RankingCounts()
-    with tempfile.TemporaryDirectory(dir=_folder_of(options.output)) as folder, bar(options.input) as progress:
+    with tempfile.TemporaryDirectory(dir=Path(options.output).parent) as folder, bar(options.input) as progress:
         database = sqlite3.connect(Path(folder) / "votes.sqlite", isolation_level=None)
         database.execute("PRAGMA synchronous=OFF")
         database.execute("BEGIN")
@@ -81,8 +84,8 @@ def rankings(options: argparse.Namespace) -> None:
 
 def pairs(options: argparse.Namespace) -> None:
     """Rankings to pairwise votes."""
-    require_new(options.output)
-    _folder_of(options.output)
+    require_new_file(options.output)
+    require_readable(options.input, lambda source: _records_of(source, options))
     counts = RankingCounts()
     with bar(options.input) as progress:
         made = (pair for record in _records(options, progress) for pair in pairs_from_ranking(record, counts))
@@ -92,11 +95,11 @@ def pairs(options: argparse.Namespace) -> None:
 
 def blend_corpora(options: argparse.Namespace) -> None:
     """Several corpora to one, tokenised."""
-    for suffix in (".bin", ".idx"):
-        require_new(f"{options.output}{suffix}")
-    tokenizer = load_tokenizer(options.tokenizer)
+    require_new_corpus(options.output)
     sources = parse_weights(options.input)
+    tokenizer = load_tokenizer(options.tokenizer)
     columns = columns_of(options.column)
+    require_readable([source for source, _ in sources], partial(read_texts, columns=columns))
     taken: list[int] = []
 
     def documents(source: str) -> Iterable[Any]:
@@ -109,6 +112,12 @@ def blend_corpora(options: argparse.Namespace) -> None:
     print(f"{options.output}.bin, .idx: {size.documents:,} documents, {size.tokens:,} tokens")
     for (source, _), tokens in zip(sources, taken, strict=True):
         print(f"  {source}: {tokens:,} tokens, {tokens / max(sum(taken), 1):.1%}")
+
+
+def require_readable(sources: Iterable[str], read: Callable[[str], Iterator[Any]]) -> None:
+    """Raise UserError where a source's first record cannot be read, before any of them takes its hours."""
+    for source in sources:
+        next(read(source), None)
 
 
 def _told(documents: Iterable[Any], tell: Callable[[int], Any]) -> Iterator[Any]:
@@ -147,14 +156,21 @@ def columns_of(assignments: Sequence[str]) -> dict[str, str]:
         name, equals, template = assignment.partition("=")
         if not equals:
             raise UserError(f"--column {assignment!r}: write NAME=TEMPLATE, such as 'prompt={{question}}'")
+        if name in columns:
+            raise UserError(f"--column {assignment!r}: there is another template for {name}; give one")
         columns[name] = written_out(template)
     return columns
 
 
 def _records(options: argparse.Namespace, progress: Callable[[int], Any]) -> Iterator[Any]:
-    shape = shape_of(options)
     for source in options.input:
-        yield from read_records(source, shape, progress, "comparisons")
+        yield from _records_of(source, options, progress)
+
+
+def _records_of(
+    source: str, options: argparse.Namespace, progress: Callable[[int], Any] | None = None
+) -> Iterator[Any]:
+    return read_records(source, shape_of(options), progress, "comparisons")
 
 
 def _write(path: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -163,13 +179,6 @@ def _write(path: str, rows: Iterable[dict[str, Any]]) -> None:
         write_lines(Path(path), rows)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
-
-
-def _folder_of(path: str) -> Path:
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise UserError(f"--output {path}: there is no folder {folder}")
-    return folder
 
 
 def _shares(text: str | None) -> tuple[float, ...]:

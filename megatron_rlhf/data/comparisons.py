@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron_rlhf.data.chat.messages import Conversation
 from megatron_rlhf.data.chat.template import Chat
-from megatron_rlhf.data.examples import Examples, length_limits, windows
+from megatron_rlhf.data.examples import Examples, length_limits, require_prompt, require_response, windows
 from megatron_rlhf.data.files.item_store import IN_MEMORY, Chosen, InMemory
 from megatron_rlhf.data.formats.ranked import RankedRecord, known_flaw, read_ranked
 from megatron_rlhf.data.formats.record import Record
@@ -137,7 +137,7 @@ def _rankings(
 ) -> Iterator[tuple[Record, "Ranking"]]:
     """Each usable record, and what is kept of it within the limits (`most`: of a prompt, a response, both)."""
     for found in windows(records):
-        usable = [record for each in found if (record := _usable(each, tokenizer, dropped)) is not None]
+        usable = [record for each in found if (record := _usable(each, dropped)) is not None]
         for record, prompt, ended in _tokenized(usable, tokenizer):
             if len(prompt) > most[0]:
                 dropped["prompt_too_long"] += 1
@@ -190,12 +190,12 @@ def _alike(prompts: array) -> Iterator[npt.NDArray[np.int64]]:
         begin = end
 
 
-def _usable(found: Record, tokenizer: Tokenizer, dropped: Counter[str]) -> RankedRecord | None:
+def _usable(found: Record, dropped: Counter[str]) -> RankedRecord | None:
     """What a record holds; None, and counted, where nothing can be learned from it."""
     if found.lenient and (reason := known_flaw(found)):
         dropped[reason] += 1
         return None
-    record = read_ranked(found, tokenizer)
+    record = read_ranked(found)
     if record.has_empty:
         dropped["empty_response"] += 1
     elif record.all_equal:
@@ -218,7 +218,13 @@ def _tokenized(
     for record in records:
         if isinstance(record.prompt, Conversation):
             completions = [response for response in record.responses if not isinstance(response, str)]
-            yield record, *chat.answers(record.prompt, completions)
+            prompt, ended = chat.answers(record.prompt, completions)
+            require_prompt(record.found, "", prompt)
+            yield record, prompt, ended
         else:
             end = np.int32(tokenizer.end_id)
-            yield record, next(prompts), [np.append(next(responses), end) for _ in record.responses]
+            prompt, answers = next(prompts), [next(responses) for _ in record.responses]
+            require_prompt(record.found, record.prompt, prompt)
+            for text, answer in zip(record.responses, answers, strict=True):
+                require_response(record.found, str(text), answer)
+            yield record, prompt, [np.append(answer, end) for answer in answers]

@@ -17,7 +17,7 @@ from megatron_rlhf.data.chat.messages import (
     read_turns,
 )
 from megatron_rlhf.data.chat.template import Chat, Rendered
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, windows
+from megatron_rlhf.data.examples import Examples, length_limits, require_prompt, require_response, windows
 from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
@@ -113,18 +113,18 @@ def _too_long(part: Demonstration, max_prompt_tokens: int, max_response_tokens: 
 
 def _tokenized(records: list[Record], tokenizer: Tokenizer, last_turn_only: bool) -> Iterator[list[Demonstration]]:
     """Of each record its demonstrations: one, or several of a conversation."""
-    read = [
-        _conversation(record) or (read_prompt(record, tokenizer), record.response("response")) for record in records
-    ]
+    read = [_conversation(record) or (record.text("prompt"), record.response("response")) for record in records]
     texts = [pair for pair in read if isinstance(pair, tuple)]
     prompts = tokenizer.encode_stream((prompt for prompt, _ in texts), bos=True)
     responses = tokenizer.encode_stream((response for _, response in texts), continuation=True)
     chat = Chat(tokenizer)
-    for each in read:
+    for record, each in zip(records, read, strict=True):
         if isinstance(each, Conversation):
             yield [_of_conversation(rendered) for rendered in chat.learned(each, last_turn_only)]
         else:
             prompt, response = next(prompts), next(responses)
+            require_prompt(record, each[0], prompt)
+            require_response(record, each[1], response)
             tokens = np.append(np.concatenate([prompt, response]), np.int32(tokenizer.end_id))
             yield [Demonstration(tokens, len(prompt))]
 

@@ -7,27 +7,48 @@ from typing import Any, Generic, TypeVar
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.record import Record
-from megatron_rlhf.data.tokenizer import Tokenizer
+from megatron_rlhf.data.tokenizer import Tokens
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
 
-def read_prompt(record: Record, tokenizer: Tokenizer) -> str:
-    """The record's prompt; it may be empty only if the tokenizer begins a text with a token of its own."""
-    prompt = record.text("prompt")
-    if not prompt and not tokenizer.start_ids:
-        raise record.mistake(
-            "column 'prompt' is empty; this tokenizer has no beginning-of-text token that it puts before a text, so there is "
-            "nothing to start from"
+def require_prompt(record: Record, prompt: str, tokens: Tokens) -> None:
+    """A model needs a token to start from: an empty prompt is one only if the tokenizer begins texts with a token of its own."""
+    if not len(tokens):
+        what = (
+            f"the tokenizer has no token for the prompt {prompt!r:.60}, nor a"
+            if prompt
+            else "the prompt is empty; this tokenizer has no"
         )
-    return prompt
+        raise record.mistake(
+            f"{what} beginning-of-text token that it puts before a text, so there is nothing to start from"
+        )
+
+
+def require_response(record: Record, response: str, tokens: Tokens) -> None:
+    """The tokens of a response, its end not among them."""
+    if not len(tokens):
+        raise record.mistake(
+            f"the tokenizer has no token for the response {response!r:.60}; remove the record, or take another tokenizer"
+        )
 
 
 def read_user(record: Record) -> str | None:
-    """Who wrote the record's prompt; None where the column is missing, null or blank (as in CSV files)."""
-    return record.text("user").strip() or None if "user" in record else None
+    """Who wrote the record's prompt, a text or a number; None where the column is missing, null or blank (as in CSV files)."""
+    user = record.fields.get("user")
+    if user is None:
+        return None
+    if isinstance(user, float) and user.is_integer():
+        user = int(user)  # a column of whole numbers in which some are missing
+    if isinstance(user, int) and not isinstance(user, bool):
+        user = str(user)
+    if not isinstance(user, str):
+        raise record.mistake(
+            f"column 'user' must hold a text or a whole number, not {type(user).__name__} {user!r:.60}"
+        )
+    return record.as_text("user", user).strip() or None
 
 
 MUCH = 0.2

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_rlhf.config.errors import UserError
-from megatron_rlhf.data.files.text_files import Progress
+from megatron_rlhf.data.files.text_files import END_OF_DOCUMENT, Progress
 from megatron_rlhf.data.records import Columns, read_records
 from megatron_rlhf.data.tokenizer import Tokenizer, Tokens
 
@@ -161,9 +161,15 @@ def load_pretraining(
     held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
     trained = int(lengths[: len(lengths) - held_out].sum())
     if trained < sequence_length + 1:
+        enough = lengths.sum() >= 2 * (sequence_length + 1)
+        cure = (
+            f"whole documents are held out: give more of them, in a .txt file with a line {END_OF_DOCUMENT} between two"
+            if held_out and enough
+            else "give more text or a shorter sequence"
+        )
         raise UserError(
             f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
-            f"them held out), less than one sequence of {sequence_length} + 1; give more text or a shorter sequence"
+            f"them held out), less than one sequence of {sequence_length} + 1; {cure}"
         )
     config = GPTDatasetConfig(
         random_seed=seed,

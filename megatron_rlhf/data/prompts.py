@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rlhf.data.chat.messages import Conversation, Messages, holds_messages, read_messages
+from megatron_rlhf.data.chat.messages import Conversation, Messages, read_conversation
 from megatron_rlhf.data.chat.template import Chat
-from megatron_rlhf.data.examples import Examples, length_limits, read_prompt, read_user, windows
+from megatron_rlhf.data.examples import Examples, length_limits, read_user, require_prompt, windows
 from megatron_rlhf.data.files.item_store import IN_MEMORY, InMemory
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.records import Columns, read_records
@@ -32,6 +32,13 @@ class Prompt:
     """The other columns of its line."""
     messages: Messages | None = None
     """The conversation that is to be answered."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The columns of a record from which training reads the same tokens again."""
+        if self.messages is None:
+            return {"prompt": self.text}
+        return Conversation(Record(f"prompt {self.id}", self.record), self.messages).given
 
 
 def load_prompts(
@@ -93,23 +100,16 @@ def _prompts(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Prompt
     chat, count = Chat(tokenizer), 0
     begin = np.array(tokenizer.start_ids, dtype=np.int32)  # templates begin texts themselves
     for window in windows(records):
-        conversations = [_conversation(record) for record in window]
+        conversations = [read_conversation(record) for record in window]
         texts = [
-            chat.prompt_text(conversation) if conversation else read_prompt(record, tokenizer)
+            chat.prompt_text(conversation) if conversation else record.text("prompt")
             for record, conversation in zip(window, conversations, strict=True)
         ]
         encoded = tokenizer.encode_stream(texts)
         for record, conversation, text, ids in zip(window, conversations, texts, encoded, strict=True):
             tokens = ids if conversation else np.concatenate([begin, ids])
+            require_prompt(record, text, tokens)
             others = {name: value for name, value in record.fields.items() if name not in ("prompt", "user")}
             messages = conversation.prompt if conversation else None
             yield Prompt(count, text, read_user(record), tokens, others, messages)
             count += 1
-
-
-def _conversation(record: Record) -> Conversation | None:
-    """The record's messages; None if it holds text."""
-    column = "messages" if "messages" in record else "prompt"
-    if column == "prompt" and not holds_messages(record, column):
-        return None
-    return Conversation(record, read_messages(record, column))

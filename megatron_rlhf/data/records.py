@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +11,22 @@ from typing import Any
 import datasets
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.files.plain import plain
 from megatron_rlhf.data.files.text_files import Progress, is_text_file, iterate_text_file
 from megatron_rlhf.data.formats.record import Record, nearest
 from megatron_rlhf.data.formats.shape import Shape
 
 Columns = Mapping[str, Any] | Shape | None
 """How to make our columns of a record's own: templates by column, or a whole shape."""
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it says, it raises too
 FORMATS = ".jsonl, .json, .csv, .txt (each also .gz) or .parquet"
 
 
 def read_records(
     source: str | Path, columns: Columns = None, progress: Progress | None = None, kind: str | None = None
 ) -> Iterator[Record]:
-    """Reads records one by one, in a fixed order, the same on every rank and without network access for what is on disk.
+    """Reads records one by one, in a fixed order, the same on every rank and without network access for what is on disk. Their
+    values are JSON, wherever they come from: see `plain`.
 
     Args:
         source: A file (.jsonl, .json, .csv, .txt, each also .gz, or .parquet), a folder that `datasets` can load or has
@@ -39,11 +43,18 @@ def read_records(
     """
     shape = columns if isinstance(columns, Shape) else Shape.of(columns=columns)
     empty = True
-    for record in shape.records((Record(*row) for row in _rows(str(source), progress)), kind):
+    for record in shape.records((_record(*row) for row in _rows(str(source), progress)), kind):
         empty = False
         yield record
     if empty:
         raise UserError(f"{source}: empty; at least one record is needed")
+
+
+def _record(where: str, fields: Mapping[str, Any]) -> Record:
+    try:
+        return Record(where, plain(fields))
+    except RecursionError as error:
+        raise UserError(f"{where}: objects or lists inside of each other, more levels than can be read") from error
 
 
 def _rows(source: str, progress: Progress | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

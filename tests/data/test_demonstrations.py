@@ -36,7 +36,7 @@ def test_limits_include_the_end_and_drop_whole_records(tokenizer, write_records)
         ({"prompt": "a", "response": ""}, "column 'response' has an empty response ''"),
         ({"prompt": "a", "response": " \n"}, "has an empty response"),
         ({"prompt": "a"}, "no column 'response'; there are: prompt"),
-        ({"prompt": "", "response": "a"}, "column 'prompt' is empty; this tokenizer has no beginning-of-text token"),
+        ({"prompt": "", "response": "a"}, "the prompt is empty; this tokenizer has no beginning-of-text token"),
         ({"prompt": 5, "response": "a"}, "column 'prompt' must hold text, not int 5"),
         ({"prompt": "a", "response": ["b"]}, "column 'response' must hold text, not list ['b']"),
     ],

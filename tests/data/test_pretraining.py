@@ -177,6 +177,12 @@ def test_mistakes(tokenizer, tmp_path, write_records):
         load(write_records({"text": "a123456789"}), tokenizer, cache)
     with pytest.raises(UserError, match=r"0 tokens to train on \(41 in 1 documents, 1 of them held out\)"):
         load(write_records({"text": "b123" * 10}), tokenizer, cache, held_out_fraction=0.1)
+    with pytest.raises(
+        UserError, match=r"whole documents are held out: give more of them, .* <\|endoftext\|> between two"
+    ):
+        load(write_records({"text": "c123" * 10}), tokenizer, cache, held_out_fraction=0.1)
+    with pytest.raises(UserError, match=r"give more text or a shorter sequence"):
+        load(write_records({"text": "d123" * 5}), tokenizer, cache, held_out_fraction=0.1)
     with pytest.raises(UserError, match=r"no text to tokenise"):
         load(write_records({"text": " "}), tokenizer, cache)
     (tmp_path / "file").touch()

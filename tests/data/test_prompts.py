@@ -38,10 +38,10 @@ def test_duplicates_by_prefix(tokenizer, write_records):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"prompt": ""}, "column 'prompt' is empty"),
+        ({"prompt": ""}, "the prompt is empty"),
         ({"text": "a"}, "no column 'prompt'; there are: text"),
         ({"prompt": ["a"]}, "column 'prompt' must hold text, not list"),
-        ({"prompt": "a", "user": 5}, "column 'user' must hold text, not int 5"),
+        ({"prompt": "a", "user": [5]}, "column 'user' must hold a text or a whole number, not list"),
     ],
 )
 def test_mistakes_are_named_with_the_line(tokenizer, write_records, record, expected):

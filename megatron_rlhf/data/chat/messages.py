@@ -1,6 +1,7 @@
 """Lists of messages in a record: what is one, and the forms in which records hold prompts and answers as messages."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ ASSISTANT = "assistant"
 Message = Mapping[str, Any]
 """`role` and `content`, and whatever else a chat template reads, such as `tool_calls`."""
 Messages = tuple[Message, ...]
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""What a chat template gets of a record besides its messages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Conversation:
         while end and self.messages[end - 1]["role"] == ASSISTANT:
             end -= 1
         return self.messages[:end]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The columns of a record from which the prompt is rendered as it is from this one."""
+        variables = {name: self.record.fields[name] for name in TEMPLATE_COLUMNS if name in self.record}
+        return {"prompt": [dict(message) for message in self.prompt], **variables}
 
     def variables(self) -> dict[str, Any]:
         """What a chat template gets in addition to the messages: the columns `tools` and `chat_template_kwargs`."""
@@ -71,6 +80,8 @@ def _message(record: Record, column: str, turn: int, value: Any) -> Message:
     if not isinstance(value.get("role"), str):
         hint = "; these are ShareGPT's: data.format=sharegpt" if {"from", "value"} <= value.keys() else ""
         raise record.mistake(f"{place}: a message must name its role; there are: {', '.join(value)}{hint}")
+    if value["role"] != ASSISTANT and value["role"].strip().lower() == ASSISTANT:
+        raise record.mistake(f"{place}: the role of who answers is {ASSISTANT!r}, not {value['role']!r}")
     message = {name: item for name, item in value.items() if item is not None}
     content = message.get("content")
     if isinstance(content, list):
@@ -91,6 +102,24 @@ def is_blank(message: Message) -> bool:
     """Neither text nor anything else to learn, such as a tool call."""
     others = message.keys() - {"role", "content", "name"}
     return not str(message.get("content") or "").strip() and not any(message[name] for name in others)
+
+
+def read_conversation(record: Record) -> Conversation | None:
+    """The record's messages, of the column `messages` or `prompt`; None if it holds text."""
+    column = "messages" if "messages" in record else "prompt"
+    if column == "prompt" and not holds_messages(record, column):
+        return None
+    return Conversation(record, read_messages(record, column))
+
+
+def readable(messages: Sequence[Message]) -> str:
+    """The turns for people to read: who says what. A single turn of the user's is its text."""
+    turns = []
+    for message in messages:
+        others = {name: item for name, item in message.items() if name not in ("role", "content")}
+        said = [str(message.get("content") or ""), json.dumps(others, ensure_ascii=False) if others else ""]
+        turns.append((message["role"], "\n".join(filter(None, said))))
+    return turns[0][1] if [role for role, _ in turns] == ["user"] else "\n\n".join(map(": ".join, turns))
 
 
 def read_turns(record: Record, column: str, role: str) -> Messages:

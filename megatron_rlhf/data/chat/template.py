@@ -68,7 +68,8 @@ class Chat:
         """
         record, messages, answers = conversation.record, conversation.messages, conversation.answers
         if not answers:
-            raise record.mistake("no turn of the assistant's to learn")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages[conversation.learned_from :]))
+            raise record.mistake(f"no turn of the role 'assistant' to learn; the roles are: {roles}")
         if last_only:
             answers, messages = answers[-1:], messages[: answers[-1] + 1]
         self._require_all_turns(conversation, messages)

@@ -4,7 +4,6 @@
 what was dropped on the way; `facts.json` what was found out about all of them. Nothing that is read runs code.
 """
 
-import datetime
 import json
 import os
 import secrets
@@ -23,7 +22,7 @@ from megatron_rlhf.config.errors import UserError
 
 Item = TypeVar("Item")
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever the same records would be stored as something else."""
 _HEAD = struct.Struct("<I")
 BIN, IDX, ABOUT, FACTS = "items.bin", "items.idx", "about.json", "facts.json"
@@ -260,10 +259,6 @@ def _pack(value: Any, arrays: list[bytes]) -> Any:
             place = sum(map(len, arrays))
             arrays.append(np.ascontiguousarray(value).tobytes())
             return {"array": [value.dtype.str, list(value.shape), place]}
-        case bytes():
-            return {"bytes": value.hex()}
-        case datetime.date():
-            return {type(value).__name__: value.isoformat()}
         case dict():
             return {"dict": [[_pack(key, arrays), _pack(each, arrays)] for key, each in value.items()]}
     raise TypeError(f"a record holds {type(value).__name__} {value!r:.60}, which cannot be stored")
@@ -283,12 +278,6 @@ def _unpack(value: Any, arrays: memoryview) -> Any:
         case "array":
             dtype, shape, place = np.dtype(content[0]), content[1], content[2]
             return np.frombuffer(arrays, dtype, int(np.prod(shape)), place).reshape(shape).copy()
-        case "bytes":
-            return bytes.fromhex(content)
-        case "date":
-            return datetime.date.fromisoformat(content)
-        case "datetime":
-            return datetime.datetime.fromisoformat(content)
     return {_unpack(key, arrays): _unpack(each, arrays) for key, each in content}
 
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,33 @@ def _object(path: Path, line: int, value: Any) -> tuple[int, dict[str, Any]]:
     return line, value
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that occurs twice, a parser would keep the last value and say nothing."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"an object has the key {_repeated(key for key, _ in pairs)!r} twice")
+    return made
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
 def _json_lines(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _read_lines(path, progress):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _DECODER.decode(line)
             except json.JSONDecodeError as error:
+                if line.lstrip().startswith("{") and error.pos >= len(line.rstrip()):
+                    raise UserError(
+                        f"{path}, line {number}: not JSON that ends on its line; write each record on one line, or, in a "
+                        ".json file, all of them in an array [...]"
+                    ) from error
                 excerpt = line[max(0, error.pos - 20) : error.pos + 20].strip()
                 raise UserError(
                     f"{path}, line {number}: not JSON: {error.msg}, column {error.colno}, near {excerpt!r}"
@@ -112,7 +134,7 @@ def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tupl
         return
     # The array is decoded element by element: that is the only way to know the line of each.
     text = "".join(line for _, line in _read_lines(path, progress))
-    decode = json.JSONDecoder().raw_decode
+    decode = _DECODER.raw_decode
     position, line, counted = _skip_space(text, text.index("[") + 1), 1, 0
     try:
         while not text.startswith("]", position):
@@ -124,6 +146,9 @@ def _json_array_or_lines(path: Path, progress: Progress | None) -> Iterator[tupl
                 position = _skip_space(text, position + 1)
             elif not text.startswith("]", position):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        end = _skip_space(text, position + 1)
+        if end < len(text):
+            raise json.JSONDecodeError("one array is all that a file may hold; there is more behind its ']'", text, end)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
@@ -136,17 +161,25 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _csv(path: Path, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader((line for _, line in _read_lines(path, progress)), strict=True)
+def iterate_table(
+    path: Path, progress: Progress | None = None, delimiter: str = ","
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`iterate_text_file` of a table with a header, whatever the file's name ends with."""
+    reader = csv.reader((line for _, line in _read_lines(path, progress)), strict=True, delimiter=delimiter)
+    header: list[str] | None = None
     line = 1
     try:
-        if reader.fieldnames:  # reads the header
-            line = reader.line_num + 1
         for row in reader:
-            if None in row or None in row.values():
-                wanted = len(reader.fieldnames or ())
-                raise UserError(f"{path}, line {line}: the row does not have {wanted} fields, as the header does")
-            yield line, row
+            if not row:  # a blank line
+                pass
+            elif header is None:
+                header = row
+                if (name := _repeated(filter(None, header))) is not None:  # without the empty columns of spreadsheets
+                    raise UserError(f"{path}, line {line}: two columns have the name {name!r}; rename or remove one")
+            elif len(row) != len(header):
+                raise UserError(f"{path}, line {line}: the row does not have {len(header)} fields, as the header does")
+            else:
+                yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: not CSV: {error}") from error
@@ -158,4 +191,4 @@ def _plain_text(path: Path, progress: Progress | None) -> Iterator[tuple[int, di
         yield line, {"text": text}
 
 
-_READERS = {".jsonl": _json_lines, ".json": _json_array_or_lines, ".csv": _csv, ".txt": _plain_text}
+_READERS = {".jsonl": _json_lines, ".json": _json_array_or_lines, ".csv": iterate_table, ".txt": _plain_text}

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.record import Record
 
 
@@ -13,6 +14,11 @@ class Dialogue:
 
     user: str = "\n\nHuman:"
     assistant: str = "\n\nAssistant:"
+
+    def __post_init__(self) -> None:
+        marks = (self.user, self.assistant)
+        if not all(isinstance(mark, str) and mark for mark in marks) or self.user == self.assistant:
+            raise UserError(f"dialogue: user and assistant must be two different texts, not {marks!r:.60}")
 
     def split(self, record: Record, chat: bool) -> Record:
         """Prompt and answers of a record with `prompt`, or with `chosen` and `rejected`, which are whole dialogues: as text, or

@@ -36,15 +36,21 @@ def maker(column: str, specification: Any) -> Maker:
         parts = [maker(column, item) for item in specification]
         return lambda record: [make(record) for make in parts]
     if isinstance(specification, Mapping):
-        for name, build in _KINDS.items():
+        for name, (build, needed, optional) in _KINDS.items():
             if name in specification:
+                if not {name, *needed} <= specification.keys() <= {name, *needed, *optional}:
+                    expected = ", ".join((name, *needed)) + "".join(f" (and {key})" for key in optional)
+                    raise UserError(f"columns.{column}: {specification!r:.80} must hold {expected}, and no more")
                 return build(column, specification)
     kinds = ", ".join(f"{{{name}: ...}}" for name in _KINDS)
     raise UserError(f"columns.{column}: {specification!r:.80} is no template, no list of them, and none of {kinds}")
 
 
 def _first(column: str, specification: Mapping[str, Any]) -> Maker:
-    templates = [Template(column, text) for text in specification["first"]]
+    texts = specification["first"]
+    if not isinstance(texts, list) or not texts:
+        raise UserError(f"columns.{column}: first must be a list of templates, not {texts!r:.60}")
+    templates = [Template(column, text) for text in texts]
 
     def make(record: Record) -> Any:
         return next((template for template in templates if not template.blank(record)), templates[-1]).fill(record)
@@ -56,6 +62,10 @@ def _each(column: str, specification: Mapping[str, Any]) -> Maker:
     items = maker(column, specification["each"])
     role, content = Template("role", specification["role"]), Template("content", specification["content"])
     roles = specification.get("roles", {})
+    if not isinstance(roles, Mapping) or not all(isinstance(name, str) for pair in roles.items() for name in pair):
+        raise UserError(
+            f"columns.{column}: roles must be names by names, {{human: user, gpt: assistant}}, not {roles!r:.60}"
+        )
 
     def make(record: Record) -> list[dict[str, Any]]:
         turns = items(record)
@@ -68,6 +78,8 @@ def _each(column: str, specification: Mapping[str, Any]) -> Maker:
             raise record.mistake(f"{specification['each']}, turn {place}: must be an object, not {fields!r:.60}")
         inner = Record(f"{record.where}, turn {place}", fields)
         named = role.fill(inner)
+        if not isinstance(named, str):
+            raise inner.mistake(f"{specification['role']} must be a role's name, not {named!r:.60}")
         if roles and named not in roles:
             raise inner.mistake(f"role {named!r} is none of {', '.join(roles)}")
         return {"role": roles.get(named, named), "content": content.fill(inner)}
@@ -84,7 +96,9 @@ def _by_number(key: str, highest_is_best: bool) -> Callable[[str, Mapping[str, A
 
 
 def _best(column: str, specification: Mapping[str, Any]) -> Maker:
-    choice, count = maker(column, specification["best"]), int(specification["of"])
+    choice, count = maker(column, specification["best"]), specification["of"]
+    if type(count) is not int or count < 2:
+        raise UserError(f"columns.{column}: of must be how many responses there are, 2 or more, not {count!r:.60}")
 
     def make(record: Record) -> list[int]:
         (chosen,) = _numbers(record, specification["best"], [choice(record)])
@@ -122,7 +136,7 @@ def _numbers(record: Record, name: Any, values: Any) -> list[float]:
     for value in values if isinstance(values, list) else [values]:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isnan(number):
             raise record.mistake(f"{name} must hold numbers, not {value!r:.60}")
@@ -130,11 +144,12 @@ def _numbers(record: Record, name: Any, values: Any) -> list[float]:
     return found
 
 
-_KINDS: dict[str, Callable[[str, Mapping[str, Any]], Maker]] = {
-    "first": _first,
-    "each": _each,
-    "scores": _by_number("scores", highest_is_best=True),
-    "order": _by_number("order", highest_is_best=False),
-    "best": _best,
-    "votes": _votes,
+_KINDS: dict[str, tuple[Callable[[str, Mapping[str, Any]], Maker], tuple[str, ...], tuple[str, ...]]] = {
+    "first": (_first, (), ()),
+    "each": (_each, ("role", "content"), ("roles",)),
+    "scores": (_by_number("scores", highest_is_best=True), (), ()),
+    "order": (_by_number("order", highest_is_best=False), (), ()),
+    "best": (_best, ("of",), ()),
+    "votes": (_votes, (), ()),
 }
+"""By the key that tells them: how each is built, and the keys that it must and may have besides."""

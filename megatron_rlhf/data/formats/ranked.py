@@ -13,11 +13,10 @@ from megatron_rlhf.data.chat.messages import (
     is_blank,
     read_turns,
 )
-from megatron_rlhf.data.examples import read_prompt, read_user
+from megatron_rlhf.data.examples import read_user
 from megatron_rlhf.data.formats.dialogues import Dialogue
 from megatron_rlhf.data.formats.makers import CYCLE
 from megatron_rlhf.data.formats.record import Record
-from megatron_rlhf.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,16 @@ class RankedRecord:
         return all(response == self.responses[0] for response in self.responses)
 
 
-def read_ranked(record: Record, tokenizer: Tokenizer) -> RankedRecord:
+def read_ranked(record: Record) -> RankedRecord:
     listed = "responses" in record or not ("chosen" in record or "rejected" in record)
     if "messages" in record or any(holds_messages(record, name) for name in ("prompt", "chosen", "rejected")):
         return _ranked_messages(record) if listed else _pair_of_messages(record)
     if listed:
-        return _ranked_list(record, tokenizer)
+        return _ranked_list(record)
     if "prompt" in record:
         read = record.text if record.lenient else record.response
         pair = read("chosen"), read("rejected")
-        return RankedRecord(read_prompt(record, tokenizer), pair, (0, 1), read_user(record), record)
+        return RankedRecord(record.text("prompt"), pair, (0, 1), read_user(record), record)
     prompt, *answers = Dialogue().split_pair(record)
     return RankedRecord(prompt, tuple(answers), (0, 1), read_user(record), record)
 
@@ -63,7 +62,7 @@ def known_flaw(record: Record) -> str | None:
 
 
 def _ranked_messages(record: Record) -> RankedRecord:
-    ranked, ranks = _responses_and_ranks(record)
+    ranked, ranks = responses_and_ranks(record)
     responses = tuple(as_turns(record, "responses", response, ASSISTANT) for response in ranked)
     return RankedRecord(Conversation(record, _prompt_messages(record)), responses, ranks, read_user(record), record)
 
@@ -94,16 +93,17 @@ def _prompt_messages(record: Record) -> Messages:
     return Conversation(record, read_turns(record, column, "user")).prompt
 
 
-def _ranked_list(record: Record, tokenizer: Tokenizer) -> RankedRecord:
-    responses, ranks = _responses_and_ranks(record)
+def _ranked_list(record: Record) -> RankedRecord:
+    responses, ranks = responses_and_ranks(record)
     if any(isinstance(response, Mapping | list) for response in responses):
         return _ranked_messages(record)
     read = record.as_text if record.lenient else record.as_response
     texts = tuple(read("responses", response) for response in responses)
-    return RankedRecord(read_prompt(record, tokenizer), texts, ranks, read_user(record), record)
+    return RankedRecord(record.text("prompt"), texts, ranks, read_user(record), record)
 
 
-def _responses_and_ranks(record: Record) -> tuple[list[Any], tuple[int, ...]]:
+def responses_and_ranks(record: Record) -> tuple[list[Any], tuple[int, ...]]:
+    """The columns `responses` and `ranks`, checked, whatever a response is."""
     responses, ranks = record.value("responses"), record.value("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise record.mistake(f"column 'responses' must be a list of two texts or more, not {responses!r:.60}")

@@ -1,5 +1,6 @@
 """The shape of a user's records: how to make ours of them. A format is a YAML file; `data.columns` is the same, in one line."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,11 @@ from megatron_rlhf.data.formats.makers import Maker, maker
 from megatron_rlhf.data.formats.record import Record, nearest
 from megatron_rlhf.data.formats.trees import Tree
 
+READ = (
+    "prompt", "response", "messages", "responses", "ranks", "chosen", "rejected", "completion", "user", "text", "tools",
+    "chat_template_kwargs",
+)  # fmt: skip
+"""The columns that are read, all kinds of records together."""
 OURS = {"prompt", "responses", "ranks"}
 KNOWN = Path(__file__).parent / "known"
 
@@ -36,16 +42,9 @@ class Shape:
         Raises:
             UserError: there is no such format, or what describes it is wrong.
         """
-        found = {} if format is None else _read(format)
-        made = {name: maker(name, each) for name, each in {**found.get("columns", {}), **(columns or {})}.items()}
-        tree, dialogue = (found.get(name) for name in ("tree", "dialogue"))
-        return cls(
-            made,
-            None if tree is None else Tree(**tree),
-            None if dialogue is None else Dialogue(**dialogue),
-            format is not None,
-            chat,
-        )
+        found = cls() if format is None else _read(format)
+        made = {**found.columns, **_makers(columns or {})}
+        return cls(made, found.tree, found.dialogue, format is not None, chat)
 
     def records(self, rows: Iterable[Record], kind: str | None) -> Iterator[Record]:
         """Our records. `kind`: demonstrations, comparisons or prompts, which differ in what they take of a tree or a pair."""
@@ -81,9 +80,13 @@ def _best_response(record: Record) -> Record:
     fields, there = record.fields, made_of(record)
     if there & {"response", "completion", "messages"}:
         return record
-    if {"responses", "ranks"} <= there and isinstance(fields["ranks"], list) and fields["ranks"]:
-        best = min(range(len(fields["ranks"])), key=fields["ranks"].__getitem__)
-        return Record(record.where, {**fields, "response": fields["responses"][best]}, record.lenient)
+    responses, ranks = fields.get("responses"), fields.get("ranks")
+    if isinstance(responses, list) and isinstance(ranks, list) and ranks:
+        if len(ranks) != len(responses) or not all(type(rank) is int for rank in ranks):
+            raise record.mistake(
+                f"column 'ranks' must hold a whole number for each of {len(responses)} responses, not {ranks!r:.60}"
+            )
+        return Record(record.where, {**fields, "response": responses[ranks.index(min(ranks))]}, record.lenient)
     if "chosen" in there:
         whole = isinstance(fields["chosen"], list) and "prompt" not in there
         return Record(record.where, {**fields, "messages" if whole else "response": fields["chosen"]}, record.lenient)
@@ -95,7 +98,17 @@ def known_formats() -> list[str]:
     return sorted(path.stem for path in KNOWN.glob("*.yaml"))
 
 
-def _read(format: str) -> dict[str, Any]:
+def _makers(columns: Mapping[str, Any]) -> dict[str, Maker]:
+    """Columns of any name may be made, as for reward functions; but none whose name is nearly that of one that is read."""
+    for name in columns:
+        meant = difflib.get_close_matches(str(name), READ, n=1, cutoff=0.82)
+        if not isinstance(name, str) or (name not in READ and meant):
+            hint = f" (did you mean {meant[0]!r}?)" if meant else ""
+            raise UserError(f"columns.{name}: no such column is read{hint}; there are: {', '.join(READ)}")
+    return {name: maker(name, each) for name, each in columns.items()}
+
+
+def _read(format: str) -> Shape:
     path = KNOWN / f"{format}.yaml"
     if not path.is_file():
         path = Path(format).expanduser()
@@ -116,4 +129,11 @@ def _read(format: str) -> dict[str, Any]:
         if not isinstance(given, dict) or not given.keys() <= described.__dataclass_fields__.keys():
             expected = ", ".join(described.__dataclass_fields__)
             raise UserError(f"data.format={format}: {path}: {name} must hold {expected}")
-    return found
+    try:
+        return Shape(
+            _makers(found.get("columns", {})),
+            Tree(**found["tree"]) if "tree" in found else None,
+            Dialogue(**found["dialogue"]) if "dialogue" in found else None,
+        )
+    except UserError as error:
+        raise UserError(f"data.format={format}: {path}: {error}") from error

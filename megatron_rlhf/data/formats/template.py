@@ -18,6 +18,8 @@ class Template:
     """
 
     def __init__(self, column: str, template: str):
+        if not isinstance(template, str):
+            raise UserError(f"columns.{column}: a template is text, not {template!r:.60}")
         try:
             parts = list(string.Formatter().parse(template))
         except ValueError as error:

@@ -1,10 +1,11 @@
 """Trees of messages, as Open Assistant publishes them: a prompt, its replies, their replies, and so on, some of them ranked."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.record import Record
 
 
@@ -24,6 +25,20 @@ class Tree:
     mark: str = "{role}:"
     """Before each turn, where the conversation is text."""
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.name != "roles" and not isinstance(value := getattr(self, each.name), str):
+                raise UserError(f"tree: {each.name} must be text, not {value!r:.60}")
+        texts = isinstance(self.roles, Mapping) and all(
+            isinstance(name, str) for pair in self.roles.items() for name in pair
+        )
+        if not texts or not {"user", "assistant"} <= set(self.roles.values()):
+            raise UserError(
+                f"tree: roles must say which are user and assistant, as {{prompter: user}}, not {self.roles!r:.60}"
+            )
+        if self.mark.replace("{role}", "").count("{"):
+            raise UserError(f"tree: mark may hold {{role}}, and no other name in braces, not {self.mark!r:.60}")
+
     def records(self, rows: Iterable[Record], kind: str | None, chat: bool) -> Iterator[Record]:
         """Every turn of the user's with its answers: a prompt, a demonstration (the best answer), a comparison (all that are
         ranked, if there are two). A row with a prompt of text is one already."""
@@ -39,10 +54,11 @@ class Tree:
     def _roots(self, members: list[Record]) -> list[Mapping[str, Any]]:
         if len(members) == 1 and isinstance(members[0].fields.get(self.root), Mapping):
             return [members[0].fields[self.root]]
-        nodes = {row.value(self.id): {**row.fields, self.replies: []} for row in members}
+        nodes = {self._name(row, self.id): {**row.fields, self.replies: []} for row in members}
         roots: list[Mapping[str, Any]] = []
         for row in members:
-            node, parent = nodes[row.fields[self.id]], row.fields.get(self.parent)
+            node = nodes[row.fields[self.id]]
+            parent = self._name(row, self.parent) if self.parent in row else None
             if parent is None:
                 roots.append(node)
             elif parent in nodes:
@@ -57,31 +73,57 @@ class Tree:
         self, source: Record, node: Mapping[str, Any], path: list[dict[str, str]], kind: str | None, chat: bool
     ) -> Iterator[Record]:
         path = [*path, self._turn(source, node)]
-        replies = [reply for reply in node.get(self.replies) or [] if not reply.get("deleted")]
+        replies = self._replies(source, node)
         if path[-1]["role"] == "user":
-            ranked = sorted((r for r in replies if r.get(self.rank) is not None), key=lambda r: r[self.rank])
+            ranks = [(rank, reply) for reply in replies if (rank := self._rank(source, reply)) is not None]
+            ranks.sort(key=lambda pair: pair[0])
+            ranked = [reply for _, reply in ranks]
             wanted = {"comparisons": len(ranked) > 1, "demonstrations": bool(replies)}
             if wanted.get(kind or "", True):
                 answers = [self._turn(source, reply)["content"] for reply in ranked or replies[:1]]
-                yield self._record(source, path, answers, [int(reply[self.rank]) for reply in ranked], chat)
+                yield self._record(source, path, answers, [rank for rank, _ in ranks], chat)
         for reply in replies:
             yield from self._below(source, reply, path, kind, chat)
+
+    def _replies(self, source: Record, node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Those that were not deleted."""
+        replies = node.get(self.replies) or []
+        if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+            raise source.mistake(f"{self.replies!r} must be a list of messages, not {replies!r:.60}")
+        return [reply for reply in replies if not reply.get("deleted")]
+
+    def _rank(self, source: Record, reply: Mapping[str, Any]) -> int | None:
+        rank = reply.get(self.rank)
+        whole = isinstance(rank, int | float) and not isinstance(rank, bool) and rank == int(rank)
+        if rank is not None and not whole:
+            raise source.mistake(f"{self.rank!r} must be a whole number, 0 for the best, or null, not {rank!r:.60}")
+        return None if rank is None else int(rank)
+
+    @staticmethod
+    def _name(row: Record, column: str) -> str | int:
+        name = row.value(column)
+        if not isinstance(name, str | int):
+            raise row.mistake(f"column {column!r} must name a message, not {name!r:.60}")
+        return name
 
     def _record(
         self, source: Record, path: list[dict[str, str]], answers: list[str], ranks: list[int], chat: bool
     ) -> Record:
         names = {role: name for name, role in self.roles.items()}
-        lines = [f"{self.mark.format(role=names[turn['role']])} {turn['content']}" for turn in path]
-        prompt = path if chat else "\n\n".join([*lines, self.mark.format(role=names["assistant"])])
+        lines = [f"{self._mark(names[turn['role']])} {turn['content']}" for turn in path]
+        prompt = path if chat else "\n\n".join([*lines, self._mark(names["assistant"])])
         responses = answers if chat else [f" {answer}" for answer in answers]
-        fields = {
+        made = {
             "prompt": prompt,
             "response": responses[0] if responses else None,
             "responses": responses,
             "ranks": ranks,
         }
         user = source.fields.get("user_id")
-        return Record(source.where, {**fields, "user": user if isinstance(user, str) else None}, True)
+        return Record(source.where, {**made, "user": user if isinstance(user, str) else None}, True)
+
+    def _mark(self, role: str) -> str:
+        return self.mark.replace("{role}", role)
 
     def _turn(self, source: Record, node: Any) -> dict[str, str]:
         if not isinstance(node, Mapping) or not isinstance(node.get(self.text), str):

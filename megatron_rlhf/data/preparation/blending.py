@@ -1,6 +1,7 @@
 """Several corpora in one, by weight."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.tokenizer import Tokens
@@ -40,17 +41,21 @@ def blend(corpora: Sequence[Corpus], weights: Sequence[float], total: int | None
 
 
 def parse_weights(sources: Sequence[str]) -> list[tuple[str, float]]:
-    """`text.jsonl=0.7` for each; without a number, 1."""
+    """`text.jsonl=0.7` for each; without a weight, 1. What is there under its whole name has none."""
     found = []
     for source in sources:
         name, equals, number = source.rpartition("=")
+        if not equals or Path(source).exists():
+            name, number = source, "1"
         try:
-            weight = float(number) if equals else 1.0
+            weight = float(number)
         except ValueError:
-            name, weight = source, 1.0
-        if not 0 < weight < float("inf"):
-            raise UserError(f"{source}: a weight must be more than 0")
-        found.append((name if equals and name else source, weight))
+            weight = 0.0
+        if not name or not 0 < weight < float("inf"):
+            raise UserError(
+                f"--input {source}: write SOURCE=WEIGHT with a weight of more than 0, such as {name or 'text.jsonl'}=0.7"
+            )
+        found.append((name, weight))
     if len({name for name, _ in found}) != len(found):
         raise UserError(f"a corpus is named twice: {', '.join(name for name, _ in found)}")
     return found

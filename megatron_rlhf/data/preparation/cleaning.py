@@ -4,6 +4,7 @@ Everything that grows with the data is in an SQLite database beside the output. 
 sources and the sizes of the files written so far: a restart cuts them to these sizes and reads on from there.
 """
 
+import itertools
 import json
 import os
 import sqlite3
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.examples import read_user
 from megatron_rlhf.data.files.text_files import Progress
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.shape import Shape
@@ -136,11 +138,11 @@ class Cleaning:
     def _sort(self, record: Record, count_tokens: Callable[[str], int] | None) -> None:
         """Write the record where it belongs."""
         prompt = text_to_compare(record, self.kind)
-        user = record.fields.get("user") or None
+        user = read_user(record)
         reason, of = self._reason(record.where, prompt, user, count_tokens)
         fields = dict(record.fields)
         if reason is None and self.rules.personal != "keep":
-            fields, found = self._without_personal(record)
+            fields, found = self._without_personal(record, user)
             reason = "personal_data" if found and self.rules.personal == "drop" else None
         if reason is not None:
             self.counts.dropped[reason] += 1
@@ -188,7 +190,7 @@ class Cleaning:
     def _prefix(self, prompt: str) -> int:
         return digest(prompt[: self.rules.prefix_characters].encode())
 
-    def _without_personal(self, record: Record) -> tuple[dict[str, Any], bool]:
+    def _without_personal(self, record: Record, user: str | None) -> tuple[dict[str, Any], bool]:
         """The fields with personal data masked, and whether there was any. A user's name is replaced by a hash of it."""
         kinds: Counter[str] = Counter()
 
@@ -200,13 +202,16 @@ class Cleaning:
                     self._sample(each.kind, record.where, value[each.start : each.end])
                 return masked(value, found)
             if isinstance(value, Mapping):
-                return {name: clean(item) for name, item in value.items()}
+                cleaned: dict[str, Any] = {}
+                for name, item in value.items():
+                    cleaned[_free(clean(name), cleaned)] = clean(item)
+                return cleaned
             return [clean(item) for item in value] if isinstance(value, list) else value
 
         fields = {name: clean(value) for name, value in record.fields.items() if name != "user"}
-        if isinstance(user := record.fields.get("user"), str):
-            named = bool(find_personal(user, self.rules.region))
-            fields["user"] = f"user_{digest(user.encode()) % 2**64:016x}" if named else user
+        if "user" in record.fields:
+            named = user is not None and find_personal(user, self.rules.region)
+            fields["user"] = f"user_{digest(user.encode()) % 2**64:016x}" if user and named else record.fields["user"]
         for kind, count in kinds.items():
             self.counts.personal[kind]["count"] += count
             self.counts.personal[kind]["records"] += 1
@@ -267,6 +272,12 @@ def text_to_compare(record: Record, kind: str) -> str:
             turns.pop()
         return "\n\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
     return record.as_text(column, value)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, with a number where another has it: two addresses are both `<email>`."""
+    numbered = (f"{name} {number}" if number > 1 else name for number in itertools.count(1))
+    return next(each for each in numbered if each not in taken)
 
 
 def _stamp(source: str) -> list[Any]:

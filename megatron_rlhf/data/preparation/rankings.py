@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rlhf.data.formats.ranked import responses_and_ranks
 from megatron_rlhf.data.formats.record import Record
 from megatron_rlhf.data.formats.votes import Cycle, ranks_from_votes, votes_from_ranks
 from megatron_rlhf.data.preparation.duplicates import digest
@@ -116,9 +117,7 @@ def _all_decided(ranks: list[int], votes: list[tuple[int, int, int]]) -> bool:
 
 def pairs_from_ranking(record: Record, counts: RankingCounts) -> Iterator[dict[str, Any]]:
     """A pairwise vote for each pair of responses that does not tie."""
-    prompt, responses, ranks = (record.value(name) for name in ("prompt", "responses", "ranks"))
-    if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
-        raise record.mistake("'responses' and 'ranks' must be lists of the same length")
+    prompt, (responses, ranks) = record.value("prompt"), responses_and_ranks(record)
     counts.rankings += 1
     for a, b, vote in votes_from_ranks(ranks):
         if vote:

@@ -3,7 +3,6 @@
 Each function gets the folder of `evaluate.task_data` and takes the one file in it whose name fits.
 """
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,8 +12,42 @@ from datasets import Dataset, DatasetDict
 from lm_eval.tasks.drop.utils import parse_answer
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.files.text_files import iterate_table, iterate_text_file
 
 Row = dict[str, Any]
+
+
+class _File:
+    """A benchmark's file, which knows how far it was read: where a mistake is that is found in what it gave."""
+
+    def __init__(self, path: Path):
+        self.path, self.where = path, str(path)
+
+    def lines(self) -> Iterator[Row]:
+        """JSON lines."""
+        return self._told(iterate_text_file(self.path))
+
+    def table(self, delimiter: str = ",") -> Iterator[Row]:
+        return self._told(iterate_table(self.path, delimiter=delimiter))
+
+    def each(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+        """Parts of a file that is one JSON object."""
+        for number, item in enumerate(items, start=1):
+            self.where = f"{self.path}, {what} {number}"
+            yield item
+
+    def sentences(self) -> list[str]:
+        """One a line: other characters at which Python splits lines may be inside of a sentence."""
+        text = self.path.read_bytes().decode("utf-8-sig").removesuffix("\n")
+        return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+    def content(self) -> Any:
+        return json.loads(self.path.read_text(encoding="utf-8-sig"))
+
+    def _told(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Row]:
+        for line, row in rows:
+            self.where = f"{self.path}, line {line}"
+            yield row
 
 
 def _task(*patterns: str) -> Callable[[Callable[..., Iterable[Row]]], Callable[..., DatasetDict]]:
@@ -22,14 +55,14 @@ def _task(*patterns: str) -> Callable[[Callable[..., Iterable[Row]]], Callable[.
 
     def wrap(read: Callable[..., Iterable[Row]]) -> Callable[..., DatasetDict]:
         def load(data: str | None = None, **_: Any) -> DatasetDict:
-            files = [find(data, pattern) for pattern in patterns]
+            files = [_File(find(data, pattern)) for pattern in patterns]
             try:
                 rows = list(read(*files))
-            except (KeyError, ValueError, TypeError, SyntaxError, OSError, UnicodeDecodeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
                 what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{files[0]} does not read as the benchmark's file: {what}") from error
+                raise UserError(f"{files[0].where}: does not read as the benchmark's file: {what}") from error
             if not rows:
-                raise UserError(f"{files[0]} has no rows")
+                raise UserError(f"{files[0].path} has no rows")
             return DatasetDict(test=Dataset.from_list(rows))
 
         return load
@@ -55,38 +88,46 @@ def find(data: str | None, pattern: str) -> Path:
     return found[0]
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+def _text(row: Row, name: str) -> str:
+    if not isinstance(value := row[name], str):
+        raise ValueError(f"{name} must be text, not {value!r:.60}")
+    return value
 
 
-def _table(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, delimiter=delimiter)
+def _texts(row: Row, name: str) -> list[str]:
+    value = row[name]
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name} must be a list of texts, not {value!r:.60}")
+    return value
+
+
+def _place(value: Any, name: str, choices: list[str]) -> int:
+    """The number of one of the choices, also where it is written as text."""
+    place = int(value)
+    if place not in range(len(choices)):
+        raise ValueError(f"{name} must be the number of one of {len(choices)}, from 0, not {value!r:.60}")
+    return place
 
 
 @_task("hellaswag*.jsonl")
-def hellaswag(path: Path) -> Iterator[Row]:
+def hellaswag(file: _File) -> Iterator[Row]:
     """Rows of the published validation file, or with its texts already joined."""
-    for row in _lines(path):
+    for row in file.lines():
         if "query" in row:
-            yield {"query": row["query"], "choices": row["choices"], "gold": int(row["gold"])}
+            choices = _texts(row, "choices")
+            yield {"query": _text(row, "query"), "choices": choices, "gold": _place(row["gold"], "gold", choices)}
         else:
             from lm_eval.tasks.hellaswag.utils import preprocess
 
-            context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-            choices = [preprocess(ending) for ending in row["endings"]]
-            yield {"query": preprocess(context), "choices": choices, "gold": int(row["label"])}
+            context = f"{_text(row, 'activity_label')}: {_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
+            choices = [preprocess(ending) for ending in _texts(row, "endings")]
+            yield {"query": preprocess(context), "choices": choices, "gold": _place(row["label"], "label", choices)}
 
 
 @_task("truthfulqa*.csv")
-def truthfulqa(path: Path) -> Iterator[Row]:
+def truthfulqa(file: _File) -> Iterator[Row]:
     """Answers are separated by semicolons; the best one is the first of the correct ones."""
-    for row in _table(path):
+    for row in file.table():
         best = _sentence(row["Best Answer"])
         correct = [best, *(a for a in map(_sentence, row["Correct Answers"].split(";")) if a and a != best)]
         incorrect = [a for a in map(_sentence, row["Incorrect Answers"].split(";")) if a]
@@ -99,23 +140,24 @@ def _sentence(text: str) -> str:
 
 
 @_task("crows_pairs*.csv")
-def crows_pairs(path: Path) -> Iterator[Row]:
+def crows_pairs(file: _File) -> Iterator[Row]:
     """Pairs of sentences that differ in the group they are about."""
-    for row in _table(path):
+    for row in file.table():
         kind = row["bias_type"]
         yield {"sent_more": row["sent_more"], "sent_less": row["sent_less"], "bias_type": kind}
 
 
 @_task("*all_sentences.tsv")
-def winogender(path: Path) -> Iterator[Row]:
+def winogender(file: _File) -> Iterator[Row]:
     """Each sentence with its pronoun, and the two that it may refer to."""
-    for row in _table(path, "\t"):
+    for row in file.table("\t"):
         occupation, participant, answer, gender, _ = row["sentid"].split(".")
+        choices = [occupation, participant]
         yield {
             "sentence": row["sentence"],
             "pronoun": _pronoun(row["sentence"], gender),
-            "choices": [occupation, participant],
-            "label": int(answer),
+            "choices": choices,
+            "label": _place(answer, "the answer in sentid", choices),
             "gender": gender,
         }
 
@@ -129,74 +171,83 @@ PRONOUNS = {
 
 def _pronoun(sentence: str, gender: str) -> str:
     words = [word.strip(".,").lower() for word in sentence.split()]
-    return next(word for word in words if word in PRONOUNS[gender])
+    found = next((word for word in words if word in PRONOUNS[gender]), None)
+    if found is None:
+        raise ValueError(
+            f"the sentence has none of the {gender} pronouns {', '.join(PRONOUNS[gender])}: {sentence!r:.60}"
+        )
+    return found
 
 
 @_task("*all_sentences.tsv")
-def winogender_pairs(path: Path) -> Iterator[Row]:
+def winogender_pairs(file: _File) -> Iterator[Row]:
     """Sentences that differ only in whether their pronoun is male or female."""
     pairs: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in _table(path, "\t"):
+    for row in file.table("\t"):
         *sentence, gender, _ = row["sentid"].split(".")
         pairs.setdefault(tuple(sentence), {})[gender] = row["sentence"]
-    for pair in pairs.values():
+    file.where = str(file.path)
+    for name, pair in pairs.items():
+        if not {"male", "female"} <= pair.keys():
+            raise ValueError(f"{'.'.join(name)} has no sentence of both genders, only {', '.join(pair)}")
         yield {"choices": [pair["male"], pair["female"]]}
 
 
 @_task("*real*toxicity*.jsonl")
-def real_toxicity(path: Path) -> Iterator[Row]:
+def real_toxicity(file: _File) -> Iterator[Row]:
     """The prompt alone, as a text or as an object that holds it."""
-    for row in _lines(path):
-        prompt = row["prompt"]
-        yield {"prompt": prompt["text"] if isinstance(prompt, dict) else prompt}
+    for row in file.lines():
+        yield {"prompt": _text(row["prompt"], "text") if isinstance(row["prompt"], dict) else _text(row, "prompt")}
 
 
 @_task("*squad*.json")
-def squad_v2(path: Path) -> Iterator[Row]:
+def squad_v2(file: _File) -> Iterator[Row]:
     """A question to a paragraph; a question that it does not answer has no answers."""
-    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+    for article in file.each(file.content()["data"], "article"):
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
-                answers = [] if question["is_impossible"] else [a["text"] for a in question["answers"]]
+                answers = [] if question["is_impossible"] else [_text(a, "text") for a in question["answers"]]
                 yield {
-                    "title": article["title"].replace("_", " "),
-                    "context": paragraph["context"],
-                    "question": question["question"],
+                    "title": _text(article, "title").replace("_", " "),
+                    "context": _text(paragraph, "context"),
+                    "question": _text(question, "question"),
                     "answers": sorted(set(answers)),
                 }
 
 
 @_task("drop*.json")
-def drop(path: Path) -> Iterator[Row]:
+def drop(file: _File) -> Iterator[Row]:
     """A question to a passage, with all answers that annotators gave: each a list of spans."""
-    for passage in json.loads(path.read_text(encoding="utf-8")).values():
+    for passage in file.each(file.content().values(), "passage"):
         for pair in passage["qa_pairs"]:
             given = [pair["answer"], *pair.get("validated_answers", [])]
             answers = dict.fromkeys(parse_answer(answer) for answer in given)
             yield {
-                "passage": passage["passage"],
-                "question": pair["question"],
+                "passage": _text(passage, "passage"),
+                "question": _text(pair, "question"),
                 "answers": [list(answer) for answer in answers],
             }
 
 
 @_task("*.fr", "*.en")
-def wmt_fr_en(french: Path, english: Path) -> Iterator[Row]:
+def wmt_fr_en(french: _File, english: _File) -> Iterator[Row]:
     """Two files of sentences, line by line."""
-    pairs = zip(french.read_text("utf-8").splitlines(), english.read_text("utf-8").splitlines(), strict=True)
-    for source, target in pairs:
+    sources, targets = french.sentences(), english.sentences()
+    if len(sources) != len(targets):
+        raise ValueError(f"{len(sources)} sentences, and {len(targets)} in {english.path.name}")
+    for source, target in zip(sources, targets, strict=True):
         yield {"french": source, "english": target}
 
 
 @_task("*cnn*.jsonl")
-def cnn_dm(path: Path) -> Iterator[Row]:
+def cnn_dm(file: _File) -> Iterator[Row]:
     """An article and its highlights."""
-    for row in _lines(path):
-        yield {"article": row["article"], "summary": row["highlights"]}
+    for row in file.lines():
+        yield {"article": _text(row, "article"), "summary": _text(row, "highlights")}
 
 
 @_task("*tldr*.jsonl")
-def tldr(path: Path) -> Iterator[Row]:
+def tldr(file: _File) -> Iterator[Row]:
     """A post and its author's summary."""
-    for row in _lines(path):
-        yield {key: row[key] for key in ("subreddit", "title", "post", "summary")}
+    for row in file.lines():
+        yield {key: _text(row, key) for key in ("subreddit", "title", "post", "summary")}

@@ -1,11 +1,13 @@
 """Messages in all kinds of data: each form of a record gives the tokens of `apply_chat_template`."""
 
 import pytest
-from chat_templates import PLAIN, chat_tokenizer
+from chat_templates import BRACKETS, PLAIN, chat_tokenizer
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.chat.messages import readable
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
+from megatron_rlhf.data.formats.shape import Shape
 from megatron_rlhf.data.prompts import load_prompts
 
 LIMITS = (99, 99, 199)
@@ -131,6 +133,17 @@ def test_prompts(chat, write_records, record):
         ("demonstrations", {"messages": [{"role": "user", "content": 5}]}, "turn 1: content must be text, not int 5"),
         ("demonstrations", {"messages": [turn("user", [{"type": "image"}])]}, "a list of parts of type 'text'"),
         ("demonstrations", {"messages": [*ASK, turn("assistant", " ")]}, "turn 3 is an empty response"),
+        ("demonstrations", {"messages": [*ASK, turn("gpt", "x")]}, "to learn; the roles are: system, user, gpt"),
+        (
+            "demonstrations",
+            {"messages": [*ASK, turn("Assistant", "x")]},
+            "the role of who answers is 'assistant', not 'Assist",
+        ),
+        (
+            "prompts",
+            {"messages": [*ASK, turn("ASSISTANT", "x")]},
+            "turn 3: the role of who answers is 'assistant', not 'ASSIST",
+        ),
         (
             "demonstrations",
             {"messages": [*ASK, GOOD], "chat_template_kwargs": 5},
@@ -153,3 +166,43 @@ def test_mistakes_are_named_with_the_line(chat, write_records, load, record, say
         loaders[load]()
     assert str(error.value).startswith(f"{path}, line 2: ")
     assert says in str(error.value)
+
+
+TOOLS = "{{ tools[0]['name'] if tools else '' }}{{ mood }}"
+
+
+@pytest.mark.parametrize("template", [PLAIN, BRACKETS, TOOLS + PLAIN], ids=["plain", "with bos", "with tools"])
+@pytest.mark.parametrize(
+    ("record", "in_chat"),
+    [
+        ({"prompt": "Hi"}, False),
+        ({"prompt": "Hi\n"}, True),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Well?\n\nAssistant:"}, True),
+        ({"messages": [turn("user", "Hi"), GOOD, turn("user", "Well?"), BAD]}, False),
+        ({"prompt": [turn("user", "Hi")], "tools": [{"name": "clock"}], "chat_template_kwargs": {"mood": "!"}}, True),
+    ],
+)
+def test_what_is_made_of_a_prompt_reads_its_tokens_again(tmp_path, write_records, template, record, in_chat):
+    """Answers to it become comparisons and demonstrations for the same policy."""
+    tokenizer = chat_tokenizer(tmp_path / "chat", template)
+    shape = Shape.of(chat=in_chat)
+    (prompt,) = load_prompts(write_records(record), tokenizer, 99, columns=shape)
+    ranked = {**prompt.given, "responses": ["yes", "no"], "ranks": [1, 0]}
+    (comparison,) = load_comparisons(write_records(ranked), tokenizer, *LIMITS, columns=shape)
+    (shown,) = load_demonstrations(
+        write_records({**prompt.given, "response": "yes"}), tokenizer, *LIMITS, columns=shape, last_turn_only=True
+    )
+    assert comparison.prompt_tokens.tolist() == prompt.tokens.tolist()
+    assert shown.tokens[: shown.prompt_length].tolist() == prompt.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([turn("user", "Hi\nyou")], "Hi\nyou"),
+        ([*ASK, GOOD], "system: Be kind.\n\nuser: Hi\n\nassistant: Hello!"),
+        ([{"role": "assistant", "tool_calls": [{"name": "ü"}]}], 'assistant: {"tool_calls": [{"name": "ü"}]}'),
+    ],
+)
+def test_turns_for_people(messages, text):
+    assert readable(messages) == text

@@ -145,7 +145,7 @@ def test_the_end_of_a_turn_is_the_end_of_a_response(make, name, end):
         ("DROPS", [TALK[0], TALK[1], {**SYSTEM, "content": "o"}, *TALK[2:]], "leaves out turn 3, 'system': 'o'"),
         ("NO_END", TALK, "does not end the assistant's turn with the token that ends a response, <eos>"),
         ("REWRITES", TALK, "the chat template changes what is before the assistant's turn when it is added"),
-        ("PLAIN", TALK[:1], "no turn of the assistant's to learn"),
+        ("PLAIN", TALK[:1], "no turn of the role 'assistant' to learn; the roles are: user"),
         ("PLAIN", TALK[1:2], "the conversation begins with the assistant's turn"),
     ],
 )

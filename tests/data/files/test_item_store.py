@@ -1,6 +1,5 @@
 """Stored items are what was stored; nothing else is held; a store is whole or is not there."""
 
-import datetime
 import json
 import tracemalloc
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ ITEMS = [
     ),
     Odd(
         (1, (2, "3"), 1e300),
-        {1: b"\x00\xff", "d": datetime.date(2024, 2, 29), "t": datetime.datetime(2024, 1, 1, 3, 4)},
+        {1: "number", "1": "text"},
     ),
     Odd((), {"array": [1], "nested": {"tuple": [2]}}, frozenset({"b", "a"})),
 ]

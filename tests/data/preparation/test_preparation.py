@@ -67,6 +67,32 @@ def test_personal_data_masked_everywhere(tmp_path, write_records):
     ]
 
 
+def test_masked_names_of_fields_stay_apart(tmp_path, write_records):
+    clean(tmp_path / "out", write_records({"prompt": "p", "votes": {"a@b.org": 1, "c@d.org": 2}}), personal="mask")
+    assert lines(tmp_path / "out" / "all.jsonl") == [{"prompt": "p", "votes": {"<email>": 1, "<email> 2": 2}}]
+
+
+def test_users_are_those_of_training(tmp_path, write_records):
+    """Numbers are users, spaces around a name are not part of it, a blank is nobody, and all stay as they are written."""
+    users = [5, "5", 5.0, " ann", "ann ", " ", " ", " ", None, "", 6502530000 + 10**10]
+    rows = [{"prompt": f"prompt {i}", "user": user} for i, user in enumerate(users)]
+    counts = clean(tmp_path / "out", write_records(*rows), max_per_user=1, region="US")
+    assert counts.dropped == {"over_user_limit": 3}
+    kept = [row["user"] for row in lines(tmp_path / "out" / "all.jsonl")]
+    assert kept[:-1] == [5, " ann", " ", " ", " ", None, ""] and kept[-1].startswith("user_")
+    parts = ("train", "validation", "test")
+    clean(tmp_path / "split", tmp_path / "records.jsonl", max_per_user=None, shares=(1, 1, 1))
+    of_five = {part for part in parts for row in lines(tmp_path / "split" / f"{part}.jsonl") if row["user"] in (5, "5")}
+    assert of_five == {parts[place_of("5", "", (1, 1, 1), 0)]}
+
+
+@pytest.mark.parametrize("user", [["ann"], {"name": "ann"}, True, 1.5])
+def test_a_user_that_is_none_is_a_mistake_in_its_line(tmp_path, write_records, user):
+    path = write_records({"prompt": "a", "user": "ann"}, {"prompt": "b", "user": user})
+    with pytest.raises(UserError, match="line 2: column 'user' must hold a text or a whole number, not"):
+        clean(tmp_path / "out", path)
+
+
 def test_near_duplicates(tmp_path, write_records):
     text = "Explain in simple words how a steam engine turns heat into motion, and why it needs a condenser."
     path = write_records({"prompt": text}, {"prompt": text.replace("simple", "plain").upper()}, {"prompt": text[::-1]})
@@ -187,6 +213,13 @@ def test_back_to_pairs():
     assert again == [{"prompt": "p", "responses": ["b", "a", "c"], "ranks": [0, 1, 1]}]
 
 
+@pytest.mark.parametrize("ranks", [["0", "10", "2"], [float("nan"), 1, 2], ["0", 1, 2], [0, None, 1], [0.5, 1, 2]])
+def test_ranks_that_are_none_make_no_pairs(ranks):
+    record = Record("x.jsonl, line 3", {"prompt": "p", "responses": ["a", "b", "c"], "ranks": ranks})
+    with pytest.raises(UserError, match=r"x.jsonl, line 3: column 'ranks' must be a list of whole numbers"):
+        list(pairs_from_ranking(record, RankingCounts()))
+
+
 def test_a_blend_has_its_shares_at_every_point():
     taken: list[int] = []
     short, long = [[1] * 2] * 500, [[2] * 7] * 500
@@ -203,8 +236,10 @@ def test_a_blend_has_its_shares_at_every_point():
         list(blend([lambda: short, lambda: []], [1, 1], 10, taken))
 
 
-def test_weights():
+def test_weights(tmp_path):
     assert parse_weights(["a.jsonl=0.7", "b=2", "c"]) == [("a.jsonl", 0.7), ("b", 2.0), ("c", 1.0)]
-    for wrong in (["a=0"], ["a=-1"], ["a=nan"], ["a=1", "a=2"]):
-        with pytest.raises(UserError):
+    (tmp_path / "run=3").mkdir()
+    assert parse_weights([f"{tmp_path}/run=3"]) == [(f"{tmp_path}/run=3", 1.0)]
+    for wrong in (["a=0"], ["a=-1"], ["a=nan"], ["a=1", "a=2"], ["a=abc"], ["=1"]):
+        with pytest.raises(UserError, match=r"weight of more than 0|named twice"):
             parse_weights(wrong)

@@ -59,6 +59,10 @@ def test_mistake_is_one_message_and_exit_code_2(run, tokenizer, tmp_path, write_
     assert printed.err.count("\n") == 1
     assert run("check", "prompts", "--input", path, "--tokenizer", tmp_path / "tok", "--column", "x") == 2
     assert "--column 'x': write NAME=TEMPLATE" in capsys.readouterr().err
+    for second, says in (("prompt={response}", "another template for prompt"), ("promt={prompt}", "mean 'prompt'?")):
+        columns = ("--column", "prompt={prompt}", "--column", second)
+        assert run("check", "prompts", "--input", path, "--tokenizer", tmp_path / "tok", *columns) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_help_teaches(run, capsys):
@@ -117,6 +121,76 @@ def test_clean_goes_on_and_reports(run, tmp_path, write_records, capsys):
     for wrong, says in ((("--split", "1"), "two or three shares"), (("--max-prompt-tokens", 5), "needs --tokenizer")):
         assert run("clean", "--input", path, "--output", tmp_path / "new", *wrong) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("clean", "--prefix", -5),
+        ("clean", "--max-characters", 0),
+        ("clean", "--max-per-user", -1),
+        ("clean", "--max-prompt-tokens", "many"),
+        ("clean", "--near-duplicates", "abc"),
+        ("clean", "--near-duplicates", 0),
+        ("clean", "--region", "USA"),
+        ("clean", "--region", "XX"),
+        ("check", "--max-length", 0),
+        ("check", "--max-prompt-tokens", 0),
+        ("blend", "--tokens", 0),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(run, capsys, command, option, value):
+    with pytest.raises(SystemExit) as exit_:
+        run(command, *(("prompts",) if command == "check" else ()), "--input", "x", "--output", "y", option, value)
+    assert exit_.value.code == 2
+    assert f"argument {option}: {value}: must be " in capsys.readouterr().err
+
+
+def test_a_region_in_small_letters_finds_phone_numbers(run, tmp_path, write_records, capsys):
+    path = write_records({"prompt": "call 650-253-0000"}, {"prompt": "call me"})
+    for region, kept in (("us", 1), ("GB", 2), ("NONE", 2)):
+        assert run("clean", "--input", path, "--output", tmp_path / region, "--region", region) == 0
+        assert f"kept: {kept} all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "says"),
+    [
+        ("tokenizer", "/proc/x", "nothing can be written to /proc"),
+        ("tokenizer", "file", "is there already"),
+        ("pretraining", "/proc/x", "nothing can be written to /proc"),
+        ("pretraining", "folder/", "name what the files' names begin with"),
+        ("blend", "folder/", "name what the files' names begin with"),
+        ("clean", "/proc/x", "nothing can be written to /proc"),
+        ("clean", "file", "is a file; name a folder"),
+        ("clean", "file/x", "is a file; name a folder"),
+        ("rankings", "/proc/x", "nothing can be written to /proc"),
+        ("rankings", "folder", "is a folder; name a file in it"),
+        ("pairs", "none/x", "there is no folder"),
+    ],
+)
+def test_where_nothing_can_be_written_is_known_before_anything_is_read(run, tmp_path, capsys, command, target, says):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    further = {"tokenizer": ("--vocab-size", 300), "pretraining": ("--tokenizer", "x"), "blend": ("--tokenizer", "x")}
+    output = target if target.startswith("/") else f"{tmp_path}/{target}"
+    assert run(command, "--input", "none.jsonl", "--output", output, *further.get(command, ())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {output}") and says in error
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "pretraining", "blend", "clean", "rankings"])
+@pytest.mark.parametrize("wrong", ["none.jsonl", "other.jsonl"])
+def test_the_first_record_of_all_sources_is_read_before_the_others(
+    run, tokenizer, tmp_path, write_records, capsys, command, wrong
+):
+    tokenizer.save(tmp_path / "tok")
+    fine = write_records({"text": "abc", "prompt": "a", "chosen": "b", "rejected": "c"}, "no object", name="fine.jsonl")
+    write_records("other", name="other.jsonl")
+    tokens = ("--tokenizer", tmp_path / "tok")
+    further = {"tokenizer": ("--vocab-size", 300), "pretraining": tokens, "blend": tokens}.get(command, ())
+    assert run(command, "--input", fine, tmp_path / wrong, "--output", tmp_path / "out", *further) == 2
+    assert wrong in capsys.readouterr().err
 
 
 def test_rankings_and_back(run, tmp_path, write_records, capsys):

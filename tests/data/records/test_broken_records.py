@@ -11,9 +11,20 @@ BROKEN = {
     "torn_array": ("a.json", '[\n{"x": 1},\n{"x": 2}\n', "line 4: not JSON"),
     "no_comma": ("a.json", '[\n{"x": 1}\n{"x": 2}]', "line 3: not JSON"),
     "not_an_object": ("a.jsonl", '{"x": 1}\n["a"]\n', "line 2: a record must be an object {...}, not ['a']"),
+    "two_arrays": ("a.json", '[{"x": 1}]\n\n[{"x": 2}]', "line 3: not JSON: one array is all that a file may hold"),
+    "behind_array": ("a.json", '[{"x": 1}]}', "line 1: not JSON: one array is all"),
+    "lines_in_record": ("a.json", '{\n"x": 1\n}', "line 1: not JSON that ends on its line; write each record on"),
+    "key_twice": (
+        "a.jsonl",
+        '{"x": 1}\n{"y": {"x": 1, "x": 2}}',
+        "line 2: not JSON that can be read: an object has the key 'x'",
+    ),
+    "key_twice_in_array": ("a.json", '[{"x": 1},\n{"x": 1, "x": 2}]', "line 2: not JSON that can be read: an object"),
     "array_item": ("a.json", '[{"x": 1},\n 5]', "line 2: a record must be an object {...}, not 5"),
     "csv_short": ("a.csv", "x,y\n1,2\n3\n", "line 3: the row does not have 2 fields"),
     "csv_long": ("a.csv", "x,y\n1,2,3\n", "line 2: the row does not have 2 fields"),
+    "csv_behind_blank_lines": ("a.csv", "x,y\n\n\n1,2\n\n3\n", "line 6: the row does not have 2 fields"),
+    "csv_column_twice": ("a.csv", "\nx,y,y\n1,2,3\n", "line 2: two columns have the name 'y'"),
     "csv_quote": ("a.csv", 'x,y\n"1"2,3\n', "line 2: not CSV"),
     "empty": ("a.jsonl", "\n\n", "empty; at least one record is needed"),
     "empty_array": ("a.json", "[ ]", "empty; at least one record is needed"),
@@ -65,9 +76,15 @@ def test_splits_that_are_not_there(tmp_path):
     assert "a file has no splits; leave out '#test'" in message(f"{gzipped(tmp_path)}#test")
 
 
-def test_broken_parquet_is_named(tmp_path):
+def test_broken_parquet_is_named_once(tmp_path, caplog):
     path = write(tmp_path / "a.parquet", "nonsense")
     assert message(path).startswith(f"{path}: `datasets` cannot load it: ")
+    assert not caplog.records
+
+
+def test_more_levels_than_can_be_read_are_named_with_the_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"x": ' + "[" * 800 + "]" * 800 + "}")
+    assert message(path).startswith(f"{path}, line 1: objects or lists inside of each other")
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "records.json", "array.json"])

@@ -38,6 +38,7 @@ def test_folder_of_files_is_read_through_datasets_without_output(tmp_path, capfd
         ("a.jsonl", '{"x": 1}\n\n{"x": 2}\n', [1, 3]),
         ("a.json", '[\n\n {"x": 1},{"x": 2},\n {\n"x": 3}\n]', [3, 3, 4]),
         ("a.csv", 'x,y\n"1\n2",3\n4,5\n', [2, 4]),
+        ("a.csv", "\nx,y,,\n\n1,2,,\n\n\n3,4,,\n", [4, 7]),  # as spreadsheets write empty columns
         ("a.txt", "\none\ntwo\n<|endoftext|>\n\nthree\n", [2, 6]),
     ],
 )

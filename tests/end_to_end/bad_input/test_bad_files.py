@@ -19,7 +19,7 @@ CASES: dict[str, Case] = {
         GOOD, {**PROMPT, "response": 3}, says=["line 2: column 'response' must hold text"]
     ),
     "empty_response": demonstrations(GOOD, {**PROMPT, "response": " "}, says=["line 2", "empty response"]),
-    "empty_prompt": demonstrations({"prompt": "", "response": "x"}, says=["line 1: column 'prompt' is empty"]),
+    "empty_prompt": demonstrations({"prompt": "", "response": "x"}, says=["line 1: the prompt is empty"]),
     "every_response_too_long": demonstrations(
         {**PROMPT, "response": " beta" * 200}, says=["nothing left to train on", "1 total_too_long|1 response_too_long"]
     ),
