@@ -95,12 +95,20 @@ LOOP = "--rounds 1 --policy sft --prompts prompts.jsonl"
         (f"loop {LOOP} --rule nothing.py:score", "--rule nothing.py:score there is no file nothing.py"),
         (f"loop {LOOP} --rule broken.py:score", "--rule broken.py:score cannot be imported: ZeroDivisionError"),
         (f"loop {LOOP} --rule rules.py:score --comparisons none.jsonl", "none.jsonl: no such file"),
+        (f"loop {LOOP} --rule rules.py:score --comparisons cut.jsonl", "cut.jsonl, line 2: "),
+        (f"loop {LOOP} --rule rules.py:score --comparisons one.jsonl", "one.jsonl, line 2: column 'responses' must be"),
+        (f"loop {LOOP} --rule rules.py:score --samples 1", "--samples 1: at least 2"),
+        (f"loop {LOOP} --rule rules.py:score --rounds 0", "--rounds 0: at least 1"),
+        (f"loop {LOOP} --people ann --labels-per-prompt 0", "--labels-per-prompt 0: at least 1"),
         (f"other {LOOP} --rule rules.py:score", "other/state.json is not the state of a loop"),
     ],
 )
 def test_a_loop_begins_with_what_it_needs_at_its_end(folder, capsys, arguments, says):
     (folder / "rules.py").write_text("def score(prompts, responses, records):\n    return [0.0] * len(prompts)\n")
     (folder / "broken.py").write_text("1 / 0\n")
+    good = '{"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}\n'
+    (folder / "cut.jsonl").write_text(good + '{"prompt": "p", "resp\n')
+    (folder / "one.jsonl").write_text(good + '{"prompt": "p", "responses": ["a"], "ranks": [0]}\n')
     write(folder / "other" / "state.json", [{"a": 1}])
     before = contents(folder)
     options, overrides = iterate._parser().parse_known_args(arguments.split())

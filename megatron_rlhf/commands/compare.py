@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_rankings(options.people) if options.people is not None else [],
             shlex.join(sys.orig_argv if arguments is None else ["megatron-rlhf", "compare", *arguments]),
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(written)
@@ -51,7 +51,7 @@ def load_rule(spec: str) -> functions.Function:
         return functions.load(spec)
     except functions.Mistake as mistake:
         raise UserError(f"--rule {spec} {mistake}") from mistake
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(f"--rule {spec} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -70,7 +70,7 @@ def judge_by_rule(run: Run, spec: str) -> None:
         golds = functions.numbers_of(values, names)
     except functions.Mistake as mistake:
         raise UserError(f"--rule {spec} {mistake}") from mistake
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(f"--rule {spec} raised {type(error).__name__}: {error}") from error
     for row, gold in zip(run.answers, golds, strict=True):
         row["gold"] = gold

@@ -23,7 +23,9 @@ from typing import Any
 
 from megatron_rlhf.cli import exit_code_on_failure, run_stage, share_out_overrides
 from megatron_rlhf.commands.compare import judge_by_rule, load_rule
+from megatron_rlhf.compose import compose_config
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.config.stages import RewardModelConfig
 from megatron_rlhf.data.files.text_files import iterate_text_file
 from megatron_rlhf.evaluation.page import write_evaluation
 from megatron_rlhf.evaluation.results import Run
@@ -70,6 +72,8 @@ class Loop:
     def __init__(self, options: argparse.Namespace, overrides: Sequence[str]) -> None:
         self.options, self.output = options, Path(options.output)
         self.overrides = share_out_overrides(overrides, STAGES)
+        about_data = [override for override in self.overrides["reward_model"] if override.startswith("data")]
+        self.data = compose_config("reward_model", RewardModelConfig, about_data, missing="-")[0].data
         self._check()
         self.state = self.output / "state.json"
         self.setup = {
@@ -94,13 +98,35 @@ class Loop:
         from megatron_rlhf.data.records import read_records
         from megatron_rlhf.runs.stage import RUNS, stage_of
 
+        given = {"rounds": 1, "samples": 2, "labels_per_prompt": 1}
+        for name, least in given.items():
+            if (value := getattr(self.options, name)) < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
         if (stage := stage_of(self.output)) is not None:
             raise UserError(f"{self.output} holds {RUNS[stage]}: name a folder of its own for the loop")
-        for path in (self.options.comparisons, self.options.prompts):
-            if path is not None:
-                next(read_records(path), None)
+        next(read_records(self.options.prompts), None)
+        self._given_comparisons()
         if self.options.rule is not None:
             load_rule(self.options.rule)
+
+    def _given_comparisons(self) -> list[dict[str, Any]]:
+        """Those that there are already, in our own columns: of a published format, without what nothing can be learned from."""
+        from megatron_rlhf.data.formats.ranked import known_flaw, read_ranked
+        from megatron_rlhf.data.formats.shape import Shape
+        from megatron_rlhf.data.records import read_records
+
+        if self.options.comparisons is None:
+            return []
+        shape = Shape.of(self.data.format, self.data.columns.given(), self.data.chat)
+        rows, flawed = [], 0
+        for record in read_records(self.options.comparisons, shape, kind="comparisons"):
+            if (record.lenient and known_flaw(record)) or (read_ranked(record).has_empty and record.lenient):
+                flawed += 1
+            else:
+                rows.append(dict(record.fields))
+        if flawed:
+            log.info("%s: %d records without an answer are left out", self.options.comparisons, flawed)
+        return rows
 
     def _read_state(self) -> dict[str, Any]:
         try:
@@ -159,8 +185,8 @@ class Loop:
 
     def rank(self, folder: Path, number: int) -> None:
         """All comparisons so far: those that were given, those of earlier rounds, and those of this round's answers."""
-        before = self.output / f"round_{number - 1}" / "comparisons.jsonl" if number > 1 else self.options.comparisons
-        earlier = [row for _, row in iterate_text_file(Path(before))] if before is not None else []
+        before = self.output / f"round_{number - 1}" / "comparisons.jsonl"
+        earlier = [row for _, row in iterate_text_file(before)] if number > 1 else self._given_comparisons()
         new = self._by_people(folder) if self.options.people else self._by_rule(folder)
         if not new:
             raise UserError(
@@ -172,11 +198,13 @@ class Loop:
         run = Run.read("answers", folder / "answers")
         judge_by_rule(run, self.options.rule)
         answers: dict[str, dict[str, float]] = {}
+        given: dict[str, dict[str, Any]] = {}
         for row in run.answers:
             if row["response"].strip():
                 answers.setdefault(row["prompt"], {})[row["response"]] = row["gold"]
+                given[row["prompt"]] = row.get("given") or {"prompt": row["prompt"]}
         return [
-            {"prompt": prompt, "responses": list(golds), "ranks": dense([-gold for gold in golds.values()])}
+            {**given[prompt], "responses": list(golds), "ranks": dense([-gold for gold in golds.values()])}
             for prompt, golds in answers.items()
             if len(set(golds.values())) > 1
         ]
@@ -197,9 +225,14 @@ class Loop:
     def train_reward_model(self, folder: Path) -> None:
         """From the first policy, on all comparisons."""
         start = self.options.reward_start or self.options.policy
-        comparisons = f"data.comparisons={folder / 'comparisons.jsonl'}"
+        ours = ["data.format=null", *(f"data.columns.{name}=null" for name in self.data.columns.given() or ())]
         self.stage(
-            "reward_model", folder / "reward_model", f"reward.init_from={start}", comparisons, "run.auto_resume=true"
+            "reward_model",
+            folder / "reward_model",
+            f"reward.init_from={start}",
+            f"data.comparisons={folder / 'comparisons.jsonl'}",
+            *ours,
+            "run.auto_resume=true",
         )
 
     def train_policy(self, policy: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import secrets
 import socket
@@ -10,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rlhf.commands.numbers import whole
 from megatron_rlhf.commands.outputs import require_lines
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.evaluation.agreement import Agreement, Judgement, agreement
-from megatron_rlhf.labeling.answers import dense
+from megatron_rlhf.labeling.answers import cards, dense
 from megatron_rlhf.labeling.project import Project
-from megatron_rlhf.labeling.types import DEMONSTRATIONS, HELD_OUT, RANKINGS, TRAINING, Settings
+from megatron_rlhf.labeling.types import DEMONSTRATIONS, HELD_OUT, RANKINGS, TRAINING, Answer, Settings
 
 DESCRIPTION = """Labels by people: rankings of 2 to 9 outputs a prompt, or demonstrations.
 
@@ -42,13 +44,14 @@ def agreement_by_team(project: Project) -> Mapping[str, Agreement]:
     """Agreement among training labelers, and among held-out ones."""
     if project.settings.kind != RANKINGS:
         return {}
-    return {
-        team: agreement(
-            Judgement(answer.number, answer.labeler, dense(answer.content["ranks"]), answer.content["ratings"])
-            for answer in project.answers([team])
-        )
-        for team in (TRAINING, HELD_OUT)
-    }
+    return {team: agreement(_judgement(answer) for answer in project.answers([team])) for team in (TRAINING, HELD_OUT)}
+
+
+def _judgement(answer: Answer) -> Judgement:
+    """Of each text once: outputs that are the same text are ranked together, which is no agreement on a pair."""
+    places = [card.places[0] for card in cards(answer.task.outputs, seed="")]
+    ranks, ratings = ([answer.content[name][place] for place in places] for name in ("ranks", "ratings"))
+    return Judgement(answer.number, answer.labeler, dense(ranks), ratings)
 
 
 def create(options: argparse.Namespace) -> None:
@@ -73,10 +76,14 @@ def create(options: argparse.Namespace) -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    project = Project.open(options.project)
+    project = _open_to_write(options.project)
     tasks = _tasks(options, project.settings.kind)
     _add_labelers(project, options)
-    project.add_tasks(tasks)
+    added = project.add_tasks(tasks)
+    if added < len(tasks):
+        print(
+            f"{len(tasks) - added} of {len(tasks)} prompts are in the project already, with the same outputs: left out"
+        )
     _describe(project)
 
 
@@ -89,10 +96,10 @@ def status(options: argparse.Namespace) -> None:
         if not found.prompts:
             print(f"{team}: no prompt that several ranked yet")
             continue
-        print(
-            f"{team}: pairwise agreement {found.percent:.1f} +- {found.error:.1f}%, Krippendorff's alpha {found.alpha:.3f} "
-            f"({found.prompts} prompts that several ranked)"
-        )
+        error = f" +- {found.error:.1f}" if math.isfinite(found.error) else ""  # of one prompt there is none
+        alpha = f", Krippendorff's alpha {found.alpha:.3f}" if math.isfinite(found.alpha) else ""
+        several = f"{found.prompts} prompts that several ranked"
+        print(f"{team}: pairwise agreement {found.percent:.1f}{error}%{alpha} ({several})")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -111,7 +118,7 @@ def serve(options: argparse.Namespace) -> None:
     from megatron_rlhf.labeling.access import ADMIN, Access
     from megatron_rlhf.labeling.app import create_app
 
-    project = Project.open(options.project)
+    project = _open_to_write(options.project)
     token = options.token or os.environ.get("LABELING_TOKEN")
     if token is None and options.host not in LOOPBACK:
         raise UserError(
@@ -138,13 +145,20 @@ def serve(options: argparse.Namespace) -> None:
     uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning")).run(sockets=[listening])
 
 
+def _open_to_write(path: Path) -> Project:
+    project = Project.open(path)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written to: it is read-only for this user")
+    return project
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: {error}; give another --port, or 0 for any that is free"
         ) from error
@@ -152,17 +166,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _tasks(options: argparse.Namespace, kind: str) -> list[Any]:
-    from megatron_rlhf.labeling.tasks import (
-        read_tasks,
-    )  # takes a second, for which a server need not wait
+    # Both take a second, for which a server need not wait.
+    from megatron_rlhf.commands.prepare_records import columns_of
+    from megatron_rlhf.labeling.tasks import read_tasks
 
-    columns = {}
-    for assignment in options.column:
-        name, equals, template = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--column {assignment!r}: write NAME=TEMPLATE, such as 'prompt={{question}}'")
-        columns[name] = template
-    return read_tasks(options.tasks, kind, columns)
+    return read_tasks(options.tasks, kind, columns_of(options.column))
 
 
 def _add_labelers(project: Project, options: argparse.Namespace) -> None:
@@ -210,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine alone"
     )
-    command.add_argument("--port", type=int, default=8420, help="default 8420; 0 for any that is free")
+    command.add_argument("--port", type=whole(0, 65535), default=8420, help="default 8420; 0 for any that is free")
     command.add_argument(
         "--token", help="secret that login links follow from; also as LABELING_TOKEN in the environment"
     )

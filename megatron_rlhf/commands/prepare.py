@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from megatron_rlhf.commands.numbers import share, whole
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.formats.shape import known_formats
 
@@ -85,12 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--column", action="append", default=[], metavar="NAME=TEMPLATE", help="make a column from others; repeatable"
     )
-    command.add_argument("--max-prompt-tokens", type=int, default=1024, metavar="N", help="default 1024, as the paper")
+    for what in ("prompt", "response"):
+        command.add_argument(
+            f"--max-{what}-tokens", type=whole(1), default=1024, metavar="N", help="default 1024, as the paper"
+        )
     command.add_argument(
-        "--max-response-tokens", type=int, default=1024, metavar="N", help="default 1024, as the paper"
-    )
-    command.add_argument(
-        "--max-length", type=int, metavar="N", help="both together; default: the model's context, or 2048"
+        "--max-length", type=whole(1), metavar="N", help="both together; default: the model's context, or 2048"
     )
     command.set_defaults(run="preparing:check")
     _add_record_commands(commands)
@@ -104,23 +105,27 @@ def _add_record_commands(commands: Any) -> None:
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write, or to go on with")
     command.add_argument(
         "--prefix",
-        type=int,
+        type=whole(0),
         metavar="N",
         help="equal first characters are a duplicate; default: 200 for prompts, else 0: off",
     )
     command.add_argument(
-        "--near-duplicates", type=_share, metavar="S", help="MinHash similarity that is one, such as 0.8"
+        "--near-duplicates", type=share, metavar="S", help="MinHash similarity that is one, such as 0.8"
     )
-    command.add_argument("--max-per-user", type=int, metavar="N", help="default: 200 for prompts, else 0: no limit")
-    command.add_argument("--max-characters", type=int, metavar="N", help="longer prompts are dropped")
     command.add_argument(
-        "--max-prompt-tokens", type=int, metavar="N", help="longer prompts are dropped; needs --tokenizer"
+        "--max-per-user", type=whole(0), metavar="N", help="default: 200 for prompts, else 0: no limit"
+    )
+    command.add_argument("--max-characters", type=whole(1), metavar="N", help="longer prompts are dropped")
+    command.add_argument(
+        "--max-prompt-tokens", type=whole(1), metavar="N", help="longer prompts are dropped; needs --tokenizer"
     )
     command.add_argument("--tokenizer", metavar="DIR", help="for --max-prompt-tokens")
     command.add_argument(
         "--personal", choices=("drop", "mask", "keep"), default="drop", help="records with personal data"
     )
-    command.add_argument("--region", default="US", help="of phone numbers without a country code, or none")
+    command.add_argument(
+        "--region", type=_region, default="US", help="of phone numbers without a country code, or none"
+    )
     command.add_argument("--split", metavar="SHARES", help="train, validation[, test] by user, such as 0.9,0.05,0.05")
     command.add_argument("--seed", type=int, default=0, help="of the split")
     command.set_defaults(run="prepare_records:clean")
@@ -142,7 +147,7 @@ def _add_record_commands(commands: Any) -> None:
     )
     command.add_argument(
         "--tokens",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="tokens to reach, repeating what ends; default: until the first corpus ends",
     )
@@ -167,8 +172,11 @@ def _add_shape(command: argparse.ArgumentParser, many: bool = False) -> None:
     )
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0, and at most 1")
-    return value
+def _region(text: str) -> str | None:
+    from phonenumbers import SUPPORTED_REGIONS  # takes time, for which --help need not wait
+
+    if text.lower() == "none":
+        return None
+    if text.upper() not in SUPPORTED_REGIONS:
+        raise argparse.ArgumentTypeError(f"{text}: must be a country's two letters, such as US, GB or DE, or none")
+    return text.upper()

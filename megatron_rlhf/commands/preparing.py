@@ -3,12 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from megatron_rlhf.commands.outputs import require_new
-from megatron_rlhf.commands.prepare_records import bar, columns_of, shape_of
+from megatron_rlhf.commands.outputs import require_new, require_new_corpus
+from megatron_rlhf.commands.prepare_records import bar, columns_of, require_readable, shape_of
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.chat.files import read_chat_template
 from megatron_rlhf.data.comparisons import Comparison, load_comparisons
@@ -21,8 +22,7 @@ from megatron_rlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokeni
 
 
 def prepare_pretraining(options: argparse.Namespace) -> None:
-    for suffix in (".bin", ".idx"):
-        require_new(f"{options.output}{suffix}")
+    require_new_corpus(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     size = build_indexed_dataset(_texts(options.input, columns_of(options.column)), tokenizer, options.output)
     print(f"{options.output}.bin, .idx: {size.documents:,} documents, {size.tokens:,} tokens")
@@ -106,6 +106,7 @@ def _print_lengths(name: str, lengths: list[int]) -> None:
 
 def _texts(sources: list[str], columns: dict[str, str]) -> Iterator[str]:
     """The texts of all sources, with a progress bar over the bytes read."""
+    require_readable(sources, partial(read_texts, columns=columns))
     with bar(sources) as progress:
         for source in sources:
             yield from read_texts(source, progress, columns)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tokenizers.decoders import DecodeStream
 
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.config.stages import ChatConfig
 from megatron_rlhf.data.chat.messages import Conversation, Message
 from megatron_rlhf.data.chat.template import Chat
 from megatron_rlhf.data.formats.record import Record
+from megatron_rlhf.data.streaming import TextStream
 from megatron_rlhf.data.tokenizer import Tokenizer
 from megatron_rlhf.models.roles import Role
 from megatron_rlhf.parallel import collectives
@@ -85,11 +85,11 @@ class ChatRoom:
                 "tokens: /undo or /reset, or a shorter limit"
             )
         self._say(f"{name}: " if len(self.policies) > 1 else "")
-        decoder = DecodeStream(skip_special_tokens=True)
+        stream = TextStream(tokenizer.continuation, skip_special_tokens=True)
 
         def listen(_: int, token: int) -> None:
             if streams:
-                self._say(decoder.step(tokenizer.continuation, token) or "")
+                self._say(stream.step(token))
 
         turn = len(self.messages)
         completions = sample_responses(

@@ -121,6 +121,7 @@ class Evaluator:
                     {} if scores is None else {name: float(part_b[i]) for name, part_b in several(scores.parts).items()}
                 ),
                 "source": source,
+                **({"given": prompt.given} if prompt.messages else {}),
                 **({"record": dict(prompt.record)} if prompt.record else {}),
             }
             for i, (prompt, completion, source) in enumerate(zip(prompts, completions, sources, strict=True))
@@ -150,13 +151,15 @@ class Evaluator:
         return sample_responses(self.policy, inputs, ids, sampling, tokenizer.stop_ids, seed, tokenizer.stop_watch)
 
     def _collect(self, labels: str, questions: Questions, rows: Sequence[dict[str, Any]]) -> None:
-        users = {prompt.text: prompt.user for prompt in questions.prompts}
+        prompts = {prompt.text: prompt for prompt in questions.prompts}
         answers: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             answers.setdefault(row["prompt"], []).append(row)
         tasks = [
-            Task(prompt, tuple(row["response"] for row in of), tuple(row["source"] for row in of), users[prompt])
-            for prompt, of in answers.items()
+            Task.of(
+                prompts[text].given, [row["response"] for row in of], [row["source"] for row in of], prompts[text].user
+            )
+            for text, of in answers.items()
         ]
         count = collecting.collect(Path(labels), tasks)
         log.info("%s: answers of %s are added; %d prompts to rank", labels, questions.policy, count)

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_rlhf.data.comparisons import Ranking
 from megatron_rlhf.data.formats.record import Record
-from megatron_rlhf.evaluation.reward_accuracy import Pair, accuracy, accuracy_by, pairs_of
+from megatron_rlhf.evaluation.reward_accuracy import Pair, accuracy, accuracy_by, group_name, pairs_of
 from megatron_rlhf.models.microbatches import texts_to_score
 from megatron_rlhf.models.roles import Role
 
@@ -27,18 +27,28 @@ def judged(reward: Role, rankings: Sequence[tuple[Record, Ranking]], micro_batch
         index = [i for i, (_, r) in enumerate(part) for _ in r.responses]
         scores = iter(reward.scores(texts_to_score(texts, lengths, index), micro_batch_size).tolist())
         for record, ranking in part:
-            fields = record.fields
             rows.append(
                 {
                     "prompt": prompts.setdefault(ranking.prompt.tobytes(), len(prompts)),
-                    "labeler": fields.get("labeler"),
-                    "group": next((fields[name] for name in GROUP_COLUMNS if fields.get(name)), None),
+                    "labeler": record.fields.get("labeler"),
+                    "group": group_of(record),
                     "ranks": list(ranking.ranks),
                     "scores": [next(scores) for _ in ranking.ranks],
                     "lengths": [len(response) for response in ranking.responses],
                 }
             )
     return rows
+
+
+def group_of(record: Record) -> str | None:
+    """Raises UserError where it is no name."""
+    for column in GROUP_COLUMNS:
+        value = record.fields.get(column)
+        if isinstance(value, list | dict):
+            raise record.mistake(f"column {column!r} must hold the name of a group, not {value!r:.60}")
+        if (group := group_name(value)) is not None:
+            return group
+    return None
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -48,7 +58,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     found |= {f"_k{k}": value for k, value in accuracy_by(pairs, lambda pair: pair.k).items()}
     groups = accuracy_by(pairs, lambda pair: pair.group)
     if len(groups) > 1:
-        found |= {f"_{group}": value for group, value in groups.items()}
+        taken = {*found, "_error"}
+        found |= {f"_group_{name}" if f"_{name}" in taken else f"_{name}": value for name, value in groups.items()}
     metrics = {f"rm/accuracy{name}": value.mean / 100 for name, value in found.items()}
     return {**metrics, "rm/accuracy_error": found[""].error / 100}
 

@@ -71,7 +71,13 @@ def _reward_section(run: Run) -> Section:
     if len(groups) > 1:
         rows += [{"comparisons": group.replace("_", "-"), **_shown(found)} for group, found in groups.items()]
     rows += [{"comparisons": f"K = {k}", **_shown(found)} for k, found in accuracy_by(pairs, lambda p: p.k).items()]
-    people, model = prefers_longer(pairs)
+    longer = "No comparison has responses of different lengths."
+    if (preferred := prefers_longer(pairs)) is not None:
+        people, model = preferred
+        longer = (
+            f"The longer response is preferred in {people.mean:.1f}% of the comparisons by people and in {model.mean:.1f}% by "
+            "the model."
+        )
     length = [{"the preferred response": name, **_shown(found)} for name, found in by_length(pairs).items()]
     bins, gap = calibration(pairs)
     return Section(
@@ -81,10 +87,7 @@ def _reward_section(run: Run) -> Section:
             make_table(rows, "Accuracy on people's comparisons"),
             make_table(length, "Accuracy by length"),
         ],
-        text=(
-            f"The longer response is preferred in {people.mean:.1f}% of the comparisons by people and in {model.mean:.1f}% by "
-            f"the model. Expected calibration error: {gap:.1f} percent points over {len(bins)} bins of confidence."
-        ),
+        text=f"{longer} Expected calibration error: {gap:.1f} percent points over {len(bins)} bins of confidence.",
     )
 
 

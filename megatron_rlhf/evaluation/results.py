@@ -1,8 +1,7 @@
 """What evaluations left in their folders, read for the page."""
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.data.files.text_files import iterate_text_file
 from megatron_rlhf.evaluation.policies import Scores
-from megatron_rlhf.monitoring.files import read_records
+from megatron_rlhf.evaluation.reward_accuracy import group_name
+from megatron_rlhf.monitoring.metrics import LARGEST, read_metrics
 
 JUDGED = "comparisons.jsonl"
 """Comparisons with a reward model's scores."""
@@ -46,9 +46,9 @@ class Run:
         found = cls(
             name,
             own,
-            list(read_records(metrics)) if metrics.exists() else [],
-            list(_rows(answers if answers.exists() else folder / ANSWERS, ("prompt", "response"))),
-            list(_rows(own / JUDGED, ("prompt", "ranks", "scores", "lengths"))),
+            read_metrics(metrics) if metrics.exists() else [],
+            list(_answers(answers if answers.exists() else folder / ANSWERS)),
+            list(_judged(own / JUDGED)),
         )
         if not (found.metrics or found.answers or found.judged):
             raise UserError(f"{name}={folder}: nothing was measured there: no metrics.jsonl, {ANSWERS} or {JUDGED}")
@@ -75,34 +75,85 @@ class Run:
     def command(self) -> str:
         """How it was started, and its configuration."""
         parts = [self.folder / "command", self.folder / "config.yaml"]
-        return "\n\n".join(part.read_text(encoding="utf-8").strip() for part in parts if part.exists())
+        return "\n\n".join(
+            part.read_text(encoding="utf-8", errors="replace").strip() for part in parts if part.exists()
+        )
 
     def figures(self) -> dict[str, float]:
         """Its last metrics."""
         last: dict[str, float] = {}
         for record in self.metrics:
-            last |= {name: value for name, value in record.items() if isinstance(value, int | float)}
-        return {name: value for name, value in last.items() if math.isfinite(value)}
+            last |= {name: value for name, value in record.items() if value is not None}
+        return last
 
 
 def read_rankings(path: Path) -> list[dict[str, Any]]:
-    """Rankings of people with `sources`, as megatron-rlhf label exports them."""
+    """Rankings of people with `sources`, as megatron-rlhf label exports them: {"prompt" (as a text), "ranks", "sources"}.
+
+    Raises:
+        UserError: There are none, or a record is none.
+    """
+    from megatron_rlhf.data.records import read_records  # takes a second
+
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected rankings that megatron-rlhf label exported")
-    rows = list(_rows(path, ("prompt", "ranks", "sources")))
-    if not rows:
-        raise UserError(f"{path}: empty; at least one ranking is needed")
+    rows = []
+    for record in read_records(path):
+        if missing := [name for name in ("prompt", "ranks", "sources") if name not in record]:
+            raise record.mistake(f"no {missing[0]!r}; expected rankings that megatron-rlhf label exported")
+        prompt, ranks, sources = (record.value(name) for name in ("prompt", "ranks", "sources"))
+        if not (_is_list(ranks, _is_number) and _is_list(sources, _is_name) and len(ranks) == len(sources)):
+            raise record.mistake(
+                "'ranks' must be a list of numbers and 'sources' one of as many names (or null), not "
+                f"{json.dumps([ranks, sources])[:80]}"
+            )
+        prompt = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+        rows.append({"prompt": prompt, "ranks": ranks, "sources": sources})
     return rows
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _answers(path: Path) -> Iterator[dict[str, Any]]:
+    for where, row in _rows(path, ("prompt", "response")):
+        for name in ("prompt", "response"):
+            if not isinstance(row[name], str):
+                raise UserError(f"{where}: {name!r} must be a text, not {json.dumps(row[name])[:60]}")
+        if row.get("score") is not None and not _is_number(row["score"]):
+            raise UserError(f"{where}: 'score' must be a finite number or null, not {json.dumps(row['score'])[:60]}")
+        for name in ("record", "given"):
+            if not isinstance(row.get(name, {}), dict):
+                raise UserError(f"{where}: {name!r} must be an object, not {json.dumps(row[name])[:60]}")
+        yield row
+
+
+def _judged(path: Path) -> Iterator[dict[str, Any]]:
+    for where, row in _rows(path, ("prompt", "ranks", "scores", "lengths")):
+        lists = [row[name] for name in ("ranks", "scores", "lengths")]
+        if not all(_is_list(values, _is_number) for values in lists) or len(set(map(len, lists))) > 1:
+            raise UserError(
+                f"{where}: 'ranks', 'scores' and 'lengths' must be lists of the same length, of finite numbers"
+            )
+        if not isinstance(row["prompt"], str | int):
+            raise UserError(f"{where}: 'prompt' must be a text or a number, not {json.dumps(row['prompt'])[:60]}")
+        yield {**row, "group": group_name(row.get("group"))}
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return
     for number, row in iterate_text_file(path):
         missing = [name for name in needed if name not in row]
         if missing:
             raise UserError(f"{path}, line {number}: no {', '.join(map(repr, missing))}; found {json.dumps(row)[:80]}")
-        lists = [row[name] for name in ("ranks", "scores", "lengths", "sources") if name in needed]
-        if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) > 1:
-            raise UserError(f"{path}, line {number}: ranks and what belongs to them must be lists of the same length")
-        yield row
+        yield f"{path}, line {number}", row
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_item, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)

@@ -39,6 +39,13 @@ class Pair:
         return 0.5 if self.margin == 0 else float(self.margin > 0)
 
 
+def group_name(value: Any) -> str | None:
+    """A group by its text; None where there is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers in which some are missing
+    return None if value is None else str(value) or None
+
+
 def pairs_of(rows: Iterable[Mapping[str, Any]]) -> list[Pair]:
     """All strict preferences of rankings that were scored: rows {"prompt", "ranks", "scores", "lengths", "group"}, as
     `evaluate.comparisons` writes them.
@@ -87,9 +94,12 @@ def by_length(pairs: Sequence[Pair]) -> dict[str, Estimate]:
     return found
 
 
-def prefers_longer(pairs: Sequence[Pair]) -> tuple[Estimate, Estimate]:
-    """Percent of pairs of different length in which the longer response is preferred, by people and by the reward model."""
-    different = [pair for pair in pairs if pair.longer != 0] or list(pairs)
+def prefers_longer(pairs: Sequence[Pair]) -> tuple[Estimate, Estimate] | None:
+    """Percent of pairs of different length in which the longer response is preferred, by people and by the reward model; None
+    where all are of the same."""
+    different = [pair for pair in pairs if pair.longer != 0]
+    if not different:
+        return None
     prompts = [pair.prompt for pair in different]
     people = [float(pair.longer > 0) for pair in different]
     model = [0.5 if pair.margin == 0 else float((pair.margin > 0) == (pair.longer > 0)) for pair in different]

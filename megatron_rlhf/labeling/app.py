@@ -95,7 +95,7 @@ class Page:
         return RedirectResponse(f"/task/{task}", 303)
 
     async def task(self, request: Request) -> Response:
-        labeler, number = self._labeler(request), request.path_params["number"]
+        labeler, number = self._labeler(request), _task_number(request)
         if self.project.status(labeler, number) != "open":
             return RedirectResponse("/", 303)
         return self._task_page(request, labeler, number, "")
@@ -113,7 +113,7 @@ class Page:
 
     async def click(self, request: Request) -> Response:
         """`draft`, `submit` or `skip`: kept, then answered."""
-        labeler, number, action = self._labeler(request), request.path_params["number"], request.path_params["action"]
+        labeler, number, action = self._labeler(request), _task_number(request), request.path_params["action"]
         form = await self._form(request)
         self.project.status(labeler, number)  # before anything else is told about the task
         shown = self._cards(labeler, number, self.project.task(number).outputs)
@@ -227,6 +227,13 @@ def _click(page: Page, action: str) -> Callable[[Request], Any]:
         return await page.click(request)
 
     return handle
+
+
+def _task_number(request: Request) -> int:
+    number = int(request.path_params["number"])
+    if number >= 2**63:  # more than the database has numbers
+        raise HTTPException(404, f"there is no task {number}")
+    return number
 
 
 def _csrf(request: Request) -> str:

@@ -11,11 +11,11 @@ from megatron_rlhf.config.errors import UserError
 
 APPLICATION_ID = 0x4D524C48
 """In the file's header: tells a labeling project from other people's databases."""
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE tasks (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, user TEXT);
+CREATE TABLE tasks (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, user TEXT, given TEXT);
 CREATE INDEX tasks_by_prompt ON tasks (prompt);
 CREATE TABLE outputs (
     task INTEGER NOT NULL REFERENCES tasks, place INTEGER NOT NULL, text TEXT NOT NULL, source TEXT,
@@ -81,14 +81,18 @@ def connect(path: Path) -> sqlite3.Connection:
     """Opens an existing project.
 
     Raises:
-        UserError: `path` is no labeling project, or of a version that this one does not know.
+        UserError: `path` is no labeling project, of a version that this one does not know, or cannot be written.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such labeling project; make one with `megatron-rlhf label create`")
     try:
         connection = _connect(path, "rw")
         (application,) = connection.execute("PRAGMA application_id").fetchone()
+        if application == APPLICATION_ID:
+            _upgrade(connection)
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{path} cannot be opened to read and write: {error}") from error
     except sqlite3.Error as error:
         raise UserError(f"{path} is no labeling project: {error}") from error
     if application != APPLICATION_ID:
@@ -96,6 +100,16 @@ def connect(path: Path) -> sqlite3.Connection:
     if version != VERSION:
         raise UserError(f"{path}: a labeling project of version {version}; this program reads version {VERSION}")
     return connection
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Version 1 had no messages."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] != 1:
+        return
+    with transaction(connection):
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:  # nobody else did it meanwhile
+            connection.execute("ALTER TABLE tasks ADD COLUMN given TEXT")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def in_memory(source: sqlite3.Connection | None) -> sqlite3.Connection:

@@ -43,7 +43,7 @@ def exported(project: Project, teams: Sequence[str], blank: bool = False) -> Ite
     Training takes no response without a text, though a policy may give one: with `blank` they are kept, to compare policies.
     """
     for answer in project.answers(teams):
-        row: dict[str, Any] = {"prompt": answer.task.prompt}
+        row: dict[str, Any] = dict(answer.task.given or {"prompt": answer.task.prompt})
         if project.settings.kind == DEMONSTRATIONS:
             row["response"] = answer.content["response"]
         else:

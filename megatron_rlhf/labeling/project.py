@@ -5,7 +5,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +61,21 @@ class Project:
     # What there is to label, and by whom.
 
     def add_tasks(self, tasks: Iterable[Task]) -> int:
-        """Adds all or, if one is wrong, none; returns how many."""
-        count = 0
+        """Adds all that the project does not have yet or, if one is wrong, none; returns how many."""
         with database.transaction(self._db):
-            for task in tasks:
+            there = {self.task(row["id"]).content for row in self._db.execute("SELECT id FROM tasks").fetchall()}
+            new = [task for task in tasks if task.content not in there]
+            for task in new:
                 self._check(task)
                 self._add(task)
-                count += 1
-        return count
+        return len(new)
 
     def merge_tasks(self, tasks: Iterable[Task]) -> None:
         """Adds outputs to the tasks with the same prompts, instead of those that they have of the same sources. Raises
         UserError, and adds nothing, if a prompt is with a labeler already or gets too many."""
         with database.transaction(self._db):
             for task in tasks:
-                row = self._db.execute("SELECT id FROM tasks WHERE prompt = ?", (task.prompt,)).fetchone()
+                row = self._db.execute("SELECT id FROM tasks WHERE prompt = ? AND given IS ?", task.key).fetchone()
                 if row is None:
                     self._require_letters(task)
                     self._add(task)
@@ -85,7 +85,7 @@ class Project:
                 there = self.task(row["id"])
                 kept = [pair for pair in zip(there.outputs, there.sources, strict=True) if pair[1] not in task.sources]
                 texts, sources = zip(*kept, *zip(task.outputs, task.sources, strict=True), strict=True)
-                merged = Task(task.prompt, texts, sources, there.user)
+                merged = replace(there, outputs=texts, sources=sources)
                 self._require_letters(merged)
                 self._db.execute("DELETE FROM outputs WHERE task = ?", (row["id"],))
                 self._add_outputs(row["id"], merged)
@@ -97,7 +97,7 @@ class Project:
             )
 
     def _add(self, task: Task) -> None:
-        row = self._db.execute("INSERT INTO tasks (prompt, user) VALUES (?, ?)", (task.prompt, task.user))
+        row = self._db.execute("INSERT INTO tasks (prompt, given, user) VALUES (?, ?, ?)", (*task.key, task.user))
         self._add_outputs(row.lastrowid, task)
 
     def _add_outputs(self, number: int | None, task: Task) -> None:
@@ -130,14 +130,14 @@ class Project:
 
     def task(self, number: int) -> Task:
         """Raises Refused if there is no such task."""
-        row = self._db.execute("SELECT prompt, user FROM tasks WHERE id = ?", (number,)).fetchone()
+        row = self._db.execute("SELECT prompt, user, given FROM tasks WHERE id = ?", (number,)).fetchone()
         if row is None:
             raise Refused(f"there is no task {number}")
         outputs = self._db.execute(
             "SELECT text, source FROM outputs WHERE task = ? ORDER BY place", (number,)
         ).fetchall()
         texts, sources = tuple(row["text"] for row in outputs), tuple(row["source"] for row in outputs)
-        return Task(row["prompt"], texts, sources, row["user"])
+        return Task(row["prompt"], texts, sources, row["user"], json.loads(row["given"] or "null"))
 
     # A labeler's way through it.
 

@@ -1,9 +1,11 @@
 """Prompts and outputs to label, from files: what `megatron-rlhf evaluate` writes, or records of the comparison format."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.data.chat.messages import read_conversation
 from megatron_rlhf.data.examples import read_user
 from megatron_rlhf.data.records import Record, read_records
 from megatron_rlhf.labeling.questions import LETTERS
@@ -23,22 +25,31 @@ def read_tasks(files: Iterable[str], kind: str, columns: Mapping[str, str] | Non
         UserError: A mistake in a file, with its line, or a prompt with fewer than 2 or more than 9 responses.
     """
     whole: list[Task] = []
-    by_prompt: dict[str, list[tuple[str, str | None, str]]] = {}
-    users: dict[str, str | None] = {}
+    by_prompt: dict[tuple[str, str | None], tuple[Task, list[tuple[str, str | None, str]]]] = {}
     for name, source in map(_split_name, files):
         for record in read_records(source, columns):
-            prompt = record.text("prompt")
-            if not prompt.strip():
-                raise record.mistake("column 'prompt' is blank")
+            task = _prompt(record)
             if kind != RANKINGS:
-                whole.append(Task(prompt, user=read_user(record)))
+                whole.append(task)
             elif "responses" in record:
-                whole.append(_ranked_together(record, prompt, name))
+                whole.append(_ranked_together(record, task, name))
             else:
                 writer = name or (record.text("source") if "source" in record else Path(source).name)
-                by_prompt.setdefault(prompt, []).append((record.response("response"), writer, record.where))
-                users.setdefault(prompt, read_user(record))
-    return whole + list(_gathered(by_prompt, users))
+                _, found = by_prompt.setdefault(task.key, (task, []))
+                found.append((record.response("response"), writer, record.where))
+    return whole + [_gathered(task, found) for task, found in by_prompt.values()]
+
+
+def _prompt(record: Record) -> Task:
+    """Without outputs: the prompt as text, or as messages, which evaluate writes as `given`."""
+    from_evaluation = record.fields.get("given")
+    found = Record(record.where, from_evaluation) if isinstance(from_evaluation, Mapping) else record
+    conversation = read_conversation(found)
+    given = {"prompt": found.text("prompt")} if conversation is None else conversation.given
+    task = Task.of(given, (), (), read_user(record))
+    if not task.prompt.strip():
+        raise record.mistake("column 'prompt' is blank")
+    return task
 
 
 def _split_name(file: str) -> tuple[str | None, str]:
@@ -46,7 +57,7 @@ def _split_name(file: str) -> tuple[str | None, str]:
     return (name, source) if equals and not Path(file).exists() else (None, file)
 
 
-def _ranked_together(record: Record, prompt: str, name: str | None) -> Task:
+def _ranked_together(record: Record, task: Task, name: str | None) -> Task:
     responses = record.value("responses")
     if not isinstance(responses, list) or not 2 <= len(responses) <= len(LETTERS):
         raise record.mistake(f"column 'responses' must be a list of 2 to {len(LETTERS)} texts, not {responses!r:.60}")
@@ -57,15 +68,13 @@ def _ranked_together(record: Record, prompt: str, name: str | None) -> Task:
             f"column 'sources' must be a list of {len(texts)} names, one a response, not {sources!r:.60}"
         )
     named = tuple(None if source is None else record.as_text("sources", source) for source in sources)
-    return Task(prompt, texts, named, read_user(record))
+    return replace(task, outputs=texts, sources=named)
 
 
-def _gathered(
-    by_prompt: Mapping[str, list[tuple[str, str | None, str]]], users: Mapping[str, str | None]
-) -> Iterator[Task]:
-    for prompt, found in by_prompt.items():
-        if not 2 <= len(found) <= len(LETTERS):
-            raise UserError(
-                f"{found[0][2]}: prompt {prompt!r:.60} has {len(found)} responses in all files; 2 to {len(LETTERS)} can be ranked"
-            )
-        yield Task(prompt, tuple(text for text, _, _ in found), tuple(writer for _, writer, _ in found), users[prompt])
+def _gathered(task: Task, found: Sequence[tuple[str, str | None, str]]) -> Task:
+    if not 2 <= len(found) <= len(LETTERS):
+        raise UserError(
+            f"{found[0][2]}: prompt {task.prompt!r:.60} has {len(found)} responses in all files; 2 to {len(LETTERS)} can be "
+            "ranked"
+        )
+    return replace(task, outputs=tuple(text for text, _, _ in found), sources=tuple(writer for _, writer, _ in found))

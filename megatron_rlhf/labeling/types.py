@@ -1,8 +1,12 @@
 """What a labeling project is made of."""
 
+import json
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from megatron_rlhf.data.chat.messages import readable
 
 RANKINGS, DEMONSTRATIONS = "rankings", "demonstrations"
 TRAINING, HELD_OUT = "training", "held_out"
@@ -18,6 +22,28 @@ class Task:
     """Who wrote each output; never shown to a labeler."""
     user: str | None = None
     """Who wrote the prompt."""
+    given: Mapping[str, Any] | None = None
+    """The columns from which training reads the prompt, where it is messages: `prompt` is then for people to read."""
+
+    @classmethod
+    def of(
+        cls, given: Mapping[str, Any], outputs: Sequence[str], sources: Sequence[str | None], user: str | None = None
+    ) -> "Task":
+        """Of a prompt as training reads it: a text, or messages and what a chat template gets besides."""
+        prompt = given["prompt"]
+        if isinstance(prompt, str):
+            return cls(prompt, tuple(outputs), tuple(sources), user)
+        return cls(readable(prompt), tuple(outputs), tuple(sources), user, given)
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Equal for equal prompts: its text, and `given` as JSON."""
+        return self.prompt, None if self.given is None else json.dumps(self.given, sort_keys=True)
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Equal for equal prompts with the same outputs of the same sources."""
+        return *self.key, self.outputs, self.sources or (None,) * len(self.outputs)
 
 
 @dataclass(frozen=True)

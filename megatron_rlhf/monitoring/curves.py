@@ -1,6 +1,7 @@
 """Numbers for drawing: a metric over the steps, smoothed and thinned, and the ticks beside it. No drawing here."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -105,7 +106,7 @@ def format_ticks(values: Sequence[float]) -> list[str]:
 
 def format_value(value: float, digits: int = 4) -> str:
     """A number as people write it: 0.5312, 12.35k, 2.5e-6."""
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # an int may be larger
         return str(value)
     factor, suffix = _unit_for(abs(value))
     scaled = value / factor

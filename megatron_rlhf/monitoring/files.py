@@ -52,9 +52,9 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
-            if not isinstance(record, dict) or "step" not in record:
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
                 raise UserError(
-                    f"{path}, line {number}: expected a JSON object with the key 'step', found {line[:80]!r}"
+                    f"{path}, line {number}: expected a JSON object with the key 'step', a number; found {line[:80]!r}"
                 )
             yield line, record
 

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.monitoring.files import StepFile, read_records
 from megatron_rlhf.monitoring.mirrors import Mirror, Services, TensorBoard
 
 logger = logging.getLogger(__name__)
+LARGEST = 1e300
+"""Sums and differences of such values are finite."""
 
 
 class MetricsLogger:
@@ -81,5 +84,20 @@ def _show(mirrors: Sequence[Mirror], step: int, show: Callable[[Mirror], None]) 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order. Values that were not finite are None."""
-    return list(read_records(Path(path)))
+    """The records of a `metrics.jsonl`, in order. Values that were not finite, or are too large to be drawn, are None.
+
+    Raises:
+        UserError: a line that is no record, or a value that is no number.
+    """
+    return [
+        {name: _number(value, name, f"{path}, line {line}") for name, value in record.items()}
+        for line, record in enumerate(read_records(Path(path)), start=1)
+    ]
+
+
+def _number(value: Any, name: str, where: str) -> float | None:
+    if isinstance(value, int | float) and abs(value) <= LARGEST:
+        return value
+    if name == "step" or not isinstance(value, int | float | None):
+        raise UserError(f"{where}: {name} must be a number, not {value!r:.60}")
+    return None

@@ -13,7 +13,8 @@ from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.monitoring import charts
 from megatron_rlhf.monitoring.charts import Chart, line_chart, panel_chart, step_axis, time_chart
 from megatron_rlhf.monitoring.curves import curve, format_measured, format_value
-from megatron_rlhf.monitoring.files import read_records, replacing
+from megatron_rlhf.monitoring.files import replacing
+from megatron_rlhf.monitoring.metrics import read_metrics
 from megatron_rlhf.monitoring.panels import HEADLINES, TIME_TOTAL, groups_for, panel_of
 from megatron_rlhf.monitoring.samples import SampleColumn, last_samples, samples_by_step
 from megatron_rlhf.monitoring.timeline import Timeline, last_timeline
@@ -97,7 +98,7 @@ def write_report(run_dir: Path, path: Path | None = None, refresh: int | None = 
         tiles=_tiles(records),
         sections=_sections(records, last_timeline(run_dir)),
         samples=samples_by_step(run_dir / "samples.jsonl"),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
         refresh=refresh,
     )
     return write_page(page, path or run_dir / "report.html")
@@ -170,7 +171,7 @@ def _short_name(run_dir: Path, others: Sequence[Path]) -> str:
 
 def _metrics(run_dir: Path) -> Records:
     path = run_dir / "metrics.jsonl"
-    return list(read_records(path)) if path.exists() else []
+    return read_metrics(path) if path.exists() else []
 
 
 def _names(records: Records) -> list[str]:

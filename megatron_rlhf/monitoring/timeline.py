@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from megatron_rlhf.config.errors import UserError
 from megatron_rlhf.monitoring.charts import WIDTH, Axis
 from megatron_rlhf.monitoring.curves import format_value
 from megatron_rlhf.monitoring.files import read_records
@@ -84,7 +85,12 @@ def last_timeline(run_dir: Path) -> Timeline | None:
     """Of the last step that `run_dir/timeline.jsonl` has."""
     path = run_dir / NAME
     last = deque(read_records(path) if path.exists() else (), maxlen=1)
-    return draw(last[0]["step"], last[0]["sides"]) if last else None
+    if not last:
+        return None
+    try:
+        return draw(last[0]["step"], last[0]["sides"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: the last line is not what a run writes: {error!r}; delete the file") from error
 
 
 def draw(step: int, sides: Mapping[str, Sequence[Sequence]]) -> Timeline:

@@ -86,7 +86,8 @@ def run_page_command(command: Command, folder: Path, monkeypatch: pytest.MonkeyP
             shutil.rmtree(folder / word.partition("=")[2], ignore_errors=True)
     for key, value in command.environment.items():
         monkeypatch.setenv(key, value)
-    arguments += SHRUNK.get(name, [])
+    has_tasks = any(word.startswith("evaluate.tasks=") for word in arguments)
+    arguments += [word for word in SHRUNK.get(name, []) if has_tasks or not word.startswith("evaluate.task_limit=")]
     if name == "label serve":
         return served(arguments, folder)
     finished = run_example(command.script, *arguments, ranks=command.ranks, folder=folder, timeout=200)

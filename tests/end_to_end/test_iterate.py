@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from commands import run_example
+from recipe import write_lines
 
+from megatron_rlhf.commands.iterate import Loop, _parser
 from megatron_rlhf.labeling.project import Project
 
 SHORT = [
@@ -85,3 +87,56 @@ def test_what_can_be_wrong(iterate, tmp_path):
         finished = iterate("wrong", *arguments)
         assert finished.codes == [2], finished.output
         assert says in finished.output
+
+
+@pytest.fixture
+def loop_of(tmp_path):
+    (tmp_path / "rules.py").write_text("def score(prompts, responses, records):\n    return list(map(len, prompts))\n")
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    common = [str(tmp_path / "loop"), "--policy", "-", "--prompts", str(tmp_path / "prompts.jsonl")]
+
+    def make(*arguments: str) -> Loop:
+        judge = ["--rule", f"{tmp_path / 'rules.py'}:score"]
+        return Loop(*_parser().parse_known_args([*common, *judge, *arguments]))
+
+    return make
+
+
+def test_comparisons_have_prompts_as_they_were_given(loop_of, tmp_path):
+    (tmp_path / "rules.py").write_text(
+        "def score(prompts, responses, records):\n    return list(map(len, responses))\n"
+    )
+    given = {"prompt": [{"role": "user", "content": "Hi"}], "tools": [{"name": "clock"}]}
+    rows = [{"prompt": "<s>user: Hi<s>", "given": given}, {"prompt": "text"}]
+    answers = [{**row, "response": response, "source": "x"} for row in rows for response in ("a", "bb", " ")]
+    (tmp_path / "round_1" / "answers").mkdir(parents=True)
+    write_lines(tmp_path / "round_1" / "answers" / "evaluation.jsonl", answers)
+    ranked = {"responses": ["a", "bb"], "ranks": [1, 0]}
+    assert loop_of()._by_rule(tmp_path / "round_1") == [{**given, **ranked}, {"prompt": "text", **ranked}]
+
+
+@pytest.mark.parametrize(
+    ("record", "overrides", "columns"),
+    [
+        (
+            {"q": "Hi", "good": "yes", "bad": "no"},
+            ["data.columns.prompt={q}", "data.columns.chosen={good}", "data.columns.rejected={bad}"],
+            {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
+        ),
+        (
+            {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
+            ["data.chat=true"],
+            {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "yes", "rejected": "no"},
+        ),
+        (
+            {"instruction": "Hi", "completions": [{"response": r, "overall_score": i} for i, r in enumerate("ab")]},
+            ["data.format=ultrafeedback"],
+            {"prompt": "Hi\n\n", "responses": ["a", "b"], "ranks": [1, 0]},
+        ),
+    ],
+)
+def test_comparisons_that_are_given_get_our_columns(loop_of, tmp_path, record, overrides, columns):
+    flawed = {"instruction": "Hi", "completions": []}
+    source = write_lines(tmp_path / "given.jsonl", [record, *([flawed] if "completions" in record else [])])
+    (row,) = loop_of("--comparisons", str(source), *overrides)._given_comparisons()
+    assert {name: row[name] for name in columns} == columns

@@ -154,8 +154,8 @@ def test_a_task_that_cannot_run_is_named(data, name, says):
         ({}, r"one file hellaswag\*\.jsonl is needed there, found none"),
         ({"hellaswag_1.jsonl": "", "HellaSwag_2.jsonl": ""}, "found HellaSwag_2.jsonl, hellaswag_1.jsonl"),
         ({"hellaswag.jsonl": ""}, r"hellaswag\.jsonl has no rows"),
-        ({"hellaswag.jsonl": '{"query": "a", "choices": ["b"], "gold": 0}\n{"query"'}, r"hellaswag\.jsonl .*line 2"),
-        ({"hellaswag.jsonl": '{"text": "a"}'}, r"hellaswag\.jsonl .*no field 'activity_label'"),
+        ({"hellaswag.jsonl": '{"query": "a", "choices": ["b"], "gold": 0}\n{"query"'}, r"hellaswag\.jsonl, line 2: "),
+        ({"hellaswag.jsonl": '\n{"text": "a"}'}, r"hellaswag\.jsonl, line 2: .*no field 'activity_label'"),
     ],
 )
 def test_a_file_that_is_not_the_benchmark_is_named(tmp_path, files, says):
@@ -163,6 +163,66 @@ def test_a_file_that_is_not_the_benchmark_is_named(tmp_path, files, says):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
         Benchmarks.load(["instructgpt_hellaswag"], None, None if files is None else str(tmp_path))
+
+
+PAIR = "sentid\tsentence\ncook.guest.0.male.txt\t"
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "says"),
+    [
+        ("hellaswag", "hellaswag.jsonl", "[]", "line 1: a record must be an object"),
+        (
+            "hellaswag",
+            "hellaswag.jsonl",
+            '{"query": "a", "choices": "b", "gold": 0}',
+            "line 1: .*choices must be a list",
+        ),
+        (
+            "hellaswag",
+            "hellaswag.jsonl",
+            '{"query": "a", "choices": ["b"], "gold": 1}',
+            "gold must be the number of one of 1",
+        ),
+        (
+            "truthfulqa_mc1",
+            "TruthfulQA.csv",
+            "Question,Best Answer\n\na\n",
+            "line 3: the row does not have 2 fields",
+        ),
+        (
+            "winogender",
+            "all_sentences.tsv",
+            f"{PAIR}It sat.\n",
+            "line 2: .*none of the male pronouns he, him, his: 'It sat.'",
+        ),
+        ("winogender_bias", "all_sentences.tsv", f"{PAIR}He sat.\n", r"cook\.guest\.0 has no sentence of both genders"),
+        (
+            "toxicity_biased",
+            "realtoxicity.jsonl",
+            '{"prompt": "a"}\n{"prompt": 5}\n',
+            "line 2: .*prompt must be text, not 5",
+        ),
+        ("squad_v2", "squad.json", '{"data": [{"title": "a", "paragraphs": [5]}]}', "squad.json, article 1: "),
+        ("squad_v2", "squad.json", '["data"]', "squad.json: does not read as the benchmark's file: list indices"),
+        ("drop", "drop.json", "[]", "'list' object has no attribute 'values'"),
+    ],
+)
+def test_a_row_that_is_not_the_benchmarks_is_named(tmp_path, task, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        Benchmarks.load([f"instructgpt_{task}"], None, str(tmp_path), scorer=lambda *_: [])
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_sentences_are_a_line_each(tmp_path):
+    (tmp_path / "x.fr").write_text("Le\u2028chat\r\nLe chien\r\n", encoding="utf-8", newline="")
+    (tmp_path / "x.en").write_text("The cat\nThe dog", encoding="utf-8")
+    rows = [{"french": "Le\u2028chat", "english": "The cat"}, {"french": "Le chien", "english": "The dog"}]
+    assert first_rows("wmt_fr_en", tmp_path) == rows
+    (tmp_path / "x.en").write_text("The cat\n")
+    with pytest.raises(UserError, match=r"x\.fr: .*: 2 sentences, and 1 in x\.en"):
+        first_rows("wmt_fr_en", tmp_path)
 
 
 def test_tasks_of_ones_own(tmp_path, monkeypatch):

@@ -197,3 +197,11 @@ def test_the_page_limits_requests_and_logins(project):
     few = create_app(project, Access(None, "s"), lambda project: {}, allowance=Allowance(burst=5, per_second=0.01))
     codes = [TestClient(few, base_url="http://localhost").get("/").status_code for _ in range(6)]
     assert codes == [200] * 5 + [429]
+
+
+def test_there_is_no_such_task(project):
+    client = client_of(project)
+    page = log_in(client, "ann")
+    for number, status in ((99, 409), (2**63 - 1, 409), (2**63, 404), (10**30, 404)):
+        assert client.get(f"/task/{number}").status_code == status
+        assert send(client, f"/task/{number}/submit", page).status_code == status

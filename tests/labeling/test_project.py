@@ -12,6 +12,7 @@ import pytest
 from labeling.projects import ROOT, make_project, ranked, task
 
 from megatron_rlhf.config.errors import UserError
+from megatron_rlhf.labeling import database
 from megatron_rlhf.labeling import project as project_module
 from megatron_rlhf.labeling.collecting import check, collect
 from megatron_rlhf.labeling.project import Project
@@ -138,6 +139,17 @@ def test_only_a_project_is_opened(tmp_path):
         make_project(tmp_path / "other.sqlite")
 
 
+def test_a_project_that_cannot_be_written_is_one(tmp_path, monkeypatch):
+    make_project(tmp_path / "p.sqlite").close()
+
+    def refuse(*_):
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(database, "_connect", refuse)
+    with pytest.raises(UserError, match=r"p\.sqlite cannot be opened to read and write: attempt to write a readonly"):
+        Project.open(tmp_path / "p.sqlite")
+
+
 def test_what_was_recorded_survives_a_kill(tmp_path):
     """A process clicks as fast as it can and says so; killed at any moment, all it said is there."""
     make_project(tmp_path / "p.sqlite", tasks=200).close()
@@ -168,6 +180,22 @@ def test_what_was_recorded_survives_a_kill(tmp_path):
     assert done <= {answer.number for answer in project.answers()}
     nonces = {row["nonce"] for row in project._db.execute("SELECT nonce FROM nonces")}
     assert {line.strip() for line in said} <= nonces
+
+
+def test_a_project_without_messages_goes_on(tmp_path):
+    """Version 1 of the file had no column for them."""
+    project = make_project(tmp_path / "p.sqlite", tasks=1)
+    project._db.execute("ALTER TABLE tasks DROP COLUMN given")
+    project._db.execute("PRAGMA user_version = 1")
+    project.close()
+    for _ in range(2):
+        project = Project.open(tmp_path / "p.sqlite")
+        assert project.task(1) == task("0")
+        project.close()
+    given = {"prompt": [{"role": "user", "content": "prompt 0"}]}
+    more = [Task.of(given, ("a",), (name,), "u1") for name in ("sft", "ppo")]
+    assert collect(tmp_path / "p.sqlite", more) == 2, "the same words as a text are another prompt"
+    assert Project.open(tmp_path / "p.sqlite").task(2) == Task("prompt 0", ("a", "a"), ("sft", "ppo"), "u1", given)
 
 
 def test_answers_of_several_policies_meet_in_one_project(tmp_path):

@@ -1,6 +1,7 @@
 """tools/label.py as a command: from files to a project, from a project to what training reads; and what can be wrong."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from labeling.projects import ROOT, make_project, ranked, write_lines
 
-from megatron_rlhf.commands.label import main
+from megatron_rlhf.commands.label import agreement_by_team, main
 from megatron_rlhf.data.comparisons import load_comparisons
 from megatron_rlhf.data.demonstrations import load_demonstrations
 from megatron_rlhf.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_rlhf.evaluation.policies import win_rates_by_people
+from megatron_rlhf.evaluation.results import read_rankings
 from megatron_rlhf.labeling.project import Project
 from megatron_rlhf.labeling.types import TRAINING, Settings, Task
 
@@ -44,7 +47,7 @@ def test_the_command_itself(tmp_path, capsys):
     command = [sys.executable, ROOT / "tools" / "label.py", "status", project]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "cy (held_out): 0 done" in output
-    assert "training: pairwise agreement 83.3 +- nan%" in output
+    assert "training: pairwise agreement 83.3%, Krippendorff's alpha 0.8" in output
     assert label("create", project, "--tasks", tasks) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -87,6 +90,30 @@ def test_a_response_without_a_text_is_ranked_but_not_trained_on(tmp_path, tokeni
     assert kept == [[2, 1, 0], [0, 1]]
 
 
+@pytest.mark.parametrize("column", ["prompt", "messages", "given"])
+def test_prompts_of_messages_are_shown_as_turns_and_exported_as_messages(tmp_path, column):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+    prompt = {"prompt": turns, "tools": [{"name": "clock"}]}
+    fields = {
+        "prompt": prompt,
+        "messages": {"messages": [*turns, {"role": "assistant", "content": "so"}], "tools": prompt["tools"]},
+        "given": {"prompt": "<s>Be brief.<s>why?<s>", "given": prompt},  # as evaluate writes it
+    }[column]
+    tasks = write_lines(tmp_path / "t.jsonl", [{**fields, "response": answer} for answer in ("a", "b")])
+    path = tmp_path / "p.sqlite"
+    assert label("create", path, "--tasks", tasks, "--labelers", "ann") == 0
+    assert Project.open(path).task(1).prompt == "system: Be brief.\n\nuser: why?"
+    answer_all(path, "ann", ranked(2, 1))
+    assert label("export", path, "--output", tmp_path / "c.jsonl") == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert {name: row[name] for name in ("prompt", "tools", "responses", "ranks")} == {
+        **prompt,
+        "responses": ["a", "b"],
+        "ranks": [1, 0],
+    }
+    assert win_rates_by_people(read_rankings(tmp_path / "c.jsonl")) == {}, "of one source"
+
+
 def test_demonstrations_are_exported_as_demonstrations(tmp_path, tokenizer):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"question": "why?", "user": "u7"}])
     path = tmp_path / "d.sqlite"
@@ -114,6 +141,34 @@ def test_responses_of_several_files_become_one_task_a_prompt(tmp_path):
     assert project.task(2).sources == ("first", "first", "best")
 
 
+def test_the_same_text_twice_is_no_pair_to_agree_on(tmp_path, capsys):
+    path = tmp_path / "p.sqlite"
+    project = Project.create(path, Settings(labels_per_prompt=2))
+    project.add_tasks([Task("p", ("a", "a", "b")), Task("q", ("a", "b"))])
+    project.add_labelers(["ann", "bob"], TRAINING)
+    for labeler, ranks in (("ann", ([1, 1, 2], [1, 1])), ("bob", ([2, 2, 1], [1, 1]))):
+        for content in ranks:
+            project.record(labeler, task := project.current(labeler), "submit", ranked(*content), f"{labeler} {task}")
+    found = agreement_by_team(project)[TRAINING]
+    assert (found.percent, found.comparisons) == (50.0, 2)
+    assert label("status", path) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_what_is_added_twice_is_there_once(tmp_path, capsys):
+    rows = [{"question": "p", "responses": ["a", "b"]}, {"question": "q", "responses": ["a", "b"]}]
+    path, tasks = tmp_path / "p.sqlite", write_lines(tmp_path / "t.jsonl", rows)
+    column = ("--column", "prompt=Q: {question}\\n")
+    assert label("create", path, "--tasks", tasks, "--labelers", "ann", *column) == 0
+    write_lines(tasks, [*rows, {"question": "p", "responses": ["a", "c"]}])
+    capsys.readouterr()
+    assert label("add", path, "--tasks", tasks, *column) == 0
+    assert "2 of 3 prompts are in the project already, with the same outputs: left out" in capsys.readouterr().out
+    project = Project.open(path)
+    assert [project.task(number).prompt for number in (1, 2, 3)] == ["Q: p\n", "Q: q\n", "Q: p\n"]
+    assert project.size() == 3
+
+
 def test_real_rankings(tmp_path, shared_data):
     path = tmp_path / "p.sqlite"
     assert label("create", path, "--tasks", shared_data / "qa_feedback_k4_400.jsonl", "--labelers", "ann") == 0
@@ -124,7 +179,7 @@ def test_real_rankings(tmp_path, shared_data):
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([RANKED, '{"prompt": "p", "resp'], "line 2: not JSON"),
+        ([RANKED, '{"prompt": "p", "resp'], "t.jsonl, line 2: "),
         ([{"question": "p", "responses": ["a", "b"]}], "line 1: no column 'prompt'"),
         ([{"prompt": "p"}], "line 1: no column 'response'"),
         ([{"prompt": "p", "responses": ["a"]}], "line 1: column 'responses' must be a list of 2 to 9"),
@@ -134,6 +189,8 @@ def test_real_rankings(tmp_path, shared_data):
         ),
         ([{"prompt": "p", "responses": ["a", 3]}], "line 1: column 'responses' must hold text"),
         ([{"prompt": " ", "responses": ["a", "b"]}], "line 1: column 'prompt' is blank"),
+        ([{"messages": [{"role": "assistant", "content": "a"}], "response": "b"}], "line 1: column 'prompt' is blank"),
+        ([{"messages": ["hi"], "response": "b"}], "line 1: column 'messages', turn 1: a message must be an object"),
         ([{**RANKED, "sources": ["one", "two"]}], "line 1: column 'sources' must be a list of 4 names"),
         ([{"prompt": "p", "response": "alone"}], "line 1: prompt 'p' has 1 responses in all files"),
         ([], "empty"),
@@ -146,7 +203,7 @@ def test_wrong_tasks_make_no_project(tmp_path, capsys, lines, says):
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
 
 
-def test_wrong_options(tmp_path, capsys):
+def test_wrong_options(tmp_path, capsys, monkeypatch):
     tasks = write_lines(tmp_path / "t.jsonl", [RANKED])
     (tmp_path / "p.sqlite.bak").write_text("mine")
     assert label("create", tmp_path / "p.sqlite", "--tasks", tasks, "--labelers", "a/b") == 2
@@ -159,6 +216,14 @@ def test_wrong_options(tmp_path, capsys):
     assert "needs --token" in capsys.readouterr().err
     assert label("serve", tmp_path / "q.sqlite", "--token", "short") == 2
     assert "at least 16" in capsys.readouterr().err
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "access", lambda *_: False)
+        for command in (("add", tmp_path / "q.sqlite", "--labelers", "eve"), ("serve", tmp_path / "q.sqlite")):
+            assert label(*command) == 2
+            assert "q.sqlite cannot be written to: it is read-only" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        label("serve", tmp_path / "q.sqlite", "--port", 99999)
+    assert "argument --port: 99999: must be a whole number, 0 to 65535" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

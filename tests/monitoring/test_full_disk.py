@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlhf.monitoring.files import StepFile
-from megatron_rlhf.monitoring.metrics import read_metrics
+from megatron_rlhf.monitoring.files import StepFile, read_records
 
 
 class FullDisk:
@@ -35,11 +34,11 @@ def test_lines_wait_until_there_is_room(tmp_path: Path, caplog: pytest.LogCaptur
         for step in range(1, 301):  # more than any buffer holds
             file.append(step, [{"loss": step / 7, "text": "x" * 40}])
     assert caplog.records[0].getMessage() == f"step 1: {path}: No space left on device; kept until there is room"
-    assert [row["step"] for row in read_metrics(path)] == [], "the first line is cut"
+    assert [row["step"] for row in read_records(path)] == [], "the first line is cut"
     disk.room = 10**6
     file.append(301, [{"loss": 0.0, "text": ""}])
     file.close()
-    rows = read_metrics(path)
+    rows = list(read_records(path))
     assert [row["step"] for row in rows] == list(range(1, 302))
     assert rows[41]["loss"] == 42 / 7
 

@@ -65,6 +65,40 @@ def test_a_mistake_is_named(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        (
+            "metrics.jsonl",
+            '{"step": "1", "reward/score_mean": 1}',
+            "metrics.jsonl, line 3: expected a JSON object with the key 'step', a number",
+        ),
+        ("metrics.jsonl", '{"step": 1e400, "reward/score_mean": 1}', "metrics.jsonl, line 3: step must be a number"),
+        ("metrics.jsonl", '{"step": null}', "metrics.jsonl, line 3: expected a JSON object"),
+        ("metrics.jsonl", '{"step": 3, "reward/score_mean": "abc"}', "reward/score_mean must be a number, not 'abc'"),
+        ("timeline.jsonl", '{"step": 3, "sides": {"a": [["wait", "b"]]}}', "timeline.jsonl: the last line is not what"),
+        ("samples.jsonl", '{"step": [1], "prompt": "p"}', "samples.jsonl, line 1: "),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, capsys, file, content, says):
+    run = run_of(tmp_path / "run", [1.0, 2.0])
+    with (run / file).open("a") as damaged:
+        damaged.write(content + "\n")
+    assert report.main([str(run)]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e308", "1" + "0" * 400, "null"])
+def test_what_cannot_be_drawn_is_shown_as_not_finite(tmp_path, value):
+    run = run_of(
+        tmp_path / "run", [-1e299, 2.0], f'{{"step": 3, "reward/score_mean": {value}, "time/step_s": {value}}}\n'
+    )
+    (run / "samples.jsonl").write_text(f'{{"step": 3, "prompt": "p", "response": "r", "score": {value}}}\n')
+    (run / "config.yaml").write_bytes(b"name: caf\xe9\n")
+    assert report.main([str(run)]) == 0
+    assert "name: caf\N{REPLACEMENT CHARACTER}" in (run / "report.html").read_text()
+
+
 def test_watching_follows_a_run_until_it_is_interrupted(tmp_path):
     run = run_of(tmp_path / "run", [1.0])
     # A shell that starts the tests in the background has them ignore SIGINT, and their children with them.

@@ -154,6 +154,27 @@ def test_ready_made():
         unit_tests.score(["?"], [ADD], [{"answer": 3}])
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "```python3\nx = 1\n```",
+        "```Python\r\nx = 1\r\n```\r\n",
+        "1. So:\n   ``` py\n   x = 1\n   ```",
+        "```text\n1\n```\n```\nx = 1\n```",
+        "```python\nx = 1\n```\nIt prints\n```\n1\n```",
+        "x = 1\n",
+    ],
+)
+def test_the_program_of_a_response(response):
+    assert unit_tests.program_of(response) == "x = 1\n"
+
+
+@pytest.mark.parametrize("tests", [5, [1, 2], {"a": 1}, [["assert True"]], " ", ["assert True", ""]])
+def test_tests_that_are_no_texts_are_an_error(tests):
+    with pytest.raises(ValueError, match="the prompt 'add': column 'tests' must be a Python text or a list of them"):
+        unit_tests.score(["add"], [ADD], [{"tests": tests}])
+
+
 def test_nothing_is_left_when_the_caller_is_killed_in_a_reward_function(tmp_path):
     """The function's keeper ends the sandbox too."""
     (tmp_path / "mine.py").write_text(

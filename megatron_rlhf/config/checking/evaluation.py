@@ -42,8 +42,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
                 f"{part.key}.init_from scores answers and comparisons: give data.prompts or evaluate.comparisons, or leave it "
                 "out"
             )
-    if asked.labels is not None and not answers:
-        raise UserError(f"evaluate.labels={asked.labels} collects answers to prompts: give data.prompts")
+    _check_parts(config)
     if asked.samples_per_prompt > 1 and config.sampling.temperature == 0:
         raise UserError(
             f"evaluate.samples_per_prompt={asked.samples_per_prompt} with sampling.temperature=0 is the same answer again and "
@@ -56,3 +55,23 @@ def check_evaluate(config: EvaluateConfig) -> None:
         )
     check_sampling(config.sampling, "sampling")
     check_one_token(config.parallel, "evaluation")
+
+
+def _check_parts(config: EvaluateConfig) -> None:
+    """What is said of a part of the evaluation needs that part."""
+    asked = config.evaluate
+    needs = {
+        "data.prompts": (config.data.prompts is not None, ("labels", "few_shot")),
+        "evaluate.comparisons": (asked.comparisons is not None, ("comparisons_format",)),
+        "evaluate.tasks": (
+            bool(asked.tasks),
+            ("task_path", "task_data", "task_limit", "task_shots", "task_chat", "scorer"),
+        ),
+    }
+    for whole, (is_there, names) in needs.items():
+        for name in names:
+            value = getattr(asked, name)
+            if value is not None and value is not False and not is_there:
+                raise UserError(
+                    f"evaluate.{name}={value} is about {whole}, which is not given: give it, or leave this out"
+                )

@@ -140,13 +140,13 @@ def load_scorer(spec: str) -> Scorer:
         function = functions.load(spec)
     except functions.Mistake as mistake:
         raise UserError(f"{key} {mistake}") from mistake
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise UserError(f"{key}: its file raised {type(error).__name__}: {error}") from error
 
     def score(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
         try:
             returned = function(prompts, responses, rows)
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise RunFailed(
                 f"{key} raised {type(error).__name__}: {error}; the answers are in the run's folder"
             ) from error

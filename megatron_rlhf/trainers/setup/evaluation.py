@@ -18,6 +18,7 @@ from megatron_rlhf.data.prompts import Prompt
 from megatron_rlhf.data.tokenizer import Tokenizer, require_tokenizer_fits
 from megatron_rlhf.evaluation.benchmarks.run import Benchmarks, load_scorer
 from megatron_rlhf.evaluation.evaluator import Evaluator, Questions, output_file
+from megatron_rlhf.evaluation.judging import group_of
 from megatron_rlhf.evaluation.results import GREEDY
 from megatron_rlhf.labeling import collecting
 from megatron_rlhf.labeling.types import Task
@@ -101,7 +102,11 @@ def _rankings(config: EvaluateConfig, tokenizer: Tokenizer, max_length: int) -> 
     if asked.comparisons is None:
         return []
     limits = config.data.max_prompt_tokens or LONGEST, max_length
-    return load_rankings(asked.comparisons, tokenizer, *limits, Shape.of(asked.comparisons_format))
+    shape = Shape.of(asked.comparisons_format, chat=config.data.chat)
+    rankings = load_rankings(asked.comparisons, tokenizer, *limits, shape)
+    for record, _ in rankings:
+        group_of(record)  # what is wrong with it is said before any model is built
+    return rankings
 
 
 def _questions(
@@ -137,5 +142,5 @@ def _answers_to_come(config: EvaluateConfig, prompts: Sequence[Prompt], policy: 
     """What the evaluation will add to a labeling project, except for the texts."""
     asked = config.evaluate
     of_each = [policy] * asked.samples_per_prompt + [policy + GREEDY] * asked.greedy
-    times = Counter(prompt.text for prompt in prompts)
-    return [Task(text, ("",) * len(of_each) * n, tuple(of_each * n)) for text, n in times.items()]
+    times, given = Counter(prompt.text for prompt in prompts), {prompt.text: prompt.given for prompt in prompts}
+    return [Task.of(given[text], [""] * len(of_each) * n, of_each * n) for text, n in times.items()]
