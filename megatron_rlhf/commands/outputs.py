@@ -71,10 +71,8 @@ def require_folder(folder: Path, path: str | Path, option: str = "--output") -> 
     above = next(each for each in (absolute, *absolute.parents) if os.path.exists(each))
     if not above.is_dir():
         raise UserError(f"{option} {path}: {above} is a file; name a folder")
-    try:
-        with tempfile.TemporaryFile(
-            dir=above
-        ):  # permissions alone do not say it: of /proc, of a full or read-only disk
+    try:  # permissions alone do not say it: of /proc, of a full or read-only disk
+        with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:
         raise UserError(f"{option} {path}: nothing can be written to {above}: {error.strerror}") from error

@@ -159,18 +159,7 @@ def load_pretraining(
         )
     lengths = _document_lengths(prefix, tokenizer)
     held_out = _held_out_documents(lengths, held_out_fraction, sequence_length)
-    trained = int(lengths[: len(lengths) - held_out].sum())
-    if trained < sequence_length + 1:
-        enough = lengths.sum() >= 2 * (sequence_length + 1)
-        cure = (
-            f"whole documents are held out: give more of them, in a .txt file with a line {END_OF_DOCUMENT} between two"
-            if held_out and enough
-            else "give more text or a shorter sequence"
-        )
-        raise UserError(
-            f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
-            f"them held out), less than one sequence of {sequence_length} + 1; {cure}"
-        )
+    _require_enough(source, lengths, held_out, sequence_length)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -185,6 +174,22 @@ def load_pretraining(
     )
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, config).build()
     return PretrainingData(TokenSequences(train), TokenSequences(valid) if held_out else None, _describe(lengths))
+
+
+def _require_enough(source: str | Path, lengths: npt.NDArray[np.int32], held_out: int, sequence_length: int) -> None:
+    """Documents that are not held out make a training sequence, or UserError."""
+    trained = int(lengths[: len(lengths) - held_out].sum())
+    if trained < sequence_length + 1:
+        enough = lengths.sum() >= 2 * (sequence_length + 1)
+        cure = (
+            f"whole documents are held out: give more of them, in a .txt file with a line {END_OF_DOCUMENT} between two"
+            if held_out and enough
+            else "give more text or a shorter sequence"
+        )
+        raise UserError(
+            f"{source}: {trained} tokens to train on ({int(lengths.sum())} in {len(lengths)} documents, {held_out} of "
+            f"them held out), less than one sequence of {sequence_length} + 1; {cure}"
+        )
 
 
 def _require_plain_indices(folder: Path) -> None:

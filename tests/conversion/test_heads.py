@@ -1,7 +1,5 @@
 """Reward and value models as classes of transformers: the scores are the same, and so is the bias."""
 
-import json
-
 import hf_models
 import pytest
 import torch
@@ -32,10 +30,9 @@ def test_heads_make_the_round_trip(world, tmp_path, case, head, role):
 
 def test_opt_has_no_class_for_a_value_model(world, tmp_path):
     round_trip(hf_models.save(tmp_path / "source", "opt", "score"), tmp_path, "reward")
-    ours = tmp_path / "ours"
-    (ours / "reward").rename(ours / "value")
-    meta = json.loads((ours / "meta.json").read_text())
-    (ours / "meta.json").write_text(json.dumps({**meta, "roles": {"value": meta["roles"]["reward"]}}))
+    model = sharded.model_from_json(sharded.read_meta(tmp_path / "ours")["roles"]["reward"]["model"])
+    ours = tmp_path / "value_model"
+    save_checkpoint(ours, ParallelConfig(), {"value": (model, True, 0.0)})
     with pytest.raises(UserError, match="transformers has no OPTForTokenClassification"):
         export(ours, tmp_path / "value", "value", "opt")
     assert not (tmp_path / "value").exists()

@@ -1,7 +1,7 @@
 """What an evaluation reads before any model is built."""
 
 import pytest
-from data.chat_templates import PLAIN, chat_tokenizer
+from chat_templates import PLAIN, chat_tokenizer
 from recipe import write_lines
 
 from megatron_rlhf.config.data import EvaluationDataConfig
