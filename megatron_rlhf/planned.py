@@ -16,26 +16,30 @@ from megatron_rlhf.planning.stages import plan_stage
 def take_shapes(config: BaseConfig) -> None:
     """Fill in shapes that the configuration leaves to the checkpoints it starts from."""
     if isinstance(config, PPOConfig):
-        config.model = config.model or _shape_at(config.policy.init_from, "policy.init_from", "policy")
-        models = [(f"{part.key}.init_from", part.config.init_from) for part in config.reward_models]
-        for key, path in [*models, ("value.init_from", config.value.init_from)]:
-            config.critic_model = config.critic_model or _shape_at(path, key, "value")
-        if (
-            named_rewards(config.reward, config.rewards) and config.ppo.has_critic
-        ):  # of functions: it starts as the policy
-            config.critic_model = config.critic_model or config.model
+        _take_shapes_of_ppo(config)
         return
-    role = "reward" if isinstance(config, RewardModelConfig) else "policy"
-    config.model = config.model or _shape_at(getattr(config, role).init_from, f"{role}.init_from", role)
+    role, wanted = ("reward", "TRAINED_REWARD") if isinstance(config, RewardModelConfig) else ("policy", "POLICY")
+    config.model = config.model or _shape_at(getattr(config, role).init_from, f"{role}.init_from", wanted)
 
 
-def _shape_at(path: str | None, key: str, role: str) -> ModelConfig | None:
+def _take_shapes_of_ppo(config: PPOConfig) -> None:
+    config.model = config.model or _shape_at(config.policy.init_from, "policy.init_from", "POLICY")
+    critics = [(part.config.init_from, f"{part.key}.init_from", "REWARD") for part in config.reward_models]
+    for critic in [*critics, (config.value.init_from, "value.init_from", "VALUE")]:
+        config.critic_model = config.critic_model or _shape_at(*critic)
+    if config.ppo.has_critic and named_rewards(
+        config.reward, config.rewards
+    ):  # of functions: it starts from the policy
+        config.critic_model = config.critic_model or config.model
+
+
+def _shape_at(path: str | None, key: str, wanted: str) -> ModelConfig | None:
+    """Of what a role starts from; `wanted` is the name of what it may be, in `conversion.starting_point`."""
     if path is None:
         return None
     from megatron_rlhf.conversion import starting_point  # imports Megatron-Core: seconds
 
-    wanted = starting_point.POLICY if role == "policy" else starting_point.TRAINED_REWARD
-    return starting_point.StartingPoint.find(path, key, wanted).model
+    return starting_point.StartingPoint.find(path, key, getattr(starting_point, wanted)).model
 
 
 def steps_between_saves(config: BaseConfig, ranks: int, gpu: str | None) -> int:

@@ -42,13 +42,11 @@ def read_user(record: Record) -> str | None:
         return None
     if isinstance(user, float) and user.is_integer():
         user = int(user)  # a column of whole numbers in which some are missing
-    if isinstance(user, int) and not isinstance(user, bool):
-        user = str(user)
-    if not isinstance(user, str):
+    if not isinstance(user, str | int) or isinstance(user, bool):
         raise record.mistake(
             f"column 'user' must hold a text or a whole number, not {type(user).__name__} {user!r:.60}"
         )
-    return record.as_text("user", user).strip() or None
+    return str(user).strip() or None
 
 
 MUCH = 0.2

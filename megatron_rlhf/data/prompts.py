@@ -69,7 +69,7 @@ def load_prompts(
     users, prefixes = Seen(), Seen()
 
     def is_kept(prompt: Prompt) -> bool:
-        user = None if max_per_user is None or prompt.user is None else prompt.user.encode("utf-8", "surrogatepass")
+        user = None if max_per_user is None or prompt.user is None else prompt.user.encode()
         prefix = None if deduplicate_prefix_tokens is None else prompt.tokens[:deduplicate_prefix_tokens].tobytes()
         if len(prompt.tokens) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1

@@ -17,7 +17,7 @@ TERM = re.compile(
 NUMBER = re.compile(_NUMBER, re.ASCII)
 BOXED = re.compile(r"\\boxed\s*\{")
 MARKS = (r"####([^\n]*)", r"<answer>(.*?)</answer>", r"[Aa]nswer is:?([^\n]*)")
-"""How a final answer is marked, the most explicit first; before them `\boxed{}`. Without a mark it is the last number."""
+"""How a final answer is marked, the most explicit first; before them is a box. Without a mark it is the last number."""
 NOTATIONS = (
     (r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\{,\}", ","),

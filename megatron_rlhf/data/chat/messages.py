@@ -88,7 +88,6 @@ def _message(record: Record, column: str, turn: int, value: Any) -> Message:
         content = message["content"] = "".join(_part(record, place, part) for part in content)
     if not isinstance(content, str | None):
         raise record.mistake(f"{place}: content must be text, not {type(content).__name__} {content!r:.60}")
-    record.as_text(column, content or "")
     return message
 
 

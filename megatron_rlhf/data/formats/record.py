@@ -73,10 +73,6 @@ class Record:
         """`text` for an item of a list in the column."""
         if not isinstance(value, str):
             raise self.mistake(f"column {column!r} must hold text, not {type(value).__name__} {value!r:.60}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise self.mistake(f"column {column!r} is not valid Unicode: {error.reason}") from error
         return value
 
     def as_response(self, column: str, value: Any) -> str:
